@@ -1,0 +1,47 @@
+# `make train` and `make test` do all the set-up they need, once, in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# make train EPOCHS=2 LEARNING_RATE=0.01 ... : each is an option of the program.
+OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM CENTERED SEED DATA OUTPUT
+given = $(filter command,$(firstword $(origin $1)))
+flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
+FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option)))
+
+.PHONY: help train test test-slow lint examples wheel clean
+
+help:  ## say what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): once, a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
+	@$(BIN)/python examples/mnist_train.py $(FLAGS)
+
+test: $(READY)  ## the everyday tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)  ## the long tests that CI also runs
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+examples: $(READY)  ## run the short example programs
+	$(BIN)/python examples/regression.py
+	$(BIN)/python examples/linear_regression.py
+
+wheel: $(READY)  ## build dist/*.whl
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:  ## remove what was made, the virtual environment too
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

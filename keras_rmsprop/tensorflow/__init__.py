@@ -1,0 +1,1 @@
+"""What only the TensorFlow backend needs; imported only under it."""

@@ -1,0 +1,17 @@
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import pytest
+from hypothesis import settings
+
+# Compiling takes as long as it takes, and an example found is an example kept.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)

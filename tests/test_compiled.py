@@ -1,0 +1,220 @@
+"""The XLA-compiled step: traced once, up to date, and equal to the plain way."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from stepping import SHAPES, arrays, assert_close, train
+
+from keras_rmsprop import RMSprop
+from keras_rmsprop.tensorflow import compiled
+
+
+class Counting(RMSprop):
+    """Counts how often the update of a variable is traced."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.traces = 0
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.traces += 1
+        super().update_step(gradient, variable, learning_rate)
+
+
+def gradient(*values):
+    return [tf.constant(v) for v in values]
+
+
+def test_one_trace_for_repeated_calls():
+    optimizer = Counting()
+    train(optimizer, steps=10)
+    assert optimizer.traces == len(SHAPES)
+
+
+def test_other_gradients_are_another_trace_and_each_is_kept():
+    a, b = keras.Variable([1.0]), keras.Variable([2.0])
+    optimizer = Counting()
+    optimizer.build([a, b])
+    for _ in range(3):
+        optimizer.apply(gradient([1.0], [1.0]))  # traces two updates
+        optimizer.apply(gradient([1.0]), [b])  # one more
+        optimizer.apply([tf.constant([1.0], "float64")], [b])  # and one more
+    assert optimizer.traces == 4
+    assert optimizer.iterations.numpy() == 9
+
+
+def test_learning_rate_assigned_later_takes_effect_without_a_trace():
+    variable = keras.Variable([0.0])
+    optimizer = Counting(0.5, rho=0.0)  # each step is learning_rate * sign(gradient)
+    for rate in [0.5, 0.25, 2]:
+        optimizer.learning_rate = rate
+        before = variable.numpy()
+        optimizer.apply(gradient([1.0]), [variable])
+        np.testing.assert_allclose(before - variable.numpy(), [rate], rtol=1e-6)
+    assert optimizer.traces == 1
+
+
+def test_any_schedule_takes_effect_without_a_trace():
+    class FromPython(keras.optimizers.schedules.LearningRateSchedule):
+        rate = 0.5
+
+        def __call__(self, step):
+            return self.rate if step < 2 else self.rate / 10
+
+    schedule = FromPython()
+    variable = keras.Variable([0.0])
+    optimizer = Counting(schedule, rho=0.0)
+    steps = []
+    for rate in [0.5, 0.25, 0.25]:
+        schedule.rate = rate
+        before = variable.numpy()
+        optimizer.apply(gradient([1.0]), [variable])
+        steps.append(float((before - variable.numpy())[0]))
+    np.testing.assert_allclose(steps, [0.5, 0.25, 0.025], rtol=1e-5)
+    assert optimizer.traces == 1
+
+
+def test_callable_is_called_at_every_step():
+    rates = iter([0.5, 0.25, 1])
+    variable = keras.Variable([0.0])
+    optimizer = Counting(lambda: next(rates), rho=0.0)
+    for rate in [0.5, 0.25, 1]:
+        before = variable.numpy()
+        optimizer.apply(gradient([1.0]), [variable])
+        np.testing.assert_allclose(before - variable.numpy(), [rate], rtol=1e-6)
+    assert optimizer.traces == 1
+
+
+def test_a_schedule_in_place_of_a_number():
+    variable = keras.Variable([0.0])
+    optimizer = RMSprop(0.5, rho=0.0)
+    optimizer.apply(gradient([1.0]), [variable])
+    optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+    optimizer.apply(gradient([1.0]), [variable])  # iteration 1: 0.1 * 0.5
+    np.testing.assert_allclose(variable.numpy(), [-0.55], rtol=1e-5)
+
+
+def test_a_hyperparameter_assigned_later_takes_effect():
+    variable = keras.Variable([0.0])
+    optimizer = RMSprop(1.0, rho=0.0)
+    optimizer.apply(gradient([1.0]), [variable])
+    optimizer.epsilon = 3.0
+    optimizer.apply(gradient([1.0]), [variable])
+    np.testing.assert_allclose(variable.numpy(), [-1.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9, "global_clipnorm": 1.0, "weight_decay": 0.1}]
+)
+def test_compiled_and_plain_agree(options):
+    plain = train(RMSprop(**options, jit_compile=False))
+    assert_close(train(RMSprop(**options)), plain, 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "clipnorm": 1.0}])
+def test_a_cluster_in_a_graph_agrees(options):
+    plain = train(RMSprop(**options, jit_compile=False), way="tf.function")
+    cluster = RMSprop(**options, jit_compile=True)
+    assert_close(train(cluster, way="tf.function"), plain, 1e-6)
+
+
+def test_direct_and_public_calls_agree(monkeypatch):
+    direct = train(RMSprop(momentum=0.9))
+    calls = []
+    monkeypatch.setattr(compiled._Program, "_call_inner", lambda *_: calls.append(1))
+    assert_close(train(RMSprop(momentum=0.9)), direct, 0)
+    assert len(calls) == 20
+
+
+def test_fit_of_a_large_model_holds_one_xla_cluster_and_small_ones_none():
+    def clusters(size, **options):
+        variable = keras.Variable(np.zeros(size, "float32"))
+        optimizer = RMSprop(**options)
+        optimizer.build([variable])
+        step = tf.function(lambda g: optimizer.apply([g]), autograph=False)
+        graph = step.get_concrete_function(tf.TensorSpec(size)).graph
+        return sum("Call" in op.type for op in graph.get_operations())
+
+    assert clusters(compiled.LARGE) == 1
+    assert clusters(compiled.LARGE - 1) == 0
+    assert clusters(3, jit_compile=True) == 1
+    assert clusters(compiled.LARGE, jit_compile=False) == 0
+
+
+def test_changed_learning_rate_in_fit():
+    variable_of = lambda m: m.trainable_variables[0].numpy().item()  # noqa: E731
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.compile(RMSprop(0.5, rho=0.0), loss=lambda y, p: p)  # the gradient is x = 1
+    x = np.ones((1, 1), "float32")
+    for rate in [0.5, 0.25]:
+        model.optimizer.learning_rate = rate
+        before = variable_of(model)
+        model.fit(x, x, verbose=0)
+        assert before - variable_of(model) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_fit_equals_the_built_in(jit_compile, run_eagerly):
+    if jit_compile and run_eagerly:
+        pytest.skip("Keras refuses the two together")
+
+    def losses(optimizer):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(1)]
+        )
+        model.compile(
+            optimizer, "mse", jit_compile=jit_compile, run_eagerly=run_eagerly
+        )
+        x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+        history = model.fit(x, x[:, :1] ** 2, epochs=3, batch_size=16, verbose=0)
+        return [np.array(history.history["loss"]), *model.get_weights()]
+
+    options = {"learning_rate": 0.01, "momentum": 0.5, "clipnorm": 1.0}
+    expected = losses(keras.optimizers.RMSprop(**options))
+    assert_close(losses(RMSprop(**options)), expected, 1e-4)
+
+
+def test_partially_trainable_model_in_a_custom_loop():
+    model = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(1)]
+    )
+    model.layers[0].trainable = False
+    frozen = model.layers[0].kernel.numpy()
+    optimizer = RMSprop(0.01)
+    x = tf.constant(arrays([(8, 2)])[0])
+    losses = []
+    for _ in range(30):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - 1) ** 2)
+        variables = model.trainable_variables
+        optimizer.apply_gradients(
+            zip(tape.gradient(loss, variables), variables, strict=True)
+        )
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_array_equal(model.layers[0].kernel.numpy(), frozen)
+
+
+def test_step_inside_a_persistent_tape():
+    variable = keras.Variable([2.0])
+    with tf.GradientTape(persistent=True) as tape:
+        loss = variable.value**2
+        RMSprop(0.1).apply([tape.gradient(loss, variable.value)], [variable])
+        second = variable.value**3
+    np.testing.assert_allclose(
+        tape.gradient(second, variable.value), 3 * variable.numpy() ** 2, rtol=1e-6
+    )
+
+
+def test_functions_run_eagerly_for_debugging():
+    expected = train(RMSprop(), steps=3)
+    tf.config.run_functions_eagerly(True)
+    try:
+        optimizer = Counting()
+        assert_close(train(optimizer, steps=3), expected, 1e-6)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert optimizer.traces == 3 * len(SHAPES)

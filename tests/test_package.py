@@ -1,0 +1,107 @@
+"""The package as its users get it: the wheel, other backends, the files' order."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import keras_rmsprop
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(program, *, executable=sys.executable, cwd=None, **environment):
+    """Run a program in a process of its own and return what it prints."""
+    result = subprocess.run(
+        [str(executable), "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+def test_jax_backend_trains_without_tensorflow():
+    out = python(
+        """
+        import sys
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+
+        def losses(optimizer):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            model.compile(optimizer, "mse")
+            x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+            return model.fit(x, x[:, :2], epochs=3, verbose=0).history["loss"]
+
+        options = {"momentum": 0.9, "centered": True, "weight_decay": 0.01}
+        ours = losses(RMSprop(0.01, **options))
+        theirs = losses(keras.optimizers.RMSprop(0.01, **options))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        assert "tensorflow" not in sys.modules
+        print(keras.backend.backend(), ours[-1] < ours[0])
+        """,
+        KERAS_BACKEND="jax",
+    )
+    assert out == "jax True"
+
+
+@pytest.mark.slow
+def test_wheel_installs_into_an_empty_environment(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "keras_rmsprop/py.typed" in names
+    assert not [n for n in names if n.startswith(("tests", "examples", "benchmarks"))]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    interpreter = tmp_path / "env/bin/python"
+    pip = [interpreter, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", wheel], check=True)
+    out = python(
+        """
+        import keras, keras_rmsprop
+        optimizer = keras_rmsprop.RMSprop(0.1)
+        weight = keras.Variable([1.0])
+        optimizer.apply([[2.0]], [weight])
+        print(keras_rmsprop.__version__, round(weight.numpy().item(), 4))
+        """,
+        executable=interpreter,
+        cwd=tmp_path,
+    )
+    assert out == f"{keras_rmsprop.__version__} 0.6838"
+
+
+def test_changelog_names_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## {re.escape(keras_rmsprop.__version__)}\b", changelog, re.M)
+
+
+def test_arrows_run_one_way():
+    def imports(path):
+        return {
+            node.module if isinstance(node, ast.ImportFrom) else name.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in node.names
+        }
+
+    package = ROOT / "keras_rmsprop"
+    rule = imports(package / "rule.py")
+    assert not [n for n in rule if n.startswith(("keras_rmsprop", "tensorflow"))]
+    for path in package.rglob("*.py"):
+        assert "keras_rmsprop.reference" not in imports(path)
+    for path in (package / "tensorflow").glob("*.py"):
+        assert "keras_rmsprop.rmsprop" not in imports(path)
