@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# make train EPOCHS=2 LEARNING_RATE=0.01 ... : each is an option of the program.
-OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM CENTERED SEED DATA OUTPUT
+# make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
+OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM SEED DATA OUTPUT
 given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
-FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option)))
+FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
 .PHONY: help train test test-slow lint examples wheel clean
 

@@ -64,10 +64,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name in OPTIMIZERS:
                 command = [sys.executable, __file__, "--measure", name, set_name]
-                out = subprocess.run(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
-                )
-                times[name].append(float(out.stdout))
+                out = subprocess.check_output(command, stderr=subprocess.DEVNULL)
+                times[name].append(float(out))
         ours, theirs = (statistics.median(times[name]) for name in OPTIMIZERS)
         ratios = [b / a for a, b in zip(*times.values(), strict=True)]
         print(

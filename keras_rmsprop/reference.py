@@ -47,13 +47,13 @@ def step(
         >>> state["v"]
         array([0.0625, 0.0625])
     """
-    w, g = np.float64(theta), np.float64(gradient)
+    w, g = np.asarray(theta, np.float64), np.asarray(gradient, np.float64)
     state["v"] = beta * state.get("v", 0.0) + (1 - beta) * g**2
     state["mean"] = beta * state.get("mean", 0.0) + (1 - beta) * g
     spread = state["v"] - state["mean"] ** 2 if centered else state["v"]
     update = alpha * g / np.sqrt(spread + epsilon)
     state["m"] = momentum * state.get("m", 0.0) + update
-    return w - state["m"]
+    return np.asarray(w - state["m"])
 
 
 def minimize(
@@ -75,7 +75,7 @@ def minimize(
         array([0.])
     """
     state: dict[str, Any] = {}
-    theta = np.float64(theta)
+    w = np.asarray(theta, np.float64)
     for _ in range(iterations):
-        theta = step(theta, gradient(theta), state, **hyperparameters)
-    return theta
+        w = step(w, gradient(w), state, **hyperparameters)
+    return w

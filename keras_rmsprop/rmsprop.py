@@ -1,10 +1,9 @@
 """The optimizer: its arguments, slots, configuration and saving."""
 
-import contextlib
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,11 +12,16 @@ from keras import ops
 from keras_rmsprop import rule
 
 if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop.tensorflow import compiled
+    from keras_rmsprop.tensorflow import rows
+    from keras_rmsprop.tensorflow.optimizer import TensorFlowOptimizer
+
+    Optimizer: Any = TensorFlowOptimizer
+else:
+    Optimizer = keras.optimizers.Optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
-class RMSprop(keras.optimizers.Optimizer):
+class RMSprop(Optimizer):
     r"""RMSprop: gradients divided by the root of their recent mean square.
 
     A drop-in for `keras.optimizers.RMSprop`, whose positional arguments, defaults,
@@ -72,6 +76,11 @@ class RMSprop(keras.optimizers.Optimizer):
         gradient_accumulation_steps: Integer >= 2 or `None`: updates happen every so
             many calls, with the mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
+        sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
+            (of an embedding) does: `"exact"` gives the result of the same dense
+            gradient, at the cost of its rows where silent rows stay (no momentum, no
+            weight decay of that variable, no EMA, no accumulation). `"lazy"` updates
+            its rows only, whatever the options. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether XLA compiles the step:
             `"auto"` where that is faster (every eager step, and inside a `tf.function`
             the step of a model with large variables), `True` always, `False` never.
@@ -104,7 +113,6 @@ class RMSprop(keras.optimizers.Optimizer):
           slide 29; `centered` is from [Graves, 2013](https://arxiv.org/abs/1308.0850).
     """
 
-    _fixed_learning_rate: Any = None
     _slots_being_added = False
 
     def __init__(
@@ -125,6 +133,7 @@ class RMSprop(keras.optimizers.Optimizer):
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
         *,
+        sparse_update: str = "exact",
         jit_compile: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -162,14 +171,18 @@ class RMSprop(keras.optimizers.Optimizer):
             "epsilon", epsilon, lambda x: 0 < x < math.inf, "finite and > 0"
         )
         self.centered = centered
+        if sparse_update not in ("exact", "lazy"):
+            raise ValueError(
+                '`sparse_update` must be "exact" or "lazy". '
+                f"Received: sparse_update={sparse_update!r}"
+            )
+        self.sparse_update = sparse_update
         if jit_compile not in ("auto", True, False):
             raise ValueError(
                 '`jit_compile` must be "auto", True or False. '
                 f"Received: jit_compile={jit_compile!r}"
             )
         self.jit_compile = jit_compile
-        if keras.backend.backend() == "tensorflow":
-            self._programs = compiled.Programs()
 
     def build(self, variables: list[Any]) -> None:
         """Create the slots of `variables`: `velocity` and, where used, the others.
@@ -207,24 +220,6 @@ class RMSprop(keras.optimizers.Optimizer):
             dtype = keras.backend.result_type(dtype, "float32")
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
-    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Update the variables, one step down their gradients.
-
-        Args:
-            grads: One gradient for each variable, of its shape; `None` leaves the
-                variable as it is. A `tf.IndexedSlices` counts as the dense gradient
-                that it stands for: repeated rows are summed first.
-            trainable_variables: The variables. Not needed once the optimizer is
-                built; then they are those it was built with, in that order.
-
-        Raises:
-            ValueError: The gradients do not fit the variables, or all are `None`.
-        """
-        if keras.backend.backend() == "tensorflow":
-            compiled.apply(self, super().apply, grads, trainable_variables)
-        else:
-            super().apply(grads, trainable_variables)
-
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its slots by `rule.step`.
 
@@ -240,43 +235,35 @@ class RMSprop(keras.optimizers.Optimizer):
             self._average_gradients[i] if self.centered else None,
         )
         dtype = slots.velocity.dtype
-        update, values = rule.step(
-            ops.cast(gradient, dtype),
-            slots,
-            ops.cast(learning_rate, dtype),
-            rho=self.rho,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-        )
-        for slot, value in zip(slots, values, strict=True):
+
+        def step(slots: rule.Slots) -> tuple[Any, rule.Slots]:
+            return rule.step(
+                ops.cast(gradient, dtype),
+                slots,
+                ops.cast(learning_rate, dtype),
+                rho=self.rho,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+            )
+
+        if keras.backend.backend() == "tensorflow" and i in self._clocks:
+            ids = self._ids.get(i)
+            rows.update(variable, slots, self._clocks[i], ids, self.rho, step)
+            return
+        taken, new = step(slots)
+        for slot, value in zip(slots, new, strict=True):
             if slot is not None:
                 self.assign(slot, value)
-        self.assign_sub(variable, update)
+        self.assign_sub(variable, taken)
 
     @property
     def learning_rate(self) -> Any:
-        """The current learning rate: a number can be assigned at any time."""
-        if self._fixed_learning_rate is not None:
-            return self._fixed_learning_rate
+        """The learning rate of the moment; a number can be assigned at any time."""
         return super().learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        base = keras.optimizers.Optimizer.learning_rate
-        base.fset(self, _checked_learning_rate(learning_rate))
-
-    @contextlib.contextmanager
-    def fixed_learning_rate(self, value: Any) -> Iterator[None]:
-        """Within this context `learning_rate` is `value`, unless that is `None`.
-
-        Args:
-            value: The learning rate, a scalar tensor: the argument of a traced step.
-        """
-        self._fixed_learning_rate = value
-        try:
-            yield
-        finally:
-            self._fixed_learning_rate = None
+        Optimizer.learning_rate.fset(self, _checked_learning_rate(learning_rate))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make an equal optimizer, without its state."""
@@ -285,6 +272,7 @@ class RMSprop(keras.optimizers.Optimizer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "centered": self.centered,
+            "sparse_update": self.sparse_update,
             "jit_compile": self.jit_compile,
         }
 

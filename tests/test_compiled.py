@@ -8,6 +8,7 @@ from stepping import SHAPES, arrays, assert_close, train
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.tensorflow import compiled
+from keras_rmsprop.tensorflow.optimizer import LARGE
 
 
 class Counting(RMSprop):
@@ -136,10 +137,10 @@ def test_fit_of_a_large_model_holds_one_xla_cluster_and_small_ones_none():
         graph = step.get_concrete_function(tf.TensorSpec(size)).graph
         return sum("Call" in op.type for op in graph.get_operations())
 
-    assert clusters(compiled.LARGE) == 1
-    assert clusters(compiled.LARGE - 1) == 0
+    assert clusters(LARGE) == 1
+    assert clusters(LARGE - 1) == 0
     assert clusters(3, jit_compile=True) == 1
-    assert clusters(compiled.LARGE, jit_compile=False) == 0
+    assert clusters(LARGE, jit_compile=False) == 0
 
 
 def test_changed_learning_rate_in_fit():

