@@ -23,6 +23,7 @@ def step(
     epsilon: float = 1e-8,
     momentum: float = 0.0,
     centered: bool = False,
+    nesterov: bool = False,
 ) -> Array:
     """Return theta after one RMSprop step; `state` starts as `{}` and is updated.
 
@@ -38,6 +39,7 @@ def step(
         epsilon: Keeps the root away from zero.
         momentum: Decay rate of the sum of past updates.
         centered: Divide by the root of the variance, v - (average gradient)^2.
+        nesterov: Take the step that the sum of updates would take next.
 
     Example:
         >>> state = {}
@@ -53,7 +55,7 @@ def step(
     spread = state["v"] - state["mean"] ** 2 if centered else state["v"]
     update = alpha * g / np.sqrt(spread + epsilon)
     state["m"] = momentum * state.get("m", 0.0) + update
-    return np.asarray(w - state["m"])
+    return np.asarray(w - (momentum * state["m"] + update if nesterov else state["m"]))
 
 
 def minimize(

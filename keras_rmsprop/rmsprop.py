@@ -76,6 +76,8 @@ class RMSprop(Optimizer):
         gradient_accumulation_steps: Integer >= 2 or `None`: updates happen every so
             many calls, with the mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
+        nesterov: Whether momentum looks one step ahead: $w \leftarrow w - (\mu m + u)$
+            where $u$ is what this step added to $m$. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
@@ -133,6 +135,7 @@ class RMSprop(Optimizer):
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
         *,
+        nesterov: bool = False,
         sparse_update: str = "exact",
         jit_compile: bool | str = "auto",
         **kwargs: Any,
@@ -171,6 +174,7 @@ class RMSprop(Optimizer):
             "epsilon", epsilon, lambda x: 0 < x < math.inf, "finite and > 0"
         )
         self.centered = centered
+        self.nesterov = nesterov
         if sparse_update not in ("exact", "lazy"):
             raise ValueError(
                 '`sparse_update` must be "exact" or "lazy". '
@@ -244,6 +248,7 @@ class RMSprop(Optimizer):
                 rho=self.rho,
                 momentum=self.momentum,
                 epsilon=self.epsilon,
+                nesterov=self.nesterov,
             )
 
         if keras.backend.backend() == "tensorflow" and i in self._clocks:
@@ -272,6 +277,7 @@ class RMSprop(Optimizer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "centered": self.centered,
+            "nesterov": self.nesterov,
             "sparse_update": self.sparse_update,
             "jit_compile": self.jit_compile,
         }

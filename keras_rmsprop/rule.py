@@ -35,6 +35,7 @@ def step(
     rho: float,
     momentum: float,
     epsilon: float,
+    nesterov: bool,
 ) -> tuple[Tensor, Slots]:
     """Return what to take from the weights w for gradient g, and the new slots.
 
@@ -42,7 +43,8 @@ def step(
     a <- rho * a + (1 - rho) * g                        (centered)
     u  = lr * g / sqrt(v [- a^2] + epsilon)
     m <- momentum * m + u                               (with momentum)
-    w <- w - u, or w - m with momentum: done by the caller
+    w <- w - u, with momentum w - m, with Nesterov's w - (momentum * m + u):
+                                                        done by the caller
 
     Args:
         g: Gradient, of the slots' shape and dtype.
@@ -51,6 +53,7 @@ def step(
         rho: Decay rate of v and a.
         momentum: Decay rate of m.
         epsilon: Keeps the root away from zero.
+        nesterov: Whether momentum looks one step ahead.
     """
     v, m, a = slots
     v = rho * v + (1 - rho) * ops.square(g)
@@ -61,5 +64,6 @@ def step(
         variance = ops.maximum(v - ops.square(a), 0)
     u = lr * g / ops.sqrt(variance + epsilon)
     if m is not None:
-        u = m = momentum * m + u
+        m = momentum * m + u
+        u = momentum * m + u if nesterov else m
     return u, Slots(v, m, a)

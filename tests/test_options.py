@@ -68,12 +68,15 @@ def test_equals_the_built_in(options, dtype):
     assert_close(train(plain, dtype=dtype), expected, RTOL[dtype])
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_equals_the_reference(momentum, centered):
-    options = {"momentum": momentum, "epsilon": 1e-3, "centered": centered}
+@pytest.mark.parametrize(
+    "momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=repr
+)
+def test_equals_the_reference(momentum, centered, way):
+    options = {"epsilon": 1e-3, "centered": centered} | momentum
     optimizer = RMSprop(0.01, **options)
-    weights, _ = train(optimizer, dtype="float64")
+    weights, _ = train(optimizer, dtype="float64", way=way)
     expected, states = arrays(dtype="float64"), [{} for _ in SHAPES]
     alpha = float(optimizer.learning_rate.numpy())  # 0.01 in float32
     for seed in range(1, 21):

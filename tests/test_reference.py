@@ -36,6 +36,13 @@ def test_momentum_and_centered_by_hand():
     assert theta == pytest.approx(0.8 - 0.18, rel=1e-15)
 
 
+def test_nesterov_by_hand():
+    # u = 0.1 * 1 / 1 = 0.1, m = 0.1, and the step is 0.5 * 0.1 + 0.1.
+    options = {"alpha": 0.1, "beta": 0.0, "epsilon": 0.0, "momentum": 0.5}
+    theta = reference.step(1.0, 1.0, {}, nesterov=True, **options)
+    assert theta == pytest.approx(0.85, rel=1e-15)
+
+
 def test_minimize_finds_the_minimum():
     target = np.array([3.0, -1.0])
     theta = reference.minimize(lambda t: 2 * (t - target), [0.0, 0.0], 2000, alpha=0.01)

@@ -168,6 +168,17 @@ def test_fit_equals_the_one_hot_dense_model(jit_compile, shared):
     assert_close(model.get_weights(), twin.get_weights(), 1e-4)
 
 
+@pytest.mark.parametrize("sparse_update", ["exact", "lazy"])
+def test_nesterov_equals_dense(sparse_update):
+    rng = np.random.default_rng(0)
+    # Lazy is exact where all rows have gradients.
+    steps = [(np.arange(20) % 10, rng.normal(size=(20, 3))) for _ in range(6)]
+    options = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}
+    dense = train(RMSprop(**options), steps, (10, 3), sparse=False)
+    sparse = RMSprop(**options, sparse_update=sparse_update)
+    assert_close(train(sparse, steps, (10, 3), sparse=True), dense, 1e-5)
+
+
 def test_the_built_in_is_wrong_for_repeated_tokens():
     # The day Keras mends it this fails, and the documentation is to change.
     tokens, y = tokens_and_targets()

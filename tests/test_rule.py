@@ -9,7 +9,7 @@ from stepping import assert_close
 
 from keras_rmsprop import reference, rule
 
-OPTIONS = {"rho": 0.9, "momentum": 0.0, "epsilon": 1e-7}
+OPTIONS = {"rho": 0.9, "momentum": 0.0, "epsilon": 1e-7, "nesterov": False}
 
 
 def run(gradients, dtype, *, lr=0.01, centered=False, **options):
@@ -39,6 +39,7 @@ def run_reference(gradients, *, lr=0.01, centered=False, **options):
             beta=options["rho"],
             epsilon=options["epsilon"],
             momentum=options["momentum"],
+            nesterov=options["nesterov"],
             centered=centered,
         )
         updates.append(-theta)
@@ -54,6 +55,7 @@ def run_reference(gradients, *, lr=0.01, centered=False, **options):
     rho=st.floats(0, 0.99),
     momentum=st.sampled_from([0.0, 0.5, 0.99]),
     epsilon=st.sampled_from([1e-7, 1e-3, 1.0]),
+    nesterov=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_equals_the_reference(shape, dtype, steps, scale, lr, seed, **options):
@@ -80,6 +82,7 @@ def test_centered_equals_the_reference(steps, rho, momentum, seed):
     gradients = [rng.normal(size=(7,)) for _ in range(steps)]
     # With epsilon 1e-2 the rounding in v - a^2 stays small beside what it is added to.
     options = {"rho": rho, "momentum": momentum, "epsilon": 1e-2, "centered": True}
+    options["nesterov"] = bool(seed % 2)
     assert_close(
         [run(gradients, "float64", **options)],
         [run_reference(gradients, **options)],

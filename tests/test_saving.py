@@ -40,7 +40,7 @@ def assert_same_state(model, expected):
 
 
 def hyperparameters(optimizer):
-    ours = ("name", "sparse_update", "jit_compile")
+    ours = ("name", "nesterov", "sparse_update", "jit_compile")
     return {k: v for k, v in optimizer.get_config().items() if k not in ours}
 
 

@@ -77,6 +77,7 @@ _baked_in = operator.attrgetter(
     "ema_overwrite_frequency",
     "loss_scale_factor",
     "gradient_accumulation_steps",
+    "nesterov",
     "sparse_update",
 )
 """What a trace holds as constants; the learning rate is not among them."""

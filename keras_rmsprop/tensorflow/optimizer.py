@@ -90,7 +90,7 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             if isinstance(gradient, tf.IndexedSlices):
                 checks.append(rows.check(gradient, variable))
                 if self._rows_suffice(variable):
-                    grads[i], ids = rows.distinct(gradient)
+                    grads[i], ids = rows.distinct(gradient, variable)
                     self._ids[self._get_variable_index(variable)] = ids
                 else:
                     grads[i] = rows.dense(gradient, variable)

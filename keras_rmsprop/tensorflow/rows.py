@@ -51,15 +51,26 @@ def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:
     )
 
 
-def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
+def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
     """Return the gradients of the rows that have one, and these rows' indices.
 
-    The slices of a row are summed, in float32 at least.
+    The slices of a row are summed, in float32 at least. Under XLA, which wants to know
+    every shape, there are as many rows as slices: those left over are 0, and their
+    index is just outside the table, where XLA writes nothing.
     """
-    ids, slots = tf.unique(gradient.indices)
+    ids, n = gradient.indices, tf.size(gradient.indices)
     dtype = keras.backend.result_type(gradient.values.dtype.name, "float32")
     values = tf.cast(gradient.values, dtype)
-    return tf.math.unsorted_segment_sum(values, slots, tf.size(ids)), ids
+    if not _inside_xla():
+        ids, places = tf.unique(ids)
+        return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
+    order = tf.argsort(ids)
+    ids = tf.gather(ids, order)
+    is_new = tf.concat([tf.zeros([1], tf.bool), ids[1:] != ids[:-1]], 0)[:n]
+    places = tf.cumsum(tf.cast(is_new, tf.int32))
+    sums = tf.math.unsorted_segment_sum(tf.gather(values, order), places, n)
+    outside = tf.fill([n], tf.cast(variable.shape[0], ids.dtype))
+    return sums, tf.tensor_scatter_nd_update(outside, places[:, None], ids)
 
 
 def update(
