@@ -18,17 +18,17 @@ help:  ## say what there is to make
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): once, a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
 	@$(BIN)/python examples/mnist_train.py $(FLAGS)
 
 test: $(READY)  ## the everyday tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY)  ## the long tests that CI also runs
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -43,9 +43,10 @@ class RMSprop(Optimizer):
     than float32, so that averages of float16 and bfloat16 weights do not stall.
 
     On the TensorFlow backend a step taken eagerly - in a notebook or a custom training
-    loop - runs as one XLA program: unscaling, clipping, decay, update and averages. It
-    is traced once for each set of gradients. Whatever the learning rate is, a changed
-    value takes effect with the next step and without a new trace.
+    loop - runs as one XLA program: unscaling, clipping, decay, update and averages (see
+    `jit_compile` for the exceptions). It is traced once for each set of gradients.
+    Whatever the learning rate is, a changed value takes effect with the next step and
+    without a new trace.
 
     Args:
         learning_rate: $\eta$, a number >= 0, a
@@ -81,14 +82,17 @@ class RMSprop(Optimizer):
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
-            weight decay of that variable, no EMA, no accumulation). `"lazy"` updates
-            its rows only, whatever the options. Defaults to `"exact"`.
-        jit_compile: On the TensorFlow backend, whether XLA compiles the step:
-            `"auto"` where that is faster (every eager step, and inside a `tf.function`
-            the step of a model with large variables), `True` always, `False` never.
-            Inside a function that XLA compiles the step is part of that program.
-            Under `tf.distribute` the step is never compiled on its own.
-            Defaults to `"auto"`.
+            weight decay of that variable, no EMA, no accumulation, no
+            `tf.distribute`). Averages of silent rows then stand as they last were,
+            until their turn. `"lazy"` updates the rows only, whatever the options but
+            accumulation and distribution. Defaults to `"exact"`.
+        jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
+            own: `"auto"` where that is faster (an eager step, and in a `tf.function`
+            the step of a model with large variables), `True` in every `tf.function`
+            too, `False` never. Inside a function that XLA compiles the step is part of
+            that program. Steps with sparse gradients, under `tf.distribute` or with
+            variables on several devices are never compiled on their own. `False` is
+            also for constraints that compute outside TensorFlow. Defaults to `"auto"`.
         **kwargs: `lr`, the deprecated spelling of `learning_rate`.
 
     Raises:
@@ -186,7 +190,7 @@ class RMSprop(Optimizer):
                 '`jit_compile` must be "auto", True or False. '
                 f"Received: jit_compile={jit_compile!r}"
             )
-        self.jit_compile = jit_compile
+        self.jit_compile = jit_compile if jit_compile == "auto" else bool(jit_compile)
 
     def build(self, variables: list[Any]) -> None:
         """Create the slots of `variables`: `velocity` and, where used, the others.

@@ -1,4 +1,9 @@
-"""Ways to take the same steps, for the tests to compare."""
+"""What several tests use: steps to compare, and programs in a process of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
 
 import keras
 import numpy as np
@@ -45,3 +50,16 @@ def assert_close(result, expected, rtol):
         # Relative to the size of the array: single elements may cancel to nothing.
         scale = np.abs(want).max(initial=0.0)
         np.testing.assert_allclose(got, want, rtol=0, atol=rtol * scale)
+
+
+def python(program, *, executable=sys.executable, cwd=None, **environment):
+    """Run a program in a process of its own and return what it prints."""
+    result = subprocess.run(
+        [str(executable), "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()

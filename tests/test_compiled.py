@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import SHAPES, arrays, assert_close, train
+from stepping import SHAPES, arrays, assert_close, python, train
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.tensorflow import compiled
@@ -76,7 +76,7 @@ def test_any_schedule_takes_effect_without_a_trace():
     assert optimizer.traces == 1
 
 
-def test_callable_is_called_at_every_step():
+def test_callable_is_called_once_at_every_step():
     rates = iter([0.5, 0.25, 1])
     variable = keras.Variable([0.0])
     optimizer = Counting(lambda: next(rates), rho=0.0)
@@ -85,6 +85,22 @@ def test_callable_is_called_at_every_step():
         optimizer.apply(gradient([1.0]), [variable])
         np.testing.assert_allclose(before - variable.numpy(), [rate], rtol=1e-6)
     assert optimizer.traces == 1
+
+
+def test_callables_may_return_what_they_like():
+    kinds = [
+        0.5,
+        tf.constant(0.5, "float64"),
+        keras.Variable(0.25),
+        keras.Variable(1.0),
+    ]
+    rates = iter(kinds)
+    variable = keras.Variable([0.0])
+    optimizer = RMSprop(lambda: next(rates), rho=0.0)
+    for rate in [0.5, 0.5, 0.25, 1]:
+        before = variable.numpy()
+        optimizer.apply(gradient([1.0]), [variable])
+        np.testing.assert_allclose(before - variable.numpy(), [rate], rtol=1e-6)
 
 
 def test_a_schedule_in_place_of_a_number():
@@ -103,6 +119,30 @@ def test_a_hyperparameter_assigned_later_takes_effect():
     optimizer.epsilon = 3.0
     optimizer.apply(gradient([1.0]), [variable])
     np.testing.assert_allclose(variable.numpy(), [-1.5], rtol=1e-6)
+
+
+def test_an_exclusion_or_a_constraint_set_later_takes_effect():
+    variable = keras.Variable([1.0], name="kernel")
+    optimizer = RMSprop(1.0, weight_decay=0.5)
+    optimizer.apply(gradient([0.0]), [variable])
+    np.testing.assert_allclose(variable.numpy(), [0.5])
+    optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    optimizer.apply(gradient([0.0]), [variable])
+    np.testing.assert_allclose(variable.numpy(), [0.5])
+    variable.constraint = keras.constraints.NonNeg()
+    optimizer.apply(gradient([1.0]), [variable])
+    np.testing.assert_allclose(variable.numpy(), [0.0])
+
+
+def test_the_number_of_programs_is_bounded(monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_PROGRAMS", 3)
+    variable = keras.Variable([1.0])
+    optimizer = RMSprop()
+    optimizer.build([variable])
+    for n in range(5):
+        optimizer.epsilon = 1.0 + n
+        optimizer.apply(gradient([1.0]))
+    assert len(optimizer._programs._programs) == 3
 
 
 @pytest.mark.parametrize(
@@ -219,3 +259,37 @@ def test_functions_run_eagerly_for_debugging():
     finally:
         tf.config.run_functions_eagerly(False)
     assert optimizer.traces == 3 * len(SHAPES)
+
+
+def test_variables_on_other_devices():
+    # In a process of its own: the devices are set before TensorFlow starts.
+    program = """
+        import keras, numpy as np, tensorflow as tf
+        from keras_rmsprop import RMSprop
+        [cpu] = tf.config.list_physical_devices("CPU")
+        two = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, two)
+
+        def run(kind, home, call):
+            with tf.device(home[0]):
+                a = keras.Variable([1.0, 2.0])
+            with tf.device(home[1]):
+                b = keras.Variable([[3.0], [4.0]])
+                optimizer = kind(0.1)
+                optimizer.build([a, b])
+            for dense in [True, False, True]:
+                gradient = tf.constant([[1.0], [0.0]])
+                if not dense and kind is RMSprop:
+                    gradient = tf.IndexedSlices([[1.0]], [0])
+                with tf.device(call):
+                    optimizer.apply([tf.ones(2), gradient], [a, b])
+            return np.concatenate([a.numpy(), b.numpy()[:, 0]])
+
+        for home in ["CPU:0", "CPU:0"], ["CPU:1", "CPU:1"], ["CPU:0", "CPU:1"]:
+            for call in ["CPU:0", "CPU:1"]:
+                ours = run(RMSprop, home, call)
+                theirs = run(keras.optimizers.RMSprop, home, call)
+                np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        print("equal")
+    """
+    assert python(program) == "equal"

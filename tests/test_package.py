@@ -1,32 +1,18 @@
 """The package as its users get it: the wheel, other backends, the files' order."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
+from stepping import python
 
 import keras_rmsprop
 
 ROOT = Path(__file__).parent.parent
-
-
-def python(program, *, executable=sys.executable, cwd=None, **environment):
-    """Run a program in a process of its own and return what it prints."""
-    result = subprocess.run(
-        [str(executable), "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | environment,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout.strip()
 
 
 def test_jax_backend_trains_and_the_import_needs_no_tensorflow():

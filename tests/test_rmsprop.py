@@ -213,6 +213,19 @@ def test_apply_before_build_needs_variables():
         RMSprop().apply([tf.constant([1.0])])
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [np.array, list, tf.constant, tf.Variable, keras.Variable],
+    ids=["numpy", "list", "tensor", "tf.Variable", "keras.Variable"],
+)
+def test_gradients_of_every_kind(kind):
+    variable = keras.Variable([1.0, 1.0])
+    RMSprop(0.1).apply([kind([1.0, -1.0])], [variable])
+    RMSprop(0.1).apply(np.array([[1.0, -1.0]], "float32"), [variable])
+    step = 2 * 0.1 / 0.1**0.5
+    np.testing.assert_allclose(variable.numpy(), [1 - step, 1 + step], rtol=1e-5)
+
+
 def test_no_gradients_are_no_step():
     optimizer = RMSprop()
     optimizer.build([keras.Variable([1.0])])

@@ -1,13 +1,10 @@
 """Hyperparameters and slots survive every way to save them."""
 
-import subprocess
-import sys
-import textwrap
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from stepping import python
 
 from keras_rmsprop import RMSprop
 
@@ -76,18 +73,12 @@ def test_keras_file(tmp_path):
 def test_keras_file_in_a_fresh_process(tmp_path):
     model = trained(RMSprop(**OPTIONS))
     model.save(tmp_path / "m.keras")
-    program = f"""
+    out = python(f"""
         import keras, keras_rmsprop
         model = keras.models.load_model({str(tmp_path / "m.keras")!r})
         print(type(model.optimizer) is keras_rmsprop.RMSprop)
         print(float(sum(abs(v.numpy()).sum() for v in model.optimizer.variables)))
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    """).split()
     assert out[0] == "True"
     total = sum(np.abs(v.numpy()).sum() for v in model.optimizer.variables)
     assert float(out[1]) == pytest.approx(float(total), rel=1e-6)

@@ -14,6 +14,11 @@ Step = Callable[[list[Any], Sequence[Any]], None]
 """Takes a step, given the gradients and the variables."""
 
 
+MOST_PROGRAMS = 64
+"""How many programs an optimizer keeps: an option that changes at every step would
+otherwise fill the memory with traces."""
+
+
 class Programs:
     """The traced steps of one optimizer: one for each set of gradients."""
 
@@ -42,25 +47,37 @@ class Programs:
         # anything in Python: its value of the moment goes in as an argument.
         if not isinstance(learning_rate, keras.Variable):
             tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
-            learning_rate = None
-        key = (
-            _baked_in(optimizer),
-            id(learning_rate),
-            *map(id, variables),
-            *(
-                (g.values.shape[1:], g.dtype, g.indices.dtype)
-                if isinstance(g, tf.IndexedSlices)
-                else (g.shape, g.dtype)
-                for g in grads
-                if g is not None
-            ),
-            *(i for i, g in enumerate(grads) if g is None),
-        )
+        key = _key(optimizer, learning_rate, grads, variables)
         if key not in self._programs:
+            if len(self._programs) == MOST_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
             self._programs[key] = _trace(
-                optimizer, step, grads, variables, learning_rate, tensors
+                optimizer, step, learning_rate, grads, variables, tensors
             )
         self._programs[key](tensors)
+
+
+def _key(
+    optimizer: Any, learning_rate: Any, grads: list[Any], variables: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Return all that a trace holds as constants."""
+    return (
+        _baked_in(optimizer),
+        id(learning_rate)
+        if isinstance(learning_rate, keras.Variable)
+        else getattr(learning_rate, "dtype", None),
+        *optimizer._clocks,
+        *map(id, variables),
+        *(id(v.constraint) for v in variables),
+        *(
+            (g.values.shape[1:], g.dtype, g.indices.dtype)
+            if isinstance(g, tf.IndexedSlices)
+            else g
+            if g is None
+            else (g.shape, g.dtype)
+            for g in grads
+        ),
+    )
 
 
 _baked_in = operator.attrgetter(
@@ -80,7 +97,6 @@ _baked_in = operator.attrgetter(
     "nesterov",
     "sparse_update",
 )
-"""What a trace holds as constants; the learning rate is not among them."""
 
 
 class _Program(NamedTuple):
@@ -90,13 +106,16 @@ class _Program(NamedTuple):
     """The `tf.types.experimental.ConcreteFunction`."""
     captured: list[Any]
     """The handles of the variables that it reads and writes."""
+    device: str | None
+    """Where these variables are, if in one place: XLA runs there and nowhere else."""
     owners: Any
     """The objects whose ids are its key: while it lives, no other gets these ids."""
 
     def __call__(self, tensors: list[Any]) -> None:
         """Run the step on the gradients (and the learning rate)."""
-        if not self._call_inner(tensors):
-            self.concrete(*tensors)
+        with tf.device(self.device):
+            if not self._call_inner(tensors):
+                self.concrete(*tensors)
 
     def _call_inner(self, tensors: list[Any]) -> bool:
         """Call the traced function directly, or return False where that cannot be.
@@ -114,9 +133,9 @@ class _Program(NamedTuple):
 def _trace(
     optimizer: Any,
     step: Step,
+    learning_rate: Any,
     grads: list[Any],
     variables: Sequence[Any],
-    learning_rate: Any,
     tensors: list[Any],
 ) -> _Program:
     """Return the step as a program that takes tensors like these.
@@ -125,7 +144,15 @@ def _trace(
     for each number of them, nor where the variables are on several devices.
     """
     sparse = any(isinstance(g, tf.IndexedSlices) for g in grads)
-    devices = {v.handle.device for v in variables}
+    devices = {v.handle.device for v in [*variables, *optimizer.variables]}
+    specs = []
+    for g in grads:
+        if isinstance(g, tf.IndexedSlices):
+            specs.append(tf.TensorSpec([None, *g.values.shape[1:]], g.dtype))
+            specs.append(tf.TensorSpec([None], g.indices.dtype))
+        elif g is not None:
+            specs.append(tf.TensorSpec(g.shape, g.dtype))
+    specs += [tf.TensorSpec(t.shape, t.dtype) for t in tensors[len(specs) :]]
 
     def body(*tensors: Any) -> None:
         arguments = iter(tensors)
@@ -135,16 +162,16 @@ def _trace(
                 traced.append(tf.IndexedSlices(next(arguments), next(arguments)))
             else:
                 traced.append(g if g is None else next(arguments))
-        with optimizer.fixed_learning_rate(next(arguments, None)):
+        with optimizer._traced_with(next(arguments, learning_rate)):
             step(traced, variables)
-
-    def spec(tensor: Any) -> tf.TensorSpec:
-        rows_vary = sparse and tensor.shape.rank
-        shape = [None, *tensor.shape[1:]] if rows_vary else tensor.shape
-        return tf.TensorSpec(shape, tensor.dtype)
 
     with tf.init_scope():
         concrete = tf.function(
             body, autograph=False, jit_compile=not sparse and len(devices) == 1
-        ).get_concrete_function(*map(spec, tensors))
-    return _Program(concrete, concrete.captured_inputs, (variables, learning_rate))
+        ).get_concrete_function(*specs)
+    return _Program(
+        concrete,
+        concrete.captured_inputs,
+        devices.pop() if len(devices) == 1 else None,
+        (variables, [v.constraint for v in variables], learning_rate),
+    )

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,20 +18,20 @@ LARGE = 2**20
 
 
 class TensorFlowOptimizer(keras.optimizers.Optimizer):
-    """Keras' optimizer on the TensorFlow backend, without a formula.
+    """What RMSprop adds to Keras' optimizer on the TensorFlow backend.
 
-    A subclass has the attributes `jit_compile` and `sparse_update`, says in
-    `silent_rows_stay` where its formula leaves rows alone, and in its `update_step`
-    calls `rows.update` for the variables in `_clocks`.
+    `update_step`, the subclass', calls `rows.update` for the variables in `_clocks`.
     """
 
-    _fixed_learning_rate: Any = None
+    _tracing = False
+    _traced_learning_rate: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._programs = compiled.Programs()
-        self._clocks = rows.ByVariable()
-        self._ids = rows.ByVariable()
+        self._clocks = rows.Clocks(lambda: self._trainable_variables)
+        self._ids = ByVariable()
+        self._dense_elsewhere = ByVariable()
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Update the variables, one step down their gradients.
@@ -46,7 +47,7 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             ValueError: The gradients do not fit the variables, or all are `None`.
         """
         variables = trainable_variables
-        if not grads or (variables is None and not self.built):
+        if len(grads) == 0 or (variables is None and not self.built):
             return super().apply(grads, variables)  # no step, or Keras' own error
         variables = self._trainable_variables if variables is None else list(variables)
         if not self.built:
@@ -60,7 +61,7 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         grads = [_tensor(g, v) for g, v in zip(grads, variables, strict=True)]
         for gradient, variable in zip(grads, variables, strict=True):
             if isinstance(gradient, tf.IndexedSlices) and self._rows_suffice(variable):
-                self._add_clock(self._get_variable_index(variable))
+                self._clocks.make(self._get_variable_index(variable))
         if self._has_program(grads, variables):
             self._programs.run(self, self._step, grads, variables)
         else:
@@ -85,25 +86,40 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
     def _step(self, grads: list[Any], variables: Sequence[Any]) -> None:
         """Take the step as Keras does, sparse gradients as those of their rows."""
         grads, checks = list(grads), []
-        for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
-            _check_shape(gradient, variable)
-            if isinstance(gradient, tf.IndexedSlices):
+        indices = [self._get_variable_index(v) for v in variables]
+        try:
+            for i, (gradient, index) in enumerate(zip(grads, indices, strict=True)):
+                variable = variables[i]
+                _check_shape(gradient, variable)
+                if not isinstance(gradient, tf.IndexedSlices):
+                    if gradient is not None and not self._own_graph():
+                        self._dense_elsewhere[index] = True
+                    continue
                 checks.append(rows.check(gradient, variable))
-                if self._rows_suffice(variable):
-                    grads[i], ids = rows.distinct(gradient, variable)
-                    self._ids[self._get_variable_index(variable)] = ids
+                if self._rows_suffice(variable) and indices.count(index) == 1:
+                    grads[i], self._ids[index] = rows.distinct(gradient, variable)
                 else:
                     grads[i] = rows.dense(gradient, variable)
-        try:
+                    if self.gradient_accumulation_steps:  # in the table's dtype
+                        grads[i] = tf.cast(grads[i], variable.dtype)
             # Nothing is written before all indices are known to be good.
             with tf.control_dependencies(checks):
                 super().apply(grads, variables)
         finally:
             self._ids.clear()
 
+    def _own_graph(self) -> bool:
+        """Whether this step will not be taken again without being asked for here."""
+        return tf.executing_eagerly() or self._tracing
+
     def _rows_suffice(self, variable: Any) -> bool:
         """Whether a step may pass by the rows of a table that have no gradient."""
-        if self.gradient_accumulation_steps or tf.distribute.has_strategy():
+        if (
+            self.gradient_accumulation_steps
+            or tf.distribute.has_strategy()
+            # A graph that updates all rows without a clock would not know of ours.
+            or self._get_variable_index(variable) in self._dense_elsewhere
+        ):
             return False
         return self.sparse_update == "lazy" or not (
             self.momentum
@@ -111,39 +127,24 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             or (self.weight_decay and self._use_weight_decay(variable))
         )
 
-    def _add_clock(self, index: int) -> None:
-        """Give a variable a clock unless it has one."""
-        if index in self._clocks:
-            return
-        variable = self._trainable_variables[index]
-        name = getattr(variable, "path", variable.name).replace("/", "_")
-        with tf.init_scope():
-            self._clocks[index] = rows.Clock(
-                self.add_variable((), dtype="int32", name=f"{name}_updates"),
-                self.add_variable(
-                    variable.shape[:1], dtype="int32", name=f"{name}_last_update"
-                ),
-            )
-
-    @property
-    def learning_rate(self) -> Any:
-        """The learning rate of the moment; in a traced step, its argument."""
-        if self._fixed_learning_rate is not None:
-            return self._fixed_learning_rate
-        return super().learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+    def _get_current_learning_rate(self) -> Any:
+        if self._traced_learning_rate is not None:
+            return self._traced_learning_rate
+        return super()._get_current_learning_rate()
 
     @contextlib.contextmanager
-    def fixed_learning_rate(self, value: Any) -> Iterator[None]:
-        """Within this context `learning_rate` is `value`, unless that is `None`."""
-        self._fixed_learning_rate = value
+    def _traced_with(self, learning_rate: Any) -> Iterator[None]:
+        """Within this context a program is traced, with this as its learning rate."""
+        self._tracing, self._traced_learning_rate = True, learning_rate
         try:
             yield
         finally:
-            self._fixed_learning_rate = None
+            self._tracing, self._traced_learning_rate = False, None
+
+    def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
+        """See `keras.optimizers.Optimizer`; programs traced before are dropped."""
+        super().exclude_from_weight_decay(*args, **kwargs)
+        self._programs = compiled.Programs()
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         whole = [v for v in variables if self._get_variable_index(v) not in self._ids]
@@ -158,13 +159,15 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         self, trainable_variables: Sequence[Any]
     ) -> None:
         averages = self._model_variables_moving_average
-        tables = {index: averages[index] for index in self._ids}
-        for index in tables:
-            averages[index] = None  # Keras passes these by
-        super()._update_model_variables_moving_average(trainable_variables)
-        for index, average in tables.items():
-            averages[index] = average
-            variable, ids = trainable_variables[index], self._ids[index]
+        others = [None if i in self._ids else a for i, a in enumerate(averages)]
+        # Past the trackers of Keras and TensorFlow, which would take it for state.
+        object.__setattr__(self, "_model_variables_moving_average", others)
+        try:
+            super()._update_model_variables_moving_average(trainable_variables)
+        finally:
+            object.__setattr__(self, "_model_variables_moving_average", averages)
+        for index, ids in self._ids.items():
+            average, variable = averages[index], trainable_variables[index]
             # The first step starts the average of all rows; see Keras' formula.
             tf.cond(
                 tf.equal(self.iterations, 0),
@@ -173,27 +176,31 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             )
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the state, and which variables the clocks belong to."""
+        """Save the state, and the clocks under names of their own."""
         super().save_own_variables(store)
-        if self._clocks:
-            store["clocks"] = np.array(list(self._clocks))
+        for index in self._clocks:
+            store[f"clock_{index}_updates"] = self._clocks[index].updates.numpy()
+            store[f"clock_{index}_last"] = self._clocks[index].last.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Load the state, creating the clocks that it has."""
+        """Load the state; a table without a clock in it has no silent rows."""
         state = {key: store[key] for key in store.keys()}  # noqa: SIM118
-        saved = [int(index) for index in state.pop("clocks", [])]
-        for index in saved if self.built else []:
-            self._add_clock(index)
-        # The clocks come last, two variables each, in the order they were made in.
-        first = len(state) - 2 * len(saved)
-        values = {str(i): state[str(i)] for i in range(first)}
-        for index, clock in self._clocks.items():
-            for j, variable in enumerate(clock):
-                place = first + 2 * saved.index(index) + j if index in saved else None
-                values[str(len(values))] = (
-                    np.zeros(variable.shape) if place is None else state[str(place)]
-                )
-        super().load_own_variables(values)
+        clocks = {k: state.pop(k) for k in list(state) if k.startswith("clock_")}
+        super().load_own_variables(state)
+        if len(state) != len(self.variables):
+            return  # Keras has warned and loaded nothing
+        for index in {*self._clocks, *(int(k.split("_")[1]) for k in clocks)}:
+            clock = self._clocks.make(index)
+            zeros = np.zeros(clock.last.shape)
+            clock.updates.assign(clocks.get(f"clock_{index}_updates", 0))
+            clock.last.assign(clocks.get(f"clock_{index}_last", zeros))
+
+
+class ByVariable(UserDict[int, Any]):
+    """Something for some of an optimizer's variables, by their index.
+
+    Keras and TensorFlow would track a dict, and write what it holds to checkpoints.
+    """
 
 
 def _tensor(gradient: Any, variable: Any) -> Any:
@@ -203,7 +210,7 @@ def _tensor(gradient: Any, variable: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         values = _tensor(gradient.values, variable)
         return tf.IndexedSlices(values, tf.convert_to_tensor(gradient.indices))
-    return keras.ops.convert_to_tensor(gradient, variable.dtype)
+    return tf.convert_to_tensor(keras.ops.convert_to_tensor(gradient, variable.dtype))
 
 
 def _check_shape(gradient: Any, variable: Any) -> None:

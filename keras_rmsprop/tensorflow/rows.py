@@ -9,9 +9,8 @@ So a row that was silent for n updates needs v <- rho^n * v before its turn, and
 in between. The `Clock` of a table knows n.
 """
 
-from collections import UserDict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -19,21 +18,59 @@ import tensorflow as tf
 from keras_rmsprop.rule import Slots
 
 
-class Clock(NamedTuple):
-    """When each row of a table was last updated, counted in updates of that table."""
+class Clock(tf.Module):
+    """When each row of a table was last updated, counted in updates of that table.
 
-    updates: Any
-    """int32 scalar: the updates so far."""
-    last: Any
-    """int32, one a row: the update after which its averages are as they stand."""
-
-
-class ByVariable(UserDict[int, Any]):
-    """Something for some of an optimizer's variables, by their index.
-
-    Keras and TensorFlow follow the dicts among an optimizer's attributes; this they do
-    not know, and it holds only what they know already or shall not know.
+    Attributes:
+        updates: int32 scalar, the updates so far.
+        last: int32, one a row, the update after which its averages are as they stand.
     """
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        with tf.init_scope(), tf.device(table.handle.device):
+            self.updates = tf.Variable(0, dtype=tf.int32, trainable=False)
+            self.last = tf.Variable(
+                tf.zeros(table.shape[:1], tf.int32), trainable=False
+            )
+
+
+class Clocks(tf.Module):
+    """The clocks of an optimizer's tables, by the index of the variable.
+
+    Checkpoints find a clock by that index. Keras does not count it among the
+    optimizer's variables, which thus stay those of the built-in.
+    """
+
+    def __init__(self, tables: Callable[[], Sequence[Any]]) -> None:
+        super().__init__()
+        self._tables = tables
+        self._being_made = False
+
+    def __contains__(self, index: int) -> bool:
+        return f"table_{index}" in vars(self)
+
+    def __getitem__(self, index: int) -> Clock:
+        return getattr(self, f"table_{index}")
+
+    def make(self, index: int) -> Clock:
+        """Return the clock of this table, a new one where it has none."""
+        if index not in self:
+            self._being_made = True
+            setattr(self, f"table_{index}", Clock(self._tables()[index]))
+            self._being_made = False
+        return self[index]
+
+    def __iter__(self) -> Iterator[int]:
+        names = (name for name in vars(self) if name.startswith("table_"))
+        return (int(name.removeprefix("table_")) for name in names)
+
+    def _lookup_dependency(self, name: str, *args: Any) -> Any:
+        # This is how a checkpoint finds what to restore; it finds new clocks, too.
+        is_clock = name.startswith("table_") and not self._being_made
+        if is_clock and self._tables():
+            return self.make(int(name.removeprefix("table_")))
+        return super()._lookup_dependency(name, *args)
 
 
 def check(gradient: tf.IndexedSlices, variable: Any) -> Any:
@@ -45,10 +82,15 @@ def check(gradient: tf.IndexedSlices, variable: Any) -> Any:
 
 
 def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:
-    """Return the dense gradient that the slices stand for."""
+    """Return the dense gradient that the slices stand for, in float32 at least."""
     return tf.math.unsorted_segment_sum(
-        gradient.values, gradient.indices, variable.shape[0]
+        _values(gradient), gradient.indices, variable.shape[0]
     )
+
+
+def _values(gradient: tf.IndexedSlices) -> Any:
+    dtype = keras.backend.result_type(gradient.values.dtype.name, "float32")
+    return tf.cast(gradient.values, dtype)
 
 
 def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
@@ -58,9 +100,7 @@ def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
     every shape, there are as many rows as slices: those left over are 0, and their
     index is just outside the table, where XLA writes nothing.
     """
-    ids, n = gradient.indices, tf.size(gradient.indices)
-    dtype = keras.backend.result_type(gradient.values.dtype.name, "float32")
-    values = tf.cast(gradient.values, dtype)
+    values, ids, n = _values(gradient), gradient.indices, tf.size(gradient.indices)
     if not _inside_xla():
         ids, places = tf.unique(ids)
         return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
@@ -92,7 +132,7 @@ def update(
         step: Function from the slots of the rows before the update to what it takes
             from their weights, and their slots after it.
     """
-    silence = clock.updates.value - read(clock.last, ids)
+    silence = clock.updates - read(clock.last, ids)
     v, m, a = (None if s is None else read(s, ids) for s in slots)
     # The power of the rho that dense arithmetic would multiply by, again and again.
     dtype, rank = slots.velocity.dtype, len(slots.velocity.shape)
@@ -104,8 +144,8 @@ def update(
         if slot is not None:
             write(slot, value, ids)
     subtract(variable, taken, ids)
-    now = clock.updates.value.assign_add(1)
-    write(clock.last, tf.fill(tf.shape(silence), tf.convert_to_tensor(now)), ids)
+    now = tf.convert_to_tensor(clock.updates.assign_add(1))
+    write(clock.last, tf.fill(tf.shape(silence), now), ids)
 
 
 def read(variable: Any, ids: Any) -> Any:
