@@ -38,6 +38,7 @@ lint: $(READY)  ## ruff and mypy
 examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/regression.py
 	$(BIN)/python examples/linear_regression.py
+	$(BIN)/python examples/text_classifier.py
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -82,10 +82,11 @@ def test_notebook_runs(notebook):
     assert [kinds - {"stderr"} for kinds in outputs(notebook)] == stored
 
 
-def test_outputs_in_the_docs_are_true():
-    text = (EXAMPLES.parent / "docs" / "algorithm.md").read_text()
+@pytest.mark.parametrize("name", ["docs/algorithm.md", "docs/embeddings.md"])
+def test_outputs_in_the_docs_are_true(name):
+    text = (EXAMPLES.parent / name).read_text()
     snippets = re.sub("^ *```.*$", "", text, flags=re.MULTILINE)
-    test = doctest.DocTestParser().get_doctest(snippets, {}, "algorithm.md", None, 0)
+    test = doctest.DocTestParser().get_doctest(snippets, {}, name, None, 0)
     results = doctest.DocTestRunner().run(test)
-    assert results.attempted > 20
+    assert results.attempted >= 9
     assert results.failed == 0

@@ -13,7 +13,6 @@ import tensorflow as tf
 Step = Callable[[list[Any], Sequence[Any]], None]
 """Takes a step, given the gradients and the variables."""
 
-
 MOST_PROGRAMS = 64
 """How many programs an optimizer keeps: an option that changes at every step would
 otherwise fill the memory with traces."""

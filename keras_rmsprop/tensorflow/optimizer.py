@@ -57,11 +57,12 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        self._check_variables_are_known(variables)
         grads = [_tensor(g, v) for g, v in zip(grads, variables, strict=True)]
         for gradient, variable in zip(grads, variables, strict=True):
-            if isinstance(gradient, tf.IndexedSlices) and self._rows_suffice(variable):
-                self._clocks.make(self._get_variable_index(variable))
+            if isinstance(gradient, tf.IndexedSlices):
+                self._check_variables_are_known([variable])
+                if self._rows_suffice(variable):
+                    self._clocks.make(self._get_variable_index(variable))
         if self._has_program(grads, variables):
             self._programs.run(self, self._step, grads, variables)
         else:
@@ -85,6 +86,7 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
 
     def _step(self, grads: list[Any], variables: Sequence[Any]) -> None:
         """Take the step as Keras does, sparse gradients as those of their rows."""
+        self._check_variables_are_known(variables)
         grads, checks = list(grads), []
         indices = [self._get_variable_index(v) for v in variables]
         try:
@@ -109,7 +111,7 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             self._ids.clear()
 
     def _own_graph(self) -> bool:
-        """Whether this step will not be taken again without being asked for here."""
+        """Whether the graph being traced, if any, is a program of this optimizer."""
         return tf.executing_eagerly() or self._tracing
 
     def _rows_suffice(self, variable: Any) -> bool:
