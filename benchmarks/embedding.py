@@ -54,7 +54,7 @@ def main() -> None:
         results = measure(cases, options.torch_python, 1, {"uniform": 5})
         embedding_report.show(results)
         return
-    steps = {"uniform": 25, "zipf": 25}
+    steps = {"uniform": 15, "zipf": 15}
     results = measure(cases, options.torch_python, options.rounds, steps)
     by_malloc = (c._replace(malloc=True) for c in cases if c.competitor == "ours")
     results.peaks.update(measure(by_malloc, sys.executable, 1, {"uniform": 2}).peaks)

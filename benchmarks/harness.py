@@ -25,7 +25,7 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         """Return the median and, in brackets, how far the rounds lie apart."""
-        median, low, high = (f"{float(f'{x:.3g}'):g}" for x in self)
+        low, median, high = (f"{x:.3g}" for x in (self.low, self.median, self.high))
         return median if low == high else f"{median} ({low}-{high})"
 
 
