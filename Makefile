@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
 OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM SEED DATA OUTPUT
@@ -10,7 +11,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: help train test test-slow lint examples wheel clean
+.PHONY: help train test test-slow test-peers lint examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +22,11 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+$(PEERS): $(READY)
+	@echo "Adding the frameworks to compare with."
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[peers]'
+	@touch $@
+
 train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
 	@$(BIN)/python examples/mnist_train.py $(FLAGS)
 
@@ -29,6 +35,9 @@ test: $(READY)  ## the everyday tests
 
 test-slow: $(READY)  ## the long tests that CI also runs
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
+	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

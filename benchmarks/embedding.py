@@ -30,9 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="two sizes, one round; writes nothing")
-    add("--rounds", type=int, default=5, help="how often each one runs")
+    add("--rounds", type=int, default=3, help="how often each one runs")
     add("--torch-python", default=sys.executable, help="interpreter that has PyTorch")
+    add("--publish", action="store_true", help="page and picture anew; no measuring")
     options = parser.parse_args()
+    if options.publish:
+        embedding_report.publish()
+        return
 
     torch = torch_version(options.torch_python)
     machine = harness.machine() | {"torch": torch}
@@ -59,7 +63,8 @@ def main() -> None:
     by_malloc = (c._replace(malloc=True) for c in cases if c.competitor == "ours")
     results.peaks.update(measure(by_malloc, sys.executable, 1, {"uniform": 2}).peaks)
     embedding_report.show(results)
-    embedding_report.write(results, machine)
+    embedding_report.save(results, machine)
+    embedding_report.publish()
 
 
 def torch_version(python: str) -> str | None:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "embeddings.md"
+FIGURES = HERE / "results" / "embedding.json"
+PAGE = HERE.parent / "docs" / "embeddings.md"
 BEGIN, END = "<!-- benchmark:embedding -->\n", "<!-- /benchmark -->\n"
 
 SMALL, LARGE = 1_000, 1_000_000
@@ -140,8 +141,8 @@ def show(results: Results) -> None:
         console.print(f"[bold]{title}[/]", table)
 
 
-def write(results: Results, machine: dict[str, Any]) -> None:
-    """Write the figures, the picture and the tables of the page in `docs/`.
+def save(results: Results, machine: dict[str, Any]) -> None:
+    """Write the figures.
 
     Args:
         results: What was measured.
@@ -155,11 +156,23 @@ def write(results: Results, machine: dict[str, Any]) -> None:
         for case, peaks in results.peaks.items()
     ]
     report = {"machine": machine, "model": model, "figures": figures}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "embedding.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(RESULTS / "embedding.png", results)
+    FIGURES.parent.mkdir(exist_ok=True)
+    FIGURES.write_text(json.dumps(report, indent=1) + "\n")
 
-    text = f"Measured by `python benchmarks/embedding.py` on: {sentence(machine)}.\n"
+
+def publish() -> None:
+    """Draw the picture and write the tables of the page in `docs/` from the figures."""
+    report = json.loads(FIGURES.read_text())
+    results = Results({}, {})
+    for figure in report["figures"]:
+        case = Case(*(figure[field] for field in Case._fields))
+        results.peaks[case] = figure["peak_bytes"] or [math.nan]
+        for name, times in figure.items():
+            if name.endswith("_ms") and times:
+                results.times[case, name.removesuffix("_ms")] = times
+    draw(FIGURES.with_suffix(".png"), results)
+    where = sentence(report["machine"])
+    text = f"Measured by `python benchmarks/embedding.py` on: {where}.\n"
     for title, (headings, *rows) in tables(results).items():
         rule = [":--", *["--:"] * (len(headings) - 1)]
         text += f"\n{title}:\n\n"
@@ -190,7 +203,7 @@ def draw(path: Path, results: Results) -> None:
                     continue
                 medians, lows, highs = zip(*line.values(), strict=True)
                 marker = {"marker": "o", "ms": 4} if style == "-" else {}
-                axes.loglog(line, medians, style, color=color, lw=1.8, **marker)
+                axes.loglog(list(line), medians, style, color=color, lw=1.8, **marker)
                 axes.fill_between(
                     list(line), lows, highs, color=color, alpha=0.15, lw=0
                 )

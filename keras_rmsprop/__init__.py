@@ -1,6 +1,8 @@
 """RMSprop for Keras: a drop-in optimizer that is right, fast and compiled with XLA."""
 
-from keras_rmsprop.rmsprop import RMSprop, rmsprop_optimizer
+from keras_rmsprop import dialects, transfer
+from keras_rmsprop.dialects import documents as rmsprop_optimizer
+from keras_rmsprop.rmsprop import RMSprop
 
-__all__ = ["RMSprop", "rmsprop_optimizer"]
+__all__ = ["RMSprop", "dialects", "rmsprop_optimizer", "transfer"]
 __version__ = "0.1.0"

@@ -24,8 +24,18 @@ def step(
     momentum: float = 0.0,
     centered: bool = False,
     nesterov: bool = False,
+    epsilon_inside_sqrt: bool = True,
+    initial_accumulator_value: float = 0.0,
+    bias_correction: bool = False,
+    lr_in_momentum: bool = True,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    cautious: bool = False,
 ) -> Array:
     """Return theta after one RMSprop step; `state` starts as `{}` and is updated.
+
+    As the documents have it, then with every option:
 
         v     <- beta v + (1 - beta) g^2
         theta <- theta - alpha g / sqrt(v + epsilon)
@@ -40,6 +50,15 @@ def step(
         momentum: Decay rate of the sum of past updates.
         centered: Divide by the root of the variance, v - (average gradient)^2.
         nesterov: Take the step that the sum of updates would take next.
+        epsilon_inside_sqrt: Else epsilon is added to the root.
+        initial_accumulator_value: Where v starts.
+        bias_correction: Divide both averages by 1 - beta^t.
+        lr_in_momentum: Sum updates times alpha; else the sum is multiplied by it.
+        weight_decay: How much theta shrinks, as a share of alpha.
+        decoupled_weight_decay: Else weight_decay times theta joins the gradient.
+        maximize: Go up.
+        cautious: With momentum, skip elements of the update that go up, and enlarge the
+            others as much as elements are missing.
 
     Example:
         >>> state = {}
@@ -50,12 +69,26 @@ def step(
         array([0.0625, 0.0625])
     """
     w, g = np.asarray(theta, np.float64), np.asarray(gradient, np.float64)
-    state["v"] = beta * state.get("v", 0.0) + (1 - beta) * g**2
+    g = -g if maximize else g
+    if decoupled_weight_decay:
+        w = w - alpha * weight_decay * w
+    else:
+        g = g + weight_decay * w
+    state["t"] = state.get("t", 0) + 1
+    state["v"] = beta * state.get("v", initial_accumulator_value) + (1 - beta) * g**2
     state["mean"] = beta * state.get("mean", 0.0) + (1 - beta) * g
-    spread = state["v"] - state["mean"] ** 2 if centered else state["v"]
-    update = alpha * g / np.sqrt(spread + epsilon)
+    share = 1 - beta ** state["t"] if bias_correction else 1.0
+    spread = state["v"] / share - ((state["mean"] / share) ** 2 if centered else 0.0)
+    root = (
+        np.sqrt(spread + epsilon) if epsilon_inside_sqrt else np.sqrt(spread) + epsilon
+    )
+    update = (alpha if lr_in_momentum else 1.0) * g / root
     state["m"] = momentum * state.get("m", 0.0) + update
-    return np.asarray(w - (momentum * state["m"] + update if nesterov else state["m"]))
+    update = momentum * state["m"] + update if nesterov else state["m"]
+    if cautious and momentum and update.size:
+        down = update * g > 0
+        update = update * down / max(down.mean(), 0.001)
+    return np.asarray(w - (1.0 if lr_in_momentum else alpha) * update)
 
 
 def minimize(

@@ -1,15 +1,15 @@
 """The optimizer: its arguments, slots, configuration and saving."""
 
-import math
-import numbers
+import functools
+import operator
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_rmsprop import rule
+from keras_rmsprop import checks, rounding, rule
+from keras_rmsprop.state import State, matched
 
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop.tensorflow import rows
@@ -18,6 +18,9 @@ if keras.backend.backend() == "tensorflow":
     Optimizer: Any = TensorFlowOptimizer
 else:
     Optimizer = keras.optimizers.Optimizer
+
+
+_options = operator.attrgetter(*rule.Options._fields)
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
@@ -31,16 +34,25 @@ class RMSprop(Optimizer):
     $$v \leftarrow \rho v + (1 - \rho) g^2, \qquad
       w \leftarrow w - \eta \frac{g}{\sqrt{v + \epsilon}}$$
 
-    With $\mu$ = `momentum` > 0 the updates are summed first, and with `centered` the
-    variance takes the place of the mean square:
+    What others call RMSprop differs from that in places (see
+    `keras_rmsprop.dialects`). With every option, step $t = 1, 2, \dots$ is:
 
-    $$a \leftarrow \rho a + (1 - \rho) g, \qquad
-      m \leftarrow \mu m + \eta \frac{g}{\sqrt{v - a^2 + \epsilon}}, \qquad
-      w \leftarrow w - m$$
+    $$\begin{aligned}
+      g &\leftarrow s\,g + \lambda w \\
+      v &\leftarrow \rho v + (1 - \rho) g^2, \qquad v_0 = \texttt{initial} \\
+      a &\leftarrow \rho a + (1 - \rho) g, \qquad a_0 = 0 \\
+      \hat v &= v / c_t, \quad \hat a = a / c_t,
+        \qquad c_t = 1 \text{ or } 1 - \rho^t \\
+      d &= \sqrt{\hat v - \hat a^2 + \epsilon}
+        \;\text{ or }\; \sqrt{\hat v - \hat a^2} + \epsilon \\
+      m &\leftarrow \mu m + \eta\,g / d, \qquad m_0 = 0 \\
+      u &= m \;\text{ or }\; \mu m + \eta\,g / d \\
+      w &\leftarrow (1 - \eta\,\omega)\,w - k \odot u
+    \end{aligned}$$
 
     The slots $v$ (`velocity`), $m$ (`momentum`) and $a$ (`average_gradient`) have the
-    shape of their weight and start at 0. Their dtype is the weight's, but never less
-    than float32, so that averages of float16 and bfloat16 weights do not stall.
+    shape of their weight. Their dtype is the weight's, but never less than float32,
+    so that averages of float16 and bfloat16 weights do not stall (see `slot_dtype`).
 
     On the TensorFlow backend a step taken eagerly - in a notebook or a custom training
     loop - runs as one XLA program: unscaling, clipping, decay, update and averages (see
@@ -56,12 +68,13 @@ class RMSprop(Optimizer):
             $1 / (1 - \rho)$ steps are remembered. Defaults to `0.9`.
         momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
             Defaults to `0.0`.
-        epsilon: $\epsilon$ > 0, in units of the squared gradient: it stands inside
-            the root. Defaults to `1e-7`.
-        centered: Whether to divide by the root of the variance. Defaults to `False`.
-        weight_decay: Number or `None`: before the update each weight loses
-            `weight_decay * learning_rate` of itself (see
-            `exclude_from_weight_decay`).
+        epsilon: $\epsilon$ > 0, in units of the squared gradient where it stands inside
+            the root, else of the gradient. Defaults to `1e-7`.
+        centered: Whether to divide by the root of the variance, $v - a^2$; else there
+            is no $a$. Defaults to `False`.
+        weight_decay: Number or `None`: $\omega$, before the update each weight loses
+            `weight_decay * learning_rate` of itself; or $\lambda$, see
+            `decoupled_weight_decay`. `exclude_from_weight_decay` excepts variables.
         clipnorm: Number or `None`: the largest norm one gradient may have.
         clipvalue: Number or `None`: the largest magnitude an element of a gradient may
             have.
@@ -77,8 +90,33 @@ class RMSprop(Optimizer):
         gradient_accumulation_steps: Integer >= 2 or `None`: updates happen every so
             many calls, with the mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
-        nesterov: Whether momentum looks one step ahead: $w \leftarrow w - (\mu m + u)$
-            where $u$ is what this step added to $m$. Defaults to `False`.
+        epsilon_inside_sqrt: Which $d$: `True` the first, `False` the second, where
+            epsilon is in units of the gradient. Defaults to `True`.
+        initial_accumulator_value: $v_0$ >= 0, in units of the squared gradient; 1
+            keeps the first steps short. Defaults to `0.0`.
+        bias_correction: Which $c_t$: `False` 1; `True` the second, so that $\hat v$ is
+            the mean square of the steps there were. Defaults to `False`.
+        nesterov: Which $u$: `False` the first; `True` the second, the sum of updates as
+            the next step would have it. Without momentum the same. Defaults to `False`.
+        lr_in_momentum: Whether $\eta$ enters the sum of updates, as above; else
+            $m \leftarrow \mu m + g / d$ and the update is $\eta\,k \odot u$, so that a
+            changed learning rate scales past updates, too. Defaults to `True`.
+        decoupled_weight_decay: Whether `weight_decay` is $\omega$, which leaves the
+            slots alone; else it is $\lambda$, the L2 penalty, added to the gradient
+            after clipping. Defaults to `True`.
+        maximize: Whether to go up the gradient: $s = -1$, else $s = 1$. Defaults to
+            `False`.
+        cautious: With momentum, whether to skip elements where the update would go
+            against the gradient and to enlarge the others instead:
+            $k = [u g > 0]$ over its mean in the variable (0.001 at least); else
+            $k = 1$. Defaults to `False`.
+        slot_dtype: Dtype of the slots: `None` as said above, `"float32"`, `"float64"`,
+            or `"bfloat16"`, which halves them: steps are computed in float32 and what
+            is kept is rounded stochastically, up or down at random, right on average.
+            The seed is drawn when the optimizer is built (see
+            `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
+            digits, too few for `centered` where gradients vary little. Defaults to
+            `None`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
@@ -97,7 +135,7 @@ class RMSprop(Optimizer):
 
     Raises:
         ValueError: An argument is out of its range, or unknown.
-        TypeError: An argument that must be a number is none.
+        TypeError: An argument is not of its type.
 
     Example:
         >>> import keras
@@ -116,10 +154,13 @@ class RMSprop(Optimizer):
     Reference:
         - [Hinton, 2012](
           https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf),
-          slide 29; `centered` is from [Graves, 2013](https://arxiv.org/abs/1308.0850).
+          slide 29; `centered` is from [Graves, 2013](https://arxiv.org/abs/1308.0850),
+          `cautious` from [Liang et al., 2024](https://arxiv.org/abs/2411.16085).
     """
 
     _slots_being_added = False
+    _clocks: Any = ()
+    """By the index of the variable; the TensorFlow backend has some."""
 
     def __init__(
         self,
@@ -139,7 +180,15 @@ class RMSprop(Optimizer):
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
         *,
+        epsilon_inside_sqrt: bool = True,
+        initial_accumulator_value: float = 0.0,
+        bias_correction: bool = False,
         nesterov: bool = False,
+        lr_in_momentum: bool = True,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        cautious: bool = False,
+        slot_dtype: str | None = None,
         sparse_update: str = "exact",
         jit_compile: bool | str = "auto",
         **kwargs: Any,
@@ -157,7 +206,7 @@ class RMSprop(Optimizer):
             )
             learning_rate = kwargs.pop("lr")
         super().__init__(
-            learning_rate=_checked_learning_rate(learning_rate),
+            learning_rate=checks.learning_rate(learning_rate),
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
@@ -170,27 +219,35 @@ class RMSprop(Optimizer):
             name=name,
             **kwargs,
         )
-        self.rho = _checked_number("rho", rho, lambda x: 0 <= x < 1, "in [0, 1)")
-        self.momentum = _checked_number(
-            "momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)"
+        self.rho = checks.number("rho", rho, checks.SHARE)
+        self.momentum = checks.number("momentum", momentum, checks.SHARE)
+        self.epsilon = checks.number("epsilon", epsilon, checks.POSITIVE)
+        self.centered = checks.flag("centered", centered)
+        self.epsilon_inside_sqrt = checks.flag(
+            "epsilon_inside_sqrt", epsilon_inside_sqrt
         )
-        self.epsilon = _checked_number(
-            "epsilon", epsilon, lambda x: 0 < x < math.inf, "finite and > 0"
+        self.initial_accumulator_value = checks.number(
+            "initial_accumulator_value", initial_accumulator_value, checks.NOT_NEGATIVE
         )
-        self.centered = centered
-        self.nesterov = nesterov
-        if sparse_update not in ("exact", "lazy"):
-            raise ValueError(
-                '`sparse_update` must be "exact" or "lazy". '
-                f"Received: sparse_update={sparse_update!r}"
-            )
-        self.sparse_update = sparse_update
-        if jit_compile not in ("auto", True, False):
-            raise ValueError(
-                '`jit_compile` must be "auto", True or False. '
-                f"Received: jit_compile={jit_compile!r}"
-            )
-        self.jit_compile = jit_compile if jit_compile == "auto" else bool(jit_compile)
+        self.bias_correction = checks.flag("bias_correction", bias_correction)
+        self.nesterov = checks.flag("nesterov", nesterov)
+        self.lr_in_momentum = checks.flag("lr_in_momentum", lr_in_momentum)
+        self.decoupled_weight_decay = checks.flag(
+            "decoupled_weight_decay", decoupled_weight_decay
+        )
+        self.maximize = checks.flag("maximize", maximize)
+        self.cautious = checks.flag("cautious", cautious)
+        self.slot_dtype = checks.one_of(
+            "slot_dtype",
+            getattr(slot_dtype, "name", slot_dtype),
+            (None, "bfloat16", "float32", "float64"),
+        )
+        self.sparse_update = checks.one_of(
+            "sparse_update", sparse_update, ("exact", "lazy")
+        )
+        self.jit_compile = checks.one_of(
+            "jit_compile", jit_compile, ("auto", True, False)
+        )
 
     def build(self, variables: list[Any]) -> None:
         """Create the slots of `variables`: `velocity` and, where used, the others.
@@ -202,7 +259,8 @@ class RMSprop(Optimizer):
             return
         super().build(variables)
         self._slots_being_added = True
-        self._velocities = self.add_optimizer_variables(variables, "velocity")
+        start = keras.initializers.Constant(self.initial_accumulator_value)
+        self._velocities = self.add_optimizer_variables(variables, "velocity", start)
         self._momentums = (
             self.add_optimizer_variables(variables, "momentum") if self.momentum else []
         )
@@ -212,11 +270,14 @@ class RMSprop(Optimizer):
             else []
         )
         self._slots_being_added = False
+        if self.slot_dtype == "bfloat16":
+            self._noise = rounding.Noise()
+            self._track_variable(self._noise.state)
 
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
     ) -> Any:
-        """Add a variable to the optimizer; a slot gets float32 at least.
+        """Add a variable to the optimizer; a slot gets its own dtype.
 
         Args:
             shape: Shape of the variable.
@@ -225,7 +286,7 @@ class RMSprop(Optimizer):
             **kwargs: See `keras.optimizers.Optimizer.add_variable`.
         """
         if self._slots_being_added:
-            dtype = keras.backend.result_type(dtype, "float32")
+            dtype = self.slot_dtype or keras.backend.result_type(dtype, "float32")
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -237,33 +298,61 @@ class RMSprop(Optimizer):
             learning_rate: The learning rate, a scalar.
         """
         i = self._get_variable_index(variable)
-        slots = rule.Slots(
-            self._velocities[i],
-            self._momentums[i] if self.momentum else None,
-            self._average_gradients[i] if self.centered else None,
+        slots = self._slots_of(i)
+        dtype = keras.backend.result_type(
+            keras.backend.standardize_dtype(variable.dtype),
+            slots.velocity.dtype,
+            "float32",
         )
-        dtype = slots.velocity.dtype
+        l2 = 0.0 if self.decoupled_weight_decay else self.weight_decay
+        l2 = l2 if l2 and self._use_weight_decay(variable) else None
 
-        def step(slots: rule.Slots) -> tuple[Any, rule.Slots]:
-            return rule.step(
+        def step(slots: rule.Slots, ids: Any = None) -> tuple[Any, rule.Slots]:
+            weights, mean = variable, ops.mean
+            if ids is not None:
+                weights = rows.read(variable, ids) if l2 else None
+                mean = functools.partial(rows.mean, ids=ids, variable=variable)
+            taken, new = rule.step(
                 ops.cast(gradient, dtype),
-                slots,
+                rule.Slots(*(s if s is None else ops.cast(s, dtype) for s in slots)),
                 ops.cast(learning_rate, dtype),
-                rho=self.rho,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                nesterov=self.nesterov,
+                rule.Options(*_options(self)),
+                t=ops.cast(self.iterations + 1, dtype),
+                penalty=l2 and l2 * ops.cast(weights, dtype),
+                mean=mean,
             )
+            return taken, self._as_stored(new, i)
 
-        if keras.backend.backend() == "tensorflow" and i in self._clocks:
-            ids = self._ids.get(i)
-            rows.update(variable, slots, self._clocks[i], ids, self.rho, step)
+        if i in self._clocks:
+            rows.update(
+                variable, slots, self._clocks[i], self._ids.get(i), self.rho, step
+            )
             return
         taken, new = step(slots)
         for slot, value in zip(slots, new, strict=True):
             if slot is not None:
                 self.assign(slot, value)
         self.assign_sub(variable, taken)
+
+    def _slots_of(self, i: int) -> rule.Slots:
+        return rule.Slots(
+            self._velocities[i],
+            self._momentums[i] if self.momentum else None,
+            self._average_gradients[i] if self.centered else None,
+        )
+
+    def _as_stored(self, slots: rule.Slots, i: int) -> rule.Slots:
+        """Return new slots of the variable with this index in the slots' dtype."""
+        dtype = self._velocities[i].dtype
+        if dtype != "bfloat16":
+            return rule.Slots(*(s if s is None else ops.cast(s, dtype) for s in slots))
+        t, n = self.iterations, len(self._velocities)
+        return rule.Slots(
+            *(
+                s if s is None else self._noise.round(s, number * n + i, t)
+                for number, s in enumerate(slots)
+            )
+        )
 
     @property
     def learning_rate(self) -> Any:
@@ -272,7 +361,60 @@ class RMSprop(Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        Optimizer.learning_rate.fset(self, _checked_learning_rate(learning_rate))
+        Optimizer.learning_rate.fset(self, checks.learning_rate(learning_rate))
+
+    def get_state(self) -> State:
+        """Return what the optimizer remembers of its variables, as NumPy arrays.
+
+        The averages of silent rows are brought up to date in it. Averages of the
+        weights (`use_ema`) are not part of it.
+
+        Raises:
+            ValueError: The optimizer is not built.
+        """
+        self._check_built()
+        slots = []
+        for i in range(len(self._velocities)):
+            of_one = self._slots_of(i)
+            if i in self._clocks:
+                of_one = rows.caught_up(of_one, self._clocks[i], None, self.rho)
+            slots.append(
+                rule.Slots(
+                    *(s if s is None else ops.convert_to_numpy(s) for s in of_one)
+                )
+            )
+        paths = [v.path for v in self._trainable_variables]
+        return State(int(self.iterations), slots, paths)
+
+    def set_state(self, state: State) -> None:
+        """Take over a state, from `get_state` or made from another framework's.
+
+        Args:
+            state: One entry in `slots` for each variable that the optimizer was built
+                with, in that order. `paths` is not read.
+
+        Raises:
+            ValueError: The optimizer is not built, or the state does not fit; then
+                nothing is changed, and the message says what does not.
+        """
+        self._check_built()
+        places = [self._slots_of(i) for i in range(len(self._velocities))]
+        paths = [v.path for v in self._trainable_variables]
+        for slot, array in matched(places, state.slots, paths):
+            slot.assign(ops.convert_to_tensor(array, slot.dtype))
+        every = self.gradient_accumulation_steps or 1
+        self._iterations.assign(state.iterations * every)
+        for sums in self._accumulated_gradients if every > 1 else []:
+            sums.assign(ops.zeros_like(sums))
+        for i in self._clocks:
+            self._clocks[i].reset()
+
+    def _check_built(self) -> None:
+        if not self.built:
+            raise ValueError(
+                "The optimizer must be built. Call `optimizer.build(variables)`, or "
+                "take a step, first."
+            )
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make an equal optimizer, without its state."""
@@ -281,49 +423,15 @@ class RMSprop(Optimizer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "centered": self.centered,
+            "epsilon_inside_sqrt": self.epsilon_inside_sqrt,
+            "initial_accumulator_value": self.initial_accumulator_value,
+            "bias_correction": self.bias_correction,
             "nesterov": self.nesterov,
+            "lr_in_momentum": self.lr_in_momentum,
+            "decoupled_weight_decay": self.decoupled_weight_decay,
+            "maximize": self.maximize,
+            "cautious": self.cautious,
+            "slot_dtype": self.slot_dtype,
             "sparse_update": self.sparse_update,
             "jit_compile": self.jit_compile,
         }
-
-
-def rmsprop_optimizer(
-    learning_rate: Any = 0.001, rho: float = 0.9, epsilon: float = 1e-8
-) -> RMSprop:
-    """Return an `RMSprop` with the documents' arguments and their defaults.
-
-    Args:
-        learning_rate: See `RMSprop`.
-        rho: See `RMSprop`.
-        epsilon: See `RMSprop`; smaller here.
-
-    Raises:
-        ValueError: An argument is out of its range.
-        TypeError: An argument that must be a number is none.
-
-    Example:
-        >>> rmsprop_optimizer(rho=0.95).epsilon
-        1e-08
-    """
-    return RMSprop(learning_rate=learning_rate, rho=rho, epsilon=epsilon)
-
-
-def _checked_number(
-    name: str, value: Any, in_range: Callable[[float], bool], expected: str
-) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
-    if not in_range(float(value)):
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value}")
-    return float(value)
-
-
-def _checked_learning_rate(learning_rate: Any) -> Any:
-    if not isinstance(learning_rate, numbers.Real | str | None):
-        return learning_rate  # a schedule, a callable, a tensor: Keras checks these
-    return _checked_number(
-        "learning_rate",
-        learning_rate,
-        lambda x: 0 <= x < math.inf,
-        "finite and >= 0",
-    )

@@ -1,10 +1,12 @@
-"""The RMSprop formula, once.
+"""The RMSprop formula, once, with all its dialects.
 
 Every way a step can go - eager, graph, XLA, any Keras backend - calls `step`.
 It is pure and elementwise: tensors in, new tensors out. Nothing here knows
 variables, devices or frameworks beyond `keras.ops`.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -16,7 +18,7 @@ Tensor = Any
 class Slots(NamedTuple):
     """What RMSprop remembers of one variable; each has that variable's shape.
 
-    The dtype is the variable's, but never less than float32.
+    The dtype is the variable's, but never less than float32, or `slot_dtype`.
     """
 
     velocity: Tensor
@@ -27,22 +29,38 @@ class Slots(NamedTuple):
     """a, the moving average of the gradient; None unless centered."""
 
 
+class Options(NamedTuple):
+    """The constants of the formula, named as the arguments of `RMSprop` are."""
+
+    rho: float = 0.9
+    momentum: float = 0.0
+    epsilon: float = 1e-7
+    epsilon_inside_sqrt: bool = True
+    bias_correction: bool = False
+    nesterov: bool = False
+    lr_in_momentum: bool = True
+    maximize: bool = False
+    cautious: bool = False
+
+
 def step(
     g: Tensor,
     slots: Slots,
     lr: Tensor,
+    options: Options,
     *,
-    rho: float,
-    momentum: float,
-    epsilon: float,
-    nesterov: bool,
+    t: Tensor = None,
+    penalty: Tensor = None,
+    mean: Callable[[Tensor], Tensor] = ops.mean,
 ) -> tuple[Tensor, Slots]:
     """Return what to take from the weights w for gradient g, and the new slots.
 
+    As the options are by default, and then what each changes:
+
     v <- rho * v + (1 - rho) * g^2
-    a <- rho * a + (1 - rho) * g                        (centered)
+    a <- rho * a + (1 - rho) * g                        (with a slot for a)
     u  = lr * g / sqrt(v [- a^2] + epsilon)
-    m <- momentum * m + u                               (with momentum)
+    m <- momentum * m + u                               (with a slot for m)
     w <- w - u, with momentum w - m, with Nesterov's w - (momentum * m + u):
                                                         done by the caller
 
@@ -50,20 +68,36 @@ def step(
         g: Gradient, of the slots' shape and dtype.
         slots: The slots before the step.
         lr: Learning rate, a scalar of the slots' dtype.
-        rho: Decay rate of v and a.
-        momentum: Decay rate of m.
-        epsilon: Keeps the root away from zero.
-        nesterov: Whether momentum looks one step ahead.
+        options: The constants.
+        t: The number of this step, from 1; read for the bias correction alone.
+        penalty: Gradient of a penalty on w, of g's shape: w times L2 decay.
+        mean: Function from a tensor of g's shape to the mean of its elements.
     """
+    rho, mu, epsilon = options.rho, options.momentum, options.epsilon
     v, m, a = slots
+
+    def corrected(average: Tensor) -> Tensor:
+        if not (options.bias_correction and rho):
+            return average
+        return average / -ops.expm1(t * math.log(rho))  # 1 - rho^t, to the last digit
+
+    g = -g if options.maximize else g
+    g = g if penalty is None else g + penalty
     v = rho * v + (1 - rho) * ops.square(g)
-    variance = v
+    a = a if a is None else rho * a + (1 - rho) * g
+    spread = corrected(v)
     if a is not None:
-        a = rho * a + (1 - rho) * g
         # Mathematically >= 0; rounding takes it below, and the root to NaN.
-        variance = ops.maximum(v - ops.square(a), 0)
-    u = lr * g / ops.sqrt(variance + epsilon)
+        spread = ops.maximum(spread - ops.square(corrected(a)), 0)
+    if options.epsilon_inside_sqrt:
+        root = ops.sqrt(spread + epsilon)
+    else:
+        root = ops.sqrt(spread) + epsilon
+    u = (lr * g if options.lr_in_momentum else g) / root
     if m is not None:
-        m = momentum * m + u
-        u = momentum * m + u if nesterov else m
-    return u, Slots(v, m, a)
+        m = mu * m + u
+        u = mu * m + u if options.nesterov else m
+        if options.cautious:
+            agrees = ops.cast(u * g > 0, u.dtype)
+            u = u * agrees / ops.maximum(mean(agrees), 1e-3)
+    return u if options.lr_in_momentum else lr * u, Slots(v, m, a)

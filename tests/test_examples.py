@@ -82,7 +82,9 @@ def test_notebook_runs(notebook):
     assert [kinds - {"stderr"} for kinds in outputs(notebook)] == stored
 
 
-@pytest.mark.parametrize("name", ["docs/algorithm.md", "docs/embeddings.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/algorithm.md", "docs/dialects.md", "docs/embeddings.md"]
+)
 def test_outputs_in_the_docs_are_true(name):
     text = (EXAMPLES.parent / name).read_text()
     snippets = re.sub("^ *```.*$", "", text, flags=re.MULTILINE)

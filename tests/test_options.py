@@ -65,21 +65,65 @@ def test_equals_the_built_in(options, dtype):
         assert_close(train(optimizer, dtype=dtype, way=way), expected, RTOL[dtype])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize(
-    "momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=repr
-)
-def test_equals_the_reference(momentum, centered, way):
-    options = {"epsilon": 1e-3, "centered": centered} | momentum
-    optimizer = RMSprop(0.01, **options)
+# What the built-in does not have; the peers of test_dialects.py have it.
+DIALECTS = {
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "nesterov, centered": {"momentum": 0.9, "nesterov": True, "centered": True},
+    "epsilon outside": {"epsilon_inside_sqrt": False},
+    "epsilon outside, centered": {"epsilon_inside_sqrt": False, "centered": True},
+    "v starts at 1": {"initial_accumulator_value": 1.0},
+    "bias correction": {"bias_correction": True},
+    "bias correction, rho 0": {"bias_correction": True, "rho": 0.0},
+    "bias correction, centered": {"bias_correction": True, "centered": True},
+    "L2": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "learning rate late": {"momentum": 0.9, "lr_in_momentum": False},
+    "maximize": {"maximize": True},
+    "maximize, L2": {
+        "maximize": True,
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": False,
+    },
+    "cautious": {"momentum": 0.9, "cautious": True},
+    "cautious, without momentum": {"cautious": True},
+    "everything": {
+        "rho": 0.8,
+        "momentum": 0.5,
+        "centered": True,
+        "weight_decay": 0.1,
+        "epsilon_inside_sqrt": False,
+        "initial_accumulator_value": 0.5,
+        "bias_correction": True,
+        "nesterov": True,
+        "lr_in_momentum": False,
+        "decoupled_weight_decay": False,
+        "maximize": True,
+        "cautious": True,
+    },
+}
+
+
+def in_reference(options):
+    """Return the options in the words of `reference.step`."""
+    return {"beta": 0.9, "epsilon": 1e-3} | {
+        {"rho": "beta"}.get(name, name): value for name, value in options.items()
+    }
+
+
+@pytest.mark.parametrize("way", ["eager", "tf.function"])  # the first one is XLA, too
+@pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS)
+def test_equals_the_reference(options, way):
+    # Two learning rates: what is left of the first one shows where it enters.
+    rates = np.float32([0.1, 0.03]).astype(float)
+    schedule = schedules.PiecewiseConstantDecay([9], rates.tolist())
+    optimizer = RMSprop(schedule, **{"epsilon": 1e-3} | options)
     weights, _ = train(optimizer, dtype="float64", way=way)
     expected, states = arrays(dtype="float64"), [{} for _ in SHAPES]
-    alpha = float(optimizer.learning_rate.numpy())  # 0.01 in float32
-    for seed in range(1, 21):
-        gradients = arrays(dtype="float64", seed=seed)
+    for t in range(20):
+        gradients = arrays(dtype="float64", seed=t + 1)
         expected = [
-            reference.step(w, g, state, alpha=alpha, beta=0.9, **options)
+            reference.step(
+                w, g, state, alpha=rates[int(t > 9)], **in_reference(options)
+            )
             for w, g, state in zip(expected, gradients, states, strict=True)
         ]
     assert_close(weights, expected, 1e-12)

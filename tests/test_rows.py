@@ -7,8 +7,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepping import assert_close
+from test_options import DIALECTS, in_reference
 
-from keras_rmsprop import RMSprop
+from keras_rmsprop import RMSprop, reference
 
 BUILT_IN = keras.optimizers.RMSprop
 
@@ -171,15 +172,48 @@ def test_fit_equals_the_one_hot_dense_model(jit_compile, shared):
     assert_close(model.get_weights(), twin.get_weights(), 1e-4)
 
 
-@pytest.mark.parametrize("sparse_update", ["exact", "lazy"])
-def test_nesterov_equals_dense(sparse_update):
-    rng = np.random.default_rng(0)
-    # Lazy is exact where all rows have gradients.
-    steps = [(np.arange(20) % 10, rng.normal(size=(20, 3))) for _ in range(6)]
-    options = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}
-    dense = train(RMSprop(**options), steps, (10, 3), sparse=False)
-    sparse = RMSprop(**options, sparse_update=sparse_update)
-    assert_close(train(sparse, steps, (10, 3), sparse=True), dense, 1e-5)
+@pytest.mark.parametrize("jit", [None, True], ids=["eager", "XLA"])
+@pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS)
+def test_every_dialect_equals_the_dense_reference(options, jit):
+    rng, shape = np.random.default_rng(0), (12, 3)
+    steps = [(rng.integers(0, 12, 9), rng.normal(size=(9, 3))) for _ in range(7)]
+    optimizer = RMSprop(0.25, **{"epsilon": 1e-3} | options)
+    table, *_ = train(optimizer, steps, shape, sparse=True, dtype="float64", jit=jit)
+    rng = np.random.default_rng(1)  # as `train` does
+    expected, state = rng.normal(size=shape), {}
+    rng.normal(size=(3,))
+    gradients = []
+    for ids, values in steps:
+        rng.normal(size=(3,))
+        gradients.append(densified(ids, values, shape))
+    for gradient in [*gradients, rng.normal(size=shape)]:
+        expected = reference.step(
+            expected, gradient, state, alpha=0.25, **in_reference(options)
+        )
+    assert_close([table], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "XLA"])
+def test_lazy_caution_asks_the_rows_of_the_batch_alone(jit):
+    # Rows 1 and 2, each twice: XLA has two rows too many.
+    options = {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": False}
+    optimizer = RMSprop(0.25, **options, cautious=True, sparse_update="lazy")
+    table = keras.Variable(np.ones((4, 3)), dtype="float64")
+    optimizer.build([table])
+    apply = tf.function(optimizer.apply, jit_compile=jit)
+    rng, rows, state = np.random.default_rng(0), np.ones((2, 3)), {}
+    for _ in range(6):
+        values = rng.normal(size=(4, 3))
+        apply([tf.IndexedSlices(tf.constant(values), tf.constant([1, 2, 1, 2]))])
+        rows = reference.step(
+            rows,
+            values[:2] + values[2:],
+            state,
+            alpha=0.25,
+            **in_reference(options | {"cautious": True, "epsilon": 1e-7}),
+        )
+    assert_close([table.numpy()[1:3]], [rows], 1e-12)
+    np.testing.assert_array_equal(table.numpy()[[0, 3]], np.ones((2, 3)))
 
 
 def test_the_built_in_is_wrong_for_repeated_tokens():

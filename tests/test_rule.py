@@ -21,9 +21,8 @@ def run(gradients, dtype, *, lr=0.01, centered=False, **options):
     updates = []
     lr = keras.ops.convert_to_tensor(np.asarray(lr, dtype))
     for g in gradients:
-        update, slots = rule.step(
-            keras.ops.convert_to_tensor(g, dtype), slots, lr, **options
-        )
+        g = keras.ops.convert_to_tensor(g, dtype)
+        update, slots = rule.step(g, slots, lr, rule.Options(**options))
         updates.append(keras.ops.convert_to_numpy(update))
     return np.stack(updates)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_rmsprop.rule import Options
+
 Step = Callable[[list[Any], Sequence[Any]], None]
 """Takes a step, given the gradients and the variables."""
 
@@ -80,10 +82,9 @@ def _key(
 
 
 _baked_in = operator.attrgetter(
-    "rho",
-    "momentum",
-    "epsilon",
+    *Options._fields,
     "centered",
+    "decoupled_weight_decay",
     "weight_decay",
     "clipnorm",
     "clipvalue",
@@ -93,7 +94,6 @@ _baked_in = operator.attrgetter(
     "ema_overwrite_frequency",
     "loss_scale_factor",
     "gradient_accumulation_steps",
-    "nesterov",
     "sparse_update",
 )
 

@@ -34,6 +34,11 @@ class Clock(tf.Module):
                 tf.zeros(table.shape[:1], tf.int32), trainable=False
             )
 
+    def reset(self) -> None:
+        """Begin anew: the averages of all rows are up to date."""
+        self.updates.assign(0)
+        self.last.assign(tf.zeros_like(self.last))
+
 
 class Clocks(tf.Module):
     """The clocks of an optimizer's tables, by the index of the variable.
@@ -119,7 +124,7 @@ def update(
     clock: Clock,
     ids: Any,
     rho: float,
-    step: Callable[[Slots], tuple[Any, Slots]],
+    step: Callable[[Slots, Any], tuple[Any, Slots]],
 ) -> None:
     """Catch up with the silence of some rows of a table, then update them.
 
@@ -129,23 +134,50 @@ def update(
         clock: Its clock, which counts this update.
         ids: The distinct indices of the rows, or None: all rows.
         rho: Decay rate of the averages.
-        step: Function from the slots of the rows before the update to what it takes
-            from their weights, and their slots after it.
+        step: Function from the slots of the rows before the update, and `ids`, to what
+            it takes from their weights, and their slots after it.
     """
-    silence = clock.updates - read(clock.last, ids)
-    v, m, a = (None if s is None else read(s, ids) for s in slots)
-    # The power of the rho that dense arithmetic would multiply by, again and again.
-    dtype, rank = slots.velocity.dtype, len(slots.velocity.shape)
-    base = tf.cast(tf.constant(rho, dtype), tf.float64)
-    factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
-    factor = tf.reshape(factor, [-1] + [1] * (rank - 1))
-    taken, new = step(Slots(factor * v, m, a if a is None else factor * a))
+    taken, new = step(caught_up(slots, clock, ids, rho), ids)
     for slot, value in zip(slots, new, strict=True):
         if slot is not None:
             write(slot, value, ids)
     subtract(variable, taken, ids)
     now = tf.convert_to_tensor(clock.updates.assign_add(1))
-    write(clock.last, tf.fill(tf.shape(silence), now), ids)
+    write(clock.last, tf.fill(tf.shape(read(clock.last, ids)), now), ids)
+
+
+def caught_up(slots: Slots, clock: Clock, ids: Any, rho: float) -> Slots:
+    """Return some rows of slots as they are after the silent updates so far.
+
+    Args:
+        slots: The slots of a table.
+        clock: Its clock.
+        ids: The indices of the rows, or None: all rows.
+        rho: Decay rate of the averages.
+    """
+    v, m, a = (None if s is None else read(s, ids) for s in slots)
+    silence = clock.updates - read(clock.last, ids)
+    # The power of the rho that dense arithmetic would multiply by, again and again.
+    dtype = keras.backend.result_type(v.dtype.name, "float32")
+    base = tf.cast(tf.constant(rho, dtype), tf.float64)
+    factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
+    factor = tf.reshape(factor, [-1] + [1] * (len(v.shape) - 1))
+    return Slots(
+        factor * tf.cast(v, dtype), m, a if a is None else factor * tf.cast(a, dtype)
+    )
+
+
+def mean(values: Any, *, ids: Any, variable: Any) -> Any:
+    """Return the mean over rows of a table, without those that `distinct` made up.
+
+    Args:
+        values: Something for each element of the rows.
+        ids: The rows' indices.
+        variable: The table.
+    """
+    real = tf.cast(ids < variable.shape[0], values.dtype)
+    of_rows = tf.reduce_mean(values, range(1, len(values.shape)))
+    return tf.math.divide_no_nan(tf.reduce_sum(real * of_rows), tf.reduce_sum(real))
 
 
 def read(variable: Any, ids: Any) -> Any:
@@ -166,13 +198,9 @@ def write(variable: Any, values: Any, ids: Any) -> None:
 
 def subtract(variable: Any, values: Any, ids: Any) -> None:
     """Subtract from some rows of a variable in place; None: from all."""
-    variable = _native(variable)
-    values = tf.cast(values, variable.dtype)
-    if ids is None:
-        variable.assign_sub(values)
-    else:
-        variable.scatter_sub(tf.IndexedSlices(values, ids))
-        _keep_reads_cheap(variable)
+    # Not `scatter_sub`: on CPU that takes twice as long as to read and to write.
+    old = read(variable, ids)
+    write(variable, old - tf.cast(values, old.dtype), ids)
 
 
 def mix(average: Any, variable: Any, ids: Any, momentum: float) -> None:

@@ -1,0 +1,87 @@
+"""What an argument must be; errors say what was expected and what was received."""
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Range(NamedTuple):
+    """Which numbers an argument may be."""
+
+    holds: Callable[[float], bool]
+    name: str
+
+
+SHARE = Range(lambda x: 0 <= x < 1, "in [0, 1)")
+POSITIVE = Range(lambda x: 0 < x < math.inf, "finite and > 0")
+NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "finite and >= 0")
+
+
+def number(name: str, value: Any, allowed: Range) -> float:
+    """Return an argument as a float.
+
+    Args:
+        name: Name of the argument.
+        value: What was received.
+        allowed: What it may be.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
+    if not allowed.holds(float(value)):
+        raise ValueError(f"`{name}` must be {allowed.name}. Received: {name}={value}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return an argument as a bool.
+
+    Args:
+        name: Name of the argument.
+        value: What was received.
+
+    Raises:
+        TypeError: It is neither True nor False.
+    """
+    if not isinstance(value, int | np.bool_) or value not in (0, 1):
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return bool(value)
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return an argument that has a few possible values.
+
+    Args:
+        name: Name of the argument.
+        value: What was received.
+        choices: What it may be.
+
+    Raises:
+        ValueError: It is none of the choices.
+    """
+    if value not in choices:
+        *others, last = (f'"{x}"' if isinstance(x, str) else str(x) for x in choices)
+        expected = f"{', '.join(others)} or {last}"
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+    return choices[choices.index(value)]
+
+
+def learning_rate(value: Any) -> Any:
+    """Return a learning rate; what is not a number is for Keras to check.
+
+    Args:
+        value: A number, a schedule, a callable or a tensor.
+
+    Raises:
+        TypeError: It is a string or None.
+        ValueError: It is out of range.
+    """
+    if not isinstance(value, numbers.Real | str | None):
+        return value
+    return number("learning_rate", value, NOT_NEGATIVE)

@@ -1,0 +1,57 @@
+"""What an optimizer remembers of its variables, apart from any framework."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_rmsprop.rule import Slots
+
+
+class State(NamedTuple):
+    """The state of an optimizer, as NumPy arrays; see `RMSprop.get_state`."""
+
+    iterations: int
+    """How many updates there were."""
+    slots: list[Slots]
+    """The slots of each variable, in the order the optimizer was built with."""
+    paths: Sequence[str] = ()
+    """The path of each variable."""
+
+
+def matched(
+    places: Sequence[Slots], given: Sequence[Slots], paths: Sequence[str]
+) -> list[tuple[Any, Any]]:
+    """Return pairs of a place and the array that belongs there.
+
+    An array of zeros for which there is no place is nothing to lose and left out.
+
+    Args:
+        places: Slots of anything that has a shape, one for each variable.
+        given: Slots of arrays, in the same order.
+        paths: The path of each variable, for the message.
+
+    Raises:
+        ValueError: There is no place for an array, or no array for a place, or one of
+            another shape. The message names all that do not fit.
+    """
+    if len(places) != len(given):
+        raise ValueError(
+            f"There must be slots for {len(places)} variables. "
+            f"Received: slots for {len(given)}"
+        )
+    pairs, wrong = [], []
+    for path, of_one, given_one in zip(paths, places, given, strict=True):
+        for name, place, array in zip(Slots._fields, of_one, given_one, strict=True):
+            expected = None if place is None else tuple(place.shape)
+            received = None if array is None else np.shape(array)
+            if expected != received and (place is not None or np.any(array)):
+                wrong.append(
+                    f"`{name}` of {path!r}: expected shape {expected}, "
+                    f"received {received}"
+                )
+            elif place is not None:
+                pairs.append((place, array))
+    if wrong:
+        raise ValueError("The state does not fit. " + "; ".join(wrong))
+    return pairs

@@ -1,0 +1,420 @@
+"""Moving a run from one framework to another: the optimizer's state, in and out.
+
+The weights are yours to move; what is moved here is the state that belongs to them:
+the average squared gradient, the sum of updates, the average gradient, the step count.
+The optimizer must be built, with the variables of the model. Either all of a state is
+taken over or, with an error that names what does not fit, nothing is.
+
+**Which of theirs is which of mine?** That says `mapping`: a list with an entry for each
+variable of the optimizer, in its order (that of `model.trainable_variables`). An entry
+is what the other framework calls it, a name or its number among the parameters, or a
+pair of that and the order in which to take its axes, as in `numpy.transpose`: for a
+PyTorch `Linear`, whose weight is (out, in) there and (in, out) here,
+`("fc.weight", LINEAR)`.
+
+No function here reads a pickle. `torch.load(path, weights_only=True)` reads a state
+dict without running what somebody put into the file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from keras_rmsprop.rmsprop import RMSprop
+from keras_rmsprop.rule import Slots
+from keras_rmsprop.state import State, matched
+
+Array = NDArray[Any]
+Axes = tuple[int, ...]
+Entry = int | str | tuple[int | str, Axes]
+"""A parameter of the other framework, or a pair of that and its axes."""
+
+LINEAR: Axes = (1, 0)
+"""PyTorch's (out, in) to Keras' (in, out)."""
+CONV1D: Axes = (2, 1, 0)
+"""PyTorch's (out, in, width) to Keras' (width, in, out)."""
+CONV2D: Axes = (2, 3, 1, 0)
+"""PyTorch's (out, in, height, width) to Keras' (height, width, in, out)."""
+CONV3D: Axes = (2, 3, 4, 1, 0)
+"""PyTorch's (out, in, depth, height, width) to Keras' (depth, ..., in, out)."""
+
+_TORCH = Slots("square_avg", "momentum_buffer", "grad_avg")
+_OPTAX = Slots("nu", "trace", "mu")
+
+
+def from_torch(
+    optimizer: RMSprop, state_dict: Mapping[str, Any], mapping: Sequence[Entry]
+) -> None:
+    """Take over the state of a `torch.optim.RMSprop`, or of timm's `RMSpropTF`.
+
+    PyTorch's sum of updates leaves out the learning rate. Where the optimizer's
+    includes it (`lr_in_momentum`), it is multiplied by that of the state dict.
+
+    Args:
+        optimizer: Where to. Built.
+        state_dict: What `torch_optimizer.state_dict()` returned.
+        mapping: See this module. A number counts the parameters as they were given to
+            the PyTorch optimizer; names work if it was given named parameters.
+
+    Raises:
+        ValueError: Something does not fit; nothing is changed.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_rmsprop import dialects, transfer
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        >>> optimizer = dialects.torch()
+        >>> optimizer.build(model.trainable_variables)  # kernel and bias
+        >>> state_dict = {  # here without PyTorch, to show what there is
+        ...     "state": {
+        ...         0: {"step": 7, "square_avg": np.full((2, 3), 0.5)},
+        ...         1: {"step": 7, "square_avg": np.zeros(2)},
+        ...     },
+        ...     "param_groups": [{"lr": 0.01, "params": [0, 1]}],
+        ... }
+        >>> transfer.from_torch(optimizer, state_dict, [(0, transfer.LINEAR), 1])
+        >>> int(optimizer.iterations), optimizer.get_state().slots[0].velocity.shape
+        (7, (3, 2))
+    """
+    groups, names = _torch_groups(state_dict)
+    theirs: dict[Any, Slots | None] = dict.fromkeys(groups)
+    steps = {0}
+    for number, state in state_dict["state"].items():
+        v, m, a = (_numpy(state[key]) if key in state else None for key in _TORCH)
+        if m is not None:
+            m = m * _torch_rate(groups[number], optimizer)
+        theirs[number] = Slots(v, m, a)
+        steps.add(int(state["step"]))
+    slots = _arranged(optimizer, mapping, theirs, names)
+    optimizer.set_state(State(max(steps), slots))
+
+
+def to_torch(
+    optimizer: RMSprop, state_dict: Mapping[str, Any], mapping: Sequence[Entry]
+) -> dict[str, Any]:
+    """Return the optimizer's state as a state dict for `torch.optim.RMSprop`.
+
+    Args:
+        optimizer: Where from. Built.
+        state_dict: What `state_dict()` returns of the PyTorch optimizer that is to
+            continue: its groups, with their learning rates, are kept.
+        mapping: See `from_torch`.
+
+    Returns:
+        A state dict for `load_state_dict` of the PyTorch optimizer.
+
+    Raises:
+        ValueError: Something does not fit.
+    """
+    import torch
+
+    groups, names = _torch_groups(state_dict)
+    iterations, mine, paths = optimizer.get_state()
+    states, places, given = {}, [], []
+    for (number, axes), (v, m, a) in zip(
+        _resolved(mapping, paths, groups, names), mine, strict=True
+    ):
+        group = groups[number]
+        if m is not None:
+            m = m / _torch_rate(group, optimizer)
+        inverse = None if axes is None else tuple(np.argsort(axes))
+        slots = _transposed(Slots(v, m, a), inverse)
+        v = state_dict["state"].get(number, {}).get("square_avg", slots.velocity)
+        places.append(
+            Slots(v, v if group["momentum"] else None, v if group["centered"] else None)
+        )
+        given.append(slots)
+        states[number] = {"step": torch.tensor(float(iterations))} | {
+            key: torch.tensor(x)
+            for key, x in zip(_TORCH, slots, strict=True)
+            if x is not None
+        }
+    matched(places, given, paths)
+    return {**state_dict, "state": states}
+
+
+def from_keras(optimizer: RMSprop, builtin: Any) -> None:
+    """Take over the state of a `keras.optimizers.RMSprop`.
+
+    Args:
+        optimizer: Where to. Built, with variables in the same order.
+        builtin: Where from. Built.
+
+    Raises:
+        ValueError: Something does not fit; nothing is changed.
+
+    Example:
+        >>> import keras
+        >>> from keras_rmsprop import RMSprop, transfer
+        >>> weight = keras.Variable([1.0, 1.0])
+        >>> builtin, optimizer = keras.optimizers.RMSprop(), RMSprop()
+        >>> builtin.apply([keras.ops.array([2.0, -0.5])], [weight])
+        >>> optimizer.build([weight])
+        >>> transfer.from_keras(optimizer, builtin)
+        >>> optimizer.get_state().slots[0].velocity
+        array([0.4  , 0.025], dtype=float32)
+    """
+    slots = [
+        Slots(*(s if s is None else _numpy(s) for s in of_one))
+        for of_one in _builtin_slots(builtin)
+    ]
+    slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
+    optimizer.set_state(State(int(builtin.iterations), slots))
+
+
+def to_keras(optimizer: RMSprop, builtin: Any) -> None:
+    """Give the state to a `keras.optimizers.RMSprop`.
+
+    Args:
+        optimizer: Where from. Built.
+        builtin: Where to. Built, with variables in the same order.
+
+    Raises:
+        ValueError: Something does not fit; nothing is changed.
+    """
+    iterations, mine, paths = optimizer.get_state()
+    mine = _with_rate(mine, 1 / _rate(optimizer.learning_rate, True, optimizer))
+    for slot, array in matched(_builtin_slots(builtin), mine, paths):
+        slot.assign(array)
+    # `iterations` counts updates, the variable behind it the calls that accumulate.
+    builtin.variables[0].assign(iterations * (builtin.gradient_accumulation_steps or 1))
+
+
+def from_tensorflow_v1(
+    optimizer: RMSprop,
+    checkpoint_path: str,
+    mapping: Sequence[Entry] | None = None,
+    *,
+    name: str = "RMSProp",
+    global_step: str = "global_step",
+) -> None:
+    """Take over the state of a `tf.compat.v1.train.RMSPropOptimizer`.
+
+    Args:
+        optimizer: Where to. Built.
+        checkpoint_path: Path of the checkpoint, without `.index`.
+        mapping: See this module; by default the names are the paths of the variables,
+            as in `dense/kernel`.
+        name: Name of the optimizer there.
+        global_step: Name of the step count there; where there is none, it is 0.
+
+    Raises:
+        ValueError: Something does not fit; nothing is changed.
+    """
+    import tensorflow as tf
+
+    try:
+        reader = tf.train.load_checkpoint(checkpoint_path)
+    except (ValueError, tf.errors.OpError) as error:
+        raise ValueError(
+            "`checkpoint_path` must be the path of a TensorFlow checkpoint. "
+            f"Received: checkpoint_path={checkpoint_path!r}"
+        ) from error
+    tensors = reader.get_variable_to_shape_map()
+    theirs = {}
+    for variable in tensors:
+        # Slots have no names of their own: they are numbered as they were made.
+        v, *others = (f"{variable}/{name}{number}" for number in ("", "_1", "_2"))
+        if v in tensors:
+            present = [other for other in others if other in tensors]
+            a, m = present if len(present) == 2 else (None, *present)
+            theirs[variable] = Slots(
+                *(None if key is None else reader.get_tensor(key) for key in (v, m, a))
+            )
+    if mapping is None:
+        mapping = list(optimizer.get_state().paths)
+    slots = _arranged(optimizer, mapping, theirs)
+    slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
+    steps = reader.get_tensor(global_step) if global_step in tensors else 0
+    optimizer.set_state(State(int(steps), slots))
+
+
+def from_optax(
+    optimizer: RMSprop, opt_state: Any, mapping: Sequence[Entry] | None = None
+) -> None:
+    """Take over the state of an `optax.rmsprop`.
+
+    Args:
+        optimizer: Where to. Built.
+        opt_state: The state, as `init` and `update` return it. There is a step count in
+            it with `bias_correction` or a schedule only; else it is taken to be 0.
+        mapping: See this module. A number counts the leaves of the parameters, a name
+            is the path of one, as in `params/Dense_0/kernel`. By default all leaves in
+            their order; in a dict that is alphabetical, so that `bias` is before
+            `kernel`.
+
+    Raises:
+        ValueError: Something does not fit; nothing is changed.
+    """
+    from jax import tree_util
+
+    found = dict(_named_fields(opt_state))
+    if "nu" not in found:
+        raise ValueError(
+            "`opt_state` must be the state of `optax.rmsprop`. "
+            f"Received: opt_state of type {type(opt_state).__name__}, without `nu`"
+        )
+    leaves, _ = tree_util.tree_flatten_with_path(found["nu"])
+    names = {
+        tree_util.keystr(path, simple=True, separator="/"): number
+        for number, (path, _) in enumerate(leaves)
+    }
+    columns = (
+        tree_util.tree_leaves(found[key]) if key in found else [None] * len(leaves)
+        for key in _OPTAX
+    )
+    theirs = {
+        number: Slots(*(None if x is None else _numpy(x) for x in of_one))
+        for number, of_one in enumerate(zip(*columns, strict=True))
+    }
+    slots = _arranged(
+        optimizer, range(len(leaves)) if mapping is None else mapping, theirs, names
+    )
+    slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
+    optimizer.set_state(State(int(found.get("count", 0)), slots))
+
+
+def _arranged(
+    optimizer: RMSprop,
+    mapping: Sequence[Entry],
+    theirs: Mapping[Any, Slots | None],
+    names: Mapping[str, Any] | None = None,
+) -> list[Slots]:
+    """Return their slots in my order and layout; None stands for slots not yet used."""
+    _, mine, paths = optimizer.get_state()
+    pairs = _resolved(mapping, paths, theirs, names or {})
+    left = set(theirs) - {key for key, _ in pairs}
+    left = {key for key in left if theirs[key] is not None}
+    if left:
+        raise ValueError(
+            "`mapping` must name each parameter that has a state. "
+            f"It leaves out: {', '.join(sorted(map(str, left)))}"
+        )
+    start = optimizer.initial_accumulator_value
+    slots = []
+    for (key, axes), of_one in zip(pairs, mine, strict=True):
+        given = theirs[key]
+        if given is None:
+            fresh = [np.full_like(of_one.velocity, x) for x in (start, 0, 0)]
+            given, axes = Slots(*fresh), None
+        slots.append(_transposed(given, axes))
+    return slots
+
+
+def _resolved(
+    mapping: Sequence[Entry],
+    paths: Sequence[str],
+    keys: Mapping[Any, Any],
+    names: Mapping[str, Any],
+) -> list[tuple[Any, Axes | None]]:
+    """Return the key, and the axes if there are any, that each entry stands for."""
+    if len(mapping) != len(paths):
+        raise ValueError(
+            f"`mapping` must have an entry for each of the {len(paths)} variables. "
+            f"Received: {len(mapping)} entries"
+        )
+    pairs: list[tuple[Any, Axes | None]] = []
+    for entry, path in zip(mapping, paths, strict=True):
+        key, axes = entry if isinstance(entry, tuple) else (entry, None)
+        key = names.get(key, key)  # type: ignore[arg-type]
+        if key not in keys or key in (used for used, _ in pairs):
+            raise ValueError(
+                f"Each entry of `mapping` must be one of {[*names, *keys]}, once. "
+                f"Received: {entry!r} for {path!r}"
+            )
+        pairs.append((key, axes))
+    return pairs
+
+
+def _transposed(slots: Slots, axes: Axes | None) -> Slots:
+    def transposed(x: Array | None) -> Array | None:
+        if x is None or axes is None:
+            return x
+        if sorted(axes) != list(range(x.ndim)):
+            raise ValueError(
+                f"The axes in `mapping` must be those of an array of shape {x.shape}. "
+                f"Received: {axes}"
+            )
+        return np.transpose(x, axes)
+
+    return Slots(*map(transposed, slots))
+
+
+def _rate(learning_rate: Any, theirs: bool, optimizer: RMSprop) -> float:
+    """Return what their sum of updates is to be multiplied by.
+
+    Args:
+        learning_rate: Their learning rate.
+        theirs: Whether their sum includes it.
+        optimizer: The one whose sum it becomes.
+    """
+    if theirs == optimizer.lr_in_momentum:
+        return 1.0
+    rate = float(learning_rate)
+    if not rate:
+        raise ValueError(
+            "The learning rate must be > 0 to convert between sums of updates with and "
+            f"without it. Received: {rate}"
+        )
+    return 1 / rate if theirs else rate
+
+
+def _with_rate(slots: Sequence[Slots], rate: float) -> list[Slots]:
+    return [Slots(v, m if m is None else m * rate, a) for v, m, a in slots]
+
+
+def _torch_groups(
+    state_dict: Mapping[str, Any],
+) -> tuple[dict[int, Any], dict[str, int]]:
+    """Return the group of each parameter by its number, and the numbers by name."""
+    groups, names = {}, {}
+    for group in state_dict["param_groups"]:
+        groups.update(dict.fromkeys(group["params"], group))
+        names.update(zip(group.get("param_names", ()), group["params"], strict=False))
+    return groups, names
+
+
+def _torch_rate(group: Mapping[str, Any], optimizer: RMSprop) -> float:
+    return _rate(group["lr"], group.get("lr_in_momentum", False), optimizer)
+
+
+def _builtin_slots(builtin: Any) -> list[Slots]:
+    """Return the slots of a `keras.optimizers.RMSprop`, which are variables."""
+    if not isinstance(builtin, keras.optimizers.RMSprop) or not builtin.built:
+        raise ValueError(
+            "`builtin` must be a `keras.optimizers.RMSprop`, built. "
+            f"Received: builtin={builtin!r}"
+        )
+    count = len(builtin._trainable_variables)
+    columns = []
+    for name in Slots._fields:
+        column = [v for v in builtin.variables if v.name.endswith(f"_{name}")]
+        columns.append(column or [None] * count)
+    return [Slots(*of_one) for of_one in zip(*columns, strict=True)]
+
+
+def _named_fields(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of named tuples in a tree that hold a state of RMSprop."""
+    if hasattr(tree, "_fields"):
+        for name, value in zip(tree._fields, tree, strict=True):
+            if name in (*_OPTAX, "count"):
+                yield name, value
+            else:
+                yield from _named_fields(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from _named_fields(value)
+    elif isinstance(tree, Mapping):
+        yield from _named_fields(list(tree.values()))
+
+
+def _numpy(x: Any) -> Array:
+    """Return a tensor of any framework as an array, bfloat16 as float32."""
+    if hasattr(x, "detach"):  # PyTorch's, from wherever it is
+        x = x.detach().cpu()
+        x = x.float() if x.element_size() < 4 else x
+    return np.asarray(x)

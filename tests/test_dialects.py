@@ -1,0 +1,363 @@
+"""Each dialect beside the real thing: 200 steps on random gradients."""
+
+import inspect
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from stepping import arrays, assert_close
+
+from keras_rmsprop import RMSprop, dialects, reference
+
+SHAPES = [(4, 3), (5,), ()]
+STEPS = 200
+RTOL = {"float32": 1e-5, "float64": 1e-12}
+LR = 2**-7  # like the other numbers below the same in float32 and float64
+
+
+def peer(name):
+    """Return a package of the `peers` extra, or skip the test."""
+    return pytest.importorskip(name, reason=f"{name} comes with `make test-peers`")
+
+
+def gradients(dtype):
+    return [arrays(SHAPES, dtype, seed) for seed in range(1, STEPS + 1)]
+
+
+def train(optimizer, dtype):
+    """Return weights and v after the steps with this package."""
+    variables = [keras.Variable(a, dtype=dtype) for a in arrays(SHAPES, dtype)]
+    optimizer.build(variables)
+    for step in gradients(dtype):
+        optimizer.apply([tf.constant(g) for g in step])
+    slots = optimizer.get_state().slots
+    return [v.numpy() for v in variables] + [s.velocity for s in slots]
+
+
+def train_torch(make, dtype):
+    torch = peer("torch")
+    parameters = [torch.nn.Parameter(torch.tensor(a)) for a in arrays(SHAPES, dtype)]
+    optimizer = make(parameters)
+    for step in gradients(dtype):
+        for parameter, g in zip(parameters, step, strict=True):
+            parameter.grad = torch.tensor(g)
+        optimizer.step()
+    v = [optimizer.state[p]["square_avg"] for p in parameters]
+    return [x.detach().numpy() for x in parameters + v]
+
+
+def train_tensorflow(optimizer, dtype):
+    variables = [tf.Variable(a, dtype=dtype) for a in arrays(SHAPES, dtype)]
+
+    @tf.function(reduce_retracing=True)
+    def apply(*step):
+        optimizer.apply_gradients(zip(step, variables, strict=True))
+
+    for step in gradients(dtype):
+        apply(*map(tf.constant, step))
+    v = [optimizer.get_slot(x, "rms") for x in variables]
+    return [x.numpy() for x in variables + v]
+
+
+def train_optax(make, dtype):
+    optax, jax = peer("optax"), peer("jax")
+    with jax.enable_x64(dtype == "float64"):
+        optimizer = make()
+        weights = [jax.numpy.asarray(a) for a in arrays(SHAPES, dtype)]
+        state = optimizer.init(weights)
+
+        @jax.jit
+        def step(weights, state, gradients):
+            updates, state = optimizer.update(gradients, state, weights)
+            return optax.apply_updates(weights, updates), state
+
+        for g in gradients(dtype):
+            weights, state = step(weights, state, g)
+        return [np.asarray(x) for x in [*weights, *state[0].nu]]
+
+
+def train_formula(step, dtype):
+    weights, states = arrays(SHAPES, "float64"), [{} for _ in SHAPES]
+    for gs in gradients(dtype):
+        weights = [
+            step(w, g.astype("float64"), s)
+            for w, g, s in zip(weights, gs, states, strict=True)
+        ]
+    return weights + [s["v"] for s in states]
+
+
+def check(optimizer, expected, dtype):
+    assert_close(train(optimizer, dtype), expected, RTOL[dtype])
+
+
+both_dtypes = pytest.mark.parametrize("dtype", RTOL)
+
+EPSILON = 2**-10
+TORCH = {
+    "defaults": {},
+    "alpha, eps": {"alpha": 0.875, "eps": EPSILON},
+    "momentum": {"momentum": 0.75},
+    "centered": {"centered": True},
+    "weight_decay": {"weight_decay": 0.125},
+    "all": {
+        "alpha": 0.875,
+        "eps": EPSILON,
+        "momentum": 0.75,
+        "centered": True,
+        "weight_decay": 0.125,
+    },
+}
+
+
+@pytest.mark.peers
+@both_dtypes
+@pytest.mark.parametrize(
+    "options",
+    [*TORCH.values(), {"maximize": True, "weight_decay": 0.125}],
+    ids=[*TORCH, "maximize"],
+)
+def test_torch(options, dtype):
+    def make(parameters):
+        return peer("torch").optim.RMSprop(parameters, lr=LR, **options)
+
+    check(dialects.torch(LR, **options), train_torch(make, dtype), dtype)
+
+
+TIMM = TORCH | {
+    "decoupled_decay": {"weight_decay": 0.125, "decoupled_decay": True},
+    "lr_in_momentum": {"momentum": 0.75, "lr_in_momentum": False},
+    "caution": {"momentum": 0.75, "caution": True},
+    "caution, lr_in_momentum": {
+        "momentum": 0.75,
+        "caution": True,
+        "lr_in_momentum": False,
+        "weight_decay": 0.125,
+    },
+}
+
+
+@pytest.mark.peers
+@both_dtypes
+@pytest.mark.parametrize("options", TIMM.values(), ids=TIMM)
+def test_timm(options, dtype):
+    def make(parameters):
+        return peer("timm.optim").RMSpropTF(parameters, lr=LR, **options)
+
+    check(dialects.timm(LR, **options), train_torch(make, dtype), dtype)
+
+
+OPTAX = {
+    "defaults": {},
+    "decay, eps": {"decay": 0.875, "eps": EPSILON},
+    "initial_scale": {"initial_scale": 1.0},
+    "eps_in_sqrt": {"eps_in_sqrt": False, "eps": EPSILON},
+    "centered": {"centered": True, "eps": EPSILON},
+    "momentum": {"momentum": 0.75},
+    "nesterov": {"momentum": 0.75, "nesterov": True},
+    "bias_correction": {"bias_correction": True},
+    "bias_correction, centered": {
+        "bias_correction": True,
+        "centered": True,
+        "eps": EPSILON,
+    },
+    "all": {
+        "decay": 0.875,
+        "eps": EPSILON,
+        "initial_scale": 0.5,
+        "eps_in_sqrt": False,
+        "centered": True,
+        "momentum": 0.75,
+        "nesterov": True,
+        "bias_correction": True,
+    },
+}
+
+
+@pytest.mark.peers
+@both_dtypes
+@pytest.mark.parametrize("options", OPTAX.values(), ids=OPTAX)
+def test_optax(options, dtype):
+    def make():
+        return peer("optax").rmsprop(LR, **options)
+
+    check(dialects.optax(LR, **options), train_optax(make, dtype), dtype)
+
+
+TENSORFLOW = {
+    "rho 0.875": {"decay": 0.875},
+    "momentum": {"decay": 0.875, "momentum": 0.75},
+    "centered": {"decay": 0.875, "centered": True},
+    "all": {
+        "decay": 0.875,
+        "momentum": 0.75,
+        "epsilon": EPSILON,
+        "centered": True,
+    },
+}
+
+
+@both_dtypes
+@pytest.mark.parametrize("options", TENSORFLOW.values(), ids=TENSORFLOW)
+def test_tensorflow_v1(options, dtype):
+    theirs = tf.compat.v1.train.RMSPropOptimizer(LR, **options)
+    expected = train_tensorflow(theirs, dtype)
+    check(dialects.tensorflow_v1(LR, **options), expected, dtype)
+
+
+@pytest.mark.peers
+@both_dtypes
+@pytest.mark.parametrize(
+    "options",
+    [*TENSORFLOW.values(), {"clipnorm": 0.5, "decay": 0.875, "learning_decay": 0.25}],
+    ids=[*TENSORFLOW, "clipnorm, decay"],
+)
+def test_tf_keras_legacy(options, dtype):
+    options = dict(options)
+    options["rho"] = options.pop("decay")  # which is something else there
+    options["decay"] = options.pop("learning_decay", 0.0)
+    theirs = peer("tf_keras").optimizers.legacy.RMSprop(LR, **options)
+    expected = train_tensorflow(theirs, dtype)
+    check(dialects.tf_keras_legacy(LR, **options), expected, dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rho": 0.875, "momentum": 0.75, "epsilon": EPSILON, "centered": True},
+        {"weight_decay": 0.125, "clipnorm": 0.5, "use_ema": True},
+    ],
+    ids=["defaults", "all slots", "the base class"],
+)
+def test_keras(options, dtype):
+    builtin = keras.optimizers.RMSprop(LR, **options)
+    variables = [keras.Variable(a, dtype=dtype) for a in arrays(SHAPES, dtype)]
+    builtin.build(variables)
+    apply = tf.function(builtin.apply)
+    for step in gradients(dtype):
+        apply([tf.constant(g) for g in step])
+    n = len(SHAPES)
+    v = [x for x in builtin.variables if x.name.endswith("velocity")][:n]
+    expected = [x.numpy() for x in variables + v]
+    check(dialects.keras(LR, **options), expected, dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize("options", [{}, {"rho": 0.875, "epsilon": EPSILON}])
+def test_documents(options, dtype):
+    names = {"rho": "beta", "epsilon": "epsilon"}
+    given = {"beta": 0.9, "epsilon": 1e-8} | {names[k]: x for k, x in options.items()}
+
+    def step(w, g, state):
+        return reference.step(w, g, state, alpha=LR, **given)
+
+    check(dialects.documents(LR, **options), train_formula(step, dtype), dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.75, "weight_decay": 0.125},
+        {"alpha": 0.875, "eps": EPSILON, "momentum": 0.75, "centered": True},
+    ],
+    ids=["defaults", "momentum, weight_decay", "centered"],
+)
+def test_stable_baselines3(options, dtype):
+    o = {"alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 0} | options
+
+    def step(w, g, s):  # the published formula: the package wants a whole gym
+        g = g + o["weight_decay"] * w
+        s["v"] = o["alpha"] * s.get("v", 1.0) + (1 - o["alpha"]) * g**2
+        s["a"] = o["alpha"] * s.get("a", 0.0) + (1 - o["alpha"]) * g
+        average = s["v"] - (s["a"] ** 2 if o.get("centered") else 0.0)
+        s["b"] = o["momentum"] * s.get("b", 0.0) + g / np.sqrt(average + o["eps"])
+        return w - LR * s["b"]
+
+    optimizer = dialects.stable_baselines3(LR, **options)
+    check(optimizer, train_formula(step, dtype), dtype)
+
+
+@both_dtypes
+def test_deepmind_dqn(dtype):
+    def step(w, g, s):  # as in their NeuralQLearner, where g2 is v
+        s["g"] = 0.95 * s.get("g", 0.0) + 0.05 * g
+        s["v"] = 0.95 * s.get("v", 0.0) + 0.05 * g * g
+        return w - LR * g / np.sqrt(s["v"] - s["g"] ** 2 + 0.01)
+
+    check(dialects.deepmind_dqn(LR), train_formula(step, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "arguments", "message"),
+    [
+        ("torch", {"foreach": True}, "`foreach` of torch.optim.RMSprop has no"),
+        ("torch", {"capturable": False}, "`capturable` of torch.optim.RMSprop"),
+        ("torch", {"alpha": 1.5}, r"`rho` must be in \[0, 1\)"),
+        ("tensorflow_v1", {"learning_rate": 0.1, "use_locking": True}, "`use_locking`"),
+        ("tf_keras_legacy", {"lr": 0.1}, "`lr` of tf_keras.optimizers.legacy.RMSprop"),
+        ("deepmind_dqn", {"gradient_momentum": 0.9}, "must be the same"),
+    ],
+)
+def test_what_there_is_not_is_named(dialect, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(dialects, dialect)(**arguments)
+
+
+def table():
+    """Return {(dialect, argument): cell} of the table in the documentation."""
+    page = Path(__file__).parent.parent / "docs" / "dialects.md"
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in page.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    names = [name.strip("`") for name in rows[0][1:]]
+    return {
+        (name, row[0].strip("`")): cell
+        for row in rows[2:]
+        for name, cell in zip(names, row[1:], strict=True)
+    }
+
+
+def shown(value):
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}"
+
+
+@pytest.mark.parametrize(("dialect", "argument"), table())
+def test_the_documented_table(dialect, argument):
+    """A cell is the default and, where there is a choice, what the dialect calls it."""
+    cell = table()[dialect, argument]
+    value, name = re.fullmatch(r"([^ ]+)(?: `(\w+)`)?", cell).groups()
+    function = getattr(dialects, dialect)
+    required = {"learning_rate": 0.25} if dialect in ("optax", "tensorflow_v1") else {}
+    default = function(**required).get_config()[argument]
+    assert value in (shown(default), "–")  # –: it must be given, or has no effect
+    if name:
+        other = not default if isinstance(default, bool) else 0.5
+        given = required | {name: other}
+        if name == "squared_gradient_momentum":
+            given["gradient_momentum"] = other
+        assert function(**given).get_config()[argument] == other
+
+
+def test_every_dialect_is_in_the_table():
+    public = {
+        name
+        for name, value in vars(dialects).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    assert public == {dialect for dialect, _ in table()}
+
+
+def test_a_dialect_can_be_extended():
+    config = dialects.torch(0.25, alpha=0.875).get_config()
+    optimizer = RMSprop.from_config(config | {"global_clipnorm": 0.5})
+    assert (optimizer.rho, optimizer.global_clipnorm) == (0.875, 0.5)
