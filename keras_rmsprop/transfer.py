@@ -21,16 +21,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
+from keras_rmsprop.mapping import Array, Axes, Entry, arranged, resolved, transposed
 from keras_rmsprop.rmsprop import RMSprop
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.state import State, matched
-
-Array = NDArray[Any]
-Axes = tuple[int, ...]
-Entry = int | str | tuple[int | str, Axes]
-"""A parameter of the other framework, or a pair of that and its axes."""
 
 LINEAR: Axes = (1, 0)
 """PyTorch's (out, in) to Keras' (in, out)."""
@@ -89,7 +84,7 @@ def from_torch(
             m = m * _torch_rate(groups[number], optimizer)
         theirs[number] = Slots(v, m, a)
         steps.add(int(state["step"]))
-    slots = _arranged(optimizer, mapping, theirs, names)
+    slots = arranged(optimizer, mapping, theirs, names)
     optimizer.set_state(State(max(steps), slots))
 
 
@@ -116,13 +111,13 @@ def to_torch(
     iterations, mine, paths = optimizer.get_state()
     states, places, given = {}, [], []
     for (number, axes), (v, m, a) in zip(
-        _resolved(mapping, paths, groups, names), mine, strict=True
+        resolved(mapping, paths, groups, names), mine, strict=True
     ):
         group = groups[number]
         if m is not None:
             m = m / _torch_rate(group, optimizer)
         inverse = None if axes is None else tuple(np.argsort(axes))
-        slots = _transposed(Slots(v, m, a), inverse)
+        slots = transposed(Slots(v, m, a), inverse)
         v = state_dict["state"].get(number, {}).get("square_avg", slots.velocity)
         places.append(
             Slots(v, v if group["momentum"] else None, v if group["centered"] else None)
@@ -222,12 +217,14 @@ def from_tensorflow_v1(
         if v in tensors:
             present = [other for other in others if other in tensors]
             a, m = present if len(present) == 2 else (None, *present)
+            # Without momentum the slot is there, too, and holds the last update.
+            m = m if optimizer.momentum else None
             theirs[variable] = Slots(
                 *(None if key is None else reader.get_tensor(key) for key in (v, m, a))
             )
     if mapping is None:
         mapping = list(optimizer.get_state().paths)
-    slots = _arranged(optimizer, mapping, theirs)
+    slots = arranged(optimizer, mapping, theirs)
     slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
     steps = reader.get_tensor(global_step) if global_step in tensors else 0
     optimizer.set_state(State(int(steps), slots))
@@ -271,77 +268,12 @@ def from_optax(
         number: Slots(*(None if x is None else _numpy(x) for x in of_one))
         for number, of_one in enumerate(zip(*columns, strict=True))
     }
-    slots = _arranged(
+    slots = arranged(
         optimizer, range(len(leaves)) if mapping is None else mapping, theirs, names
     )
-    slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
+    # There the sum is what is added to the weights: it has the other sign.
+    slots = _with_rate(slots, -_rate(optimizer.learning_rate, True, optimizer))
     optimizer.set_state(State(int(found.get("count", 0)), slots))
-
-
-def _arranged(
-    optimizer: RMSprop,
-    mapping: Sequence[Entry],
-    theirs: Mapping[Any, Slots | None],
-    names: Mapping[str, Any] | None = None,
-) -> list[Slots]:
-    """Return their slots in my order and layout; None stands for slots not yet used."""
-    _, mine, paths = optimizer.get_state()
-    pairs = _resolved(mapping, paths, theirs, names or {})
-    left = set(theirs) - {key for key, _ in pairs}
-    left = {key for key in left if theirs[key] is not None}
-    if left:
-        raise ValueError(
-            "`mapping` must name each parameter that has a state. "
-            f"It leaves out: {', '.join(sorted(map(str, left)))}"
-        )
-    start = optimizer.initial_accumulator_value
-    slots = []
-    for (key, axes), of_one in zip(pairs, mine, strict=True):
-        given = theirs[key]
-        if given is None:
-            fresh = [np.full_like(of_one.velocity, x) for x in (start, 0, 0)]
-            given, axes = Slots(*fresh), None
-        slots.append(_transposed(given, axes))
-    return slots
-
-
-def _resolved(
-    mapping: Sequence[Entry],
-    paths: Sequence[str],
-    keys: Mapping[Any, Any],
-    names: Mapping[str, Any],
-) -> list[tuple[Any, Axes | None]]:
-    """Return the key, and the axes if there are any, that each entry stands for."""
-    if len(mapping) != len(paths):
-        raise ValueError(
-            f"`mapping` must have an entry for each of the {len(paths)} variables. "
-            f"Received: {len(mapping)} entries"
-        )
-    pairs: list[tuple[Any, Axes | None]] = []
-    for entry, path in zip(mapping, paths, strict=True):
-        key, axes = entry if isinstance(entry, tuple) else (entry, None)
-        key = names.get(key, key)  # type: ignore[arg-type]
-        if key not in keys or key in (used for used, _ in pairs):
-            raise ValueError(
-                f"Each entry of `mapping` must be one of {[*names, *keys]}, once. "
-                f"Received: {entry!r} for {path!r}"
-            )
-        pairs.append((key, axes))
-    return pairs
-
-
-def _transposed(slots: Slots, axes: Axes | None) -> Slots:
-    def transposed(x: Array | None) -> Array | None:
-        if x is None or axes is None:
-            return x
-        if sorted(axes) != list(range(x.ndim)):
-            raise ValueError(
-                f"The axes in `mapping` must be those of an array of shape {x.shape}. "
-                f"Received: {axes}"
-            )
-        return np.transpose(x, axes)
-
-    return Slots(*map(transposed, slots))
 
 
 def _rate(learning_rate: Any, theirs: bool, optimizer: RMSprop) -> float:
@@ -371,7 +303,8 @@ def _torch_groups(
     state_dict: Mapping[str, Any],
 ) -> tuple[dict[int, Any], dict[str, int]]:
     """Return the group of each parameter by its number, and the numbers by name."""
-    groups, names = {}, {}
+    groups: dict[int, Any] = {}
+    names: dict[str, int] = {}
     for group in state_dict["param_groups"]:
         groups.update(dict.fromkeys(group["params"], group))
         names.update(zip(group.get("param_names", ()), group["params"], strict=False))

@@ -1,7 +1,11 @@
 """Each dialect beside the real thing: 200 steps on random gradients."""
 
+import importlib
+import importlib.util
 import inspect
 import re
+import sys
+import types
 from pathlib import Path
 
 import keras
@@ -126,6 +130,21 @@ def test_torch(options, dtype):
     check(dialects.torch(LR, **options), train_torch(make, dtype), dtype)
 
 
+def timm_rmsprop():
+    """Return timm's class without the rest of timm.
+
+    That imports torchvision, which fails beside a PyTorch of another build.
+    """
+    peer("torch")
+    spec = importlib.util.find_spec("timm")
+    if spec is None:
+        pytest.skip("timm comes with `make test-peers`")
+    package = types.ModuleType("timm_optim")
+    package.__path__ = [str(Path(spec.origin).parent / "optim")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("timm_optim.rmsprop_tf").RMSpropTF
+
+
 TIMM = TORCH | {
     "decoupled_decay": {"weight_decay": 0.125, "decoupled_decay": True},
     "lr_in_momentum": {"momentum": 0.75, "lr_in_momentum": False},
@@ -144,7 +163,7 @@ TIMM = TORCH | {
 @pytest.mark.parametrize("options", TIMM.values(), ids=TIMM)
 def test_timm(options, dtype):
     def make(parameters):
-        return peer("timm.optim").RMSpropTF(parameters, lr=LR, **options)
+        return timm_rmsprop()(parameters, lr=LR, **options)
 
     check(dialects.timm(LR, **options), train_torch(make, dtype), dtype)
 
@@ -158,10 +177,11 @@ OPTAX = {
     "momentum": {"momentum": 0.75},
     "nesterov": {"momentum": 0.75, "nesterov": True},
     "bias_correction": {"bias_correction": True},
+    # In the first step the variance is 0 but for rounding, which a small eps shows.
     "bias_correction, centered": {
         "bias_correction": True,
         "centered": True,
-        "eps": EPSILON,
+        "eps": 0.25,
     },
     "all": {
         "decay": 0.875,
@@ -207,20 +227,27 @@ def test_tensorflow_v1(options, dtype):
     check(dialects.tensorflow_v1(LR, **options), expected, dtype)
 
 
+def check_tf_keras_legacy(dtype, **options):
+    theirs = peer("tf_keras").optimizers.legacy.RMSprop(LR, **options)
+    expected = train_tensorflow(theirs, dtype)
+    check(dialects.tf_keras_legacy(LR, **options), expected, dtype)
+
+
 @pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize(
     "options",
-    [*TENSORFLOW.values(), {"clipnorm": 0.5, "decay": 0.875, "learning_decay": 0.25}],
-    ids=[*TENSORFLOW, "clipnorm, decay"],
+    [*TENSORFLOW.values(), {"decay": 0.875, "clipnorm": 0.5}],
+    ids=[*TENSORFLOW, "clipnorm"],
 )
 def test_tf_keras_legacy(options, dtype):
     options = dict(options)
-    options["rho"] = options.pop("decay")  # which is something else there
-    options["decay"] = options.pop("learning_decay", 0.0)
-    theirs = peer("tf_keras").optimizers.legacy.RMSprop(LR, **options)
-    expected = train_tensorflow(theirs, dtype)
-    check(dialects.tf_keras_legacy(LR, **options), expected, dtype)
+    check_tf_keras_legacy(dtype, rho=options.pop("decay"), **options)
+
+
+@pytest.mark.peers
+def test_tf_keras_legacy_decay_of_the_learning_rate():
+    check_tf_keras_legacy("float32", decay=0.25)  # Keras' schedules are float32
 
 
 @both_dtypes
@@ -312,11 +339,9 @@ def test_what_there_is_not_is_named(dialect, arguments, message):
 def table():
     """Return {(dialect, argument): cell} of the table in the documentation."""
     page = Path(__file__).parent.parent / "docs" / "dialects.md"
-    rows = [
-        [cell.strip() for cell in line.strip("|\n").split("|")]
-        for line in page.read_text().splitlines()
-        if line.startswith("|")
-    ]
+    first = re.search(r"(^\|.*\n)+", page.read_text(), re.MULTILINE)[0]
+    lines = first.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     names = [name.strip("`") for name in rows[0][1:]]
     return {
         (name, row[0].strip("`")): cell
@@ -331,21 +356,21 @@ def shown(value):
     return f"{value:g}"
 
 
-@pytest.mark.parametrize(("dialect", "argument"), table())
-def test_the_documented_table(dialect, argument):
+def test_the_documented_table():
     """A cell is the default and, where there is a choice, what the dialect calls it."""
-    cell = table()[dialect, argument]
-    value, name = re.fullmatch(r"([^ ]+)(?: `(\w+)`)?", cell).groups()
-    function = getattr(dialects, dialect)
-    required = {"learning_rate": 0.25} if dialect in ("optax", "tensorflow_v1") else {}
-    default = function(**required).get_config()[argument]
-    assert value in (shown(default), "–")  # –: it must be given, or has no effect
-    if name:
-        other = not default if isinstance(default, bool) else 0.5
-        given = required | {name: other}
-        if name == "squared_gradient_momentum":
-            given["gradient_momentum"] = other
-        assert function(**given).get_config()[argument] == other
+    for (dialect, argument), cell in table().items():
+        value, name = re.fullmatch(r"([^ ]+)(?: `(\w+)`)?", cell).groups()
+        function = getattr(dialects, dialect)
+        given = {"learning_rate": 0.25} if dialect in ("optax", "tensorflow_v1") else {}
+        default = function(**given).get_config()[argument]
+        # – is where it must be given, or has no effect.
+        assert value in (shown(default), "–"), (dialect, argument)
+        if name:
+            other = not default if isinstance(default, bool) else 0.5
+            given[name] = other
+            if name == "squared_gradient_momentum":
+                given["gradient_momentum"] = other
+            assert function(**given).get_config()[argument] == other
 
 
 def test_every_dialect_is_in_the_table():

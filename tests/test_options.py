@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from stepping import SHAPES, WAYS, arrays, assert_close, train
+from stepping import SHAPES, arrays, assert_close, train
 
 from keras_rmsprop import RMSprop, reference
 

@@ -155,7 +155,9 @@ def caught_up(slots: Slots, clock: Clock, ids: Any, rho: float) -> Slots:
         ids: The indices of the rows, or None: all rows.
         rho: Decay rate of the averages.
     """
-    v, m, a = (None if s is None else read(s, ids) for s in slots)
+    v, m, a = slots
+    v = read(v, ids)
+    m, a = (s if s is None else read(s, ids) for s in (m, a))
     silence = clock.updates - read(clock.last, ids)
     # The power of the rho that dense arithmetic would multiply by, again and again.
     dtype = keras.backend.result_type(v.dtype.name, "float32")
