@@ -65,6 +65,7 @@ def test_notebook_is_stored_as_run(notebook):
     assert set.union(*outputs(notebook)) == {"stdout", "display_data"}
 
 
+@pytest.mark.slow
 def test_notebook_runs(notebook):
     stored = outputs(notebook)
     for cell in code_cells(notebook):

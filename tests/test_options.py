@@ -53,16 +53,15 @@ OPTIONS = {
         "gradient_accumulation_steps": 2,
     },
 }
-RTOL = {"float32": 1e-5, "float64": 1e-12}
 
 
-@pytest.mark.parametrize("dtype", RTOL)
+@pytest.mark.parametrize(
+    ("dtype", "way", "rtol"), [("float32", "eager", 1e-5), ("float64", "XLA", 1e-12)]
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_built_in(options, dtype):
+def test_equals_the_built_in(options, dtype, way, rtol):
     expected = train(keras.optimizers.RMSprop(**options), dtype=dtype)
-    for way in ["eager", "XLA"] if dtype == "float64" else ["eager"]:
-        optimizer = RMSprop(**options)
-        assert_close(train(optimizer, dtype=dtype, way=way), expected, RTOL[dtype])
+    assert_close(train(RMSprop(**options), dtype=dtype, way=way), expected, rtol)
 
 
 # What the built-in does not have; the peers of test_dialects.py have it.

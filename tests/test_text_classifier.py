@@ -3,9 +3,12 @@
 import runpy
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parent.parent / "examples" / "text_classifier.py"
 
 
+@pytest.mark.slow
 def test_both_optimizers_learn_far_more_than_the_most_frequent(capsys):
     ours, built_in = runpy.run_path(str(PROGRAM))["main"]()
     output = capsys.readouterr().out
