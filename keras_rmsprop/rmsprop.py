@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import random
 import warnings
 from typing import Any
 
@@ -113,7 +114,7 @@ class RMSprop(Optimizer):
         slot_dtype: Dtype of the slots: `None` as said above, `"float32"`, `"float64"`,
             or `"bfloat16"`, which halves them: steps are computed in float32 and what
             is kept is rounded stochastically, up or down at random, right on average.
-            The seed is drawn when the optimizer is built (see
+            What that depends on is drawn when the optimizer is built (see
             `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
             digits, too few for `centered` where gradients vary little. Defaults to
             `None`.
@@ -271,8 +272,8 @@ class RMSprop(Optimizer):
         )
         self._slots_being_added = False
         if self.slot_dtype == "bfloat16":
-            self._noise = rounding.Noise()
-            self._track_variable(self._noise.state)
+            draw = keras.initializers.Constant(random.randrange(2**16))
+            self._offset = self.add_variable((), draw, "int32", name="rounding_offset")
 
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
@@ -344,14 +345,14 @@ class RMSprop(Optimizer):
     def _as_stored(self, slots: rule.Slots, i: int) -> rule.Slots:
         """Return new slots of the variable with this index in the slots' dtype."""
         dtype = self._velocities[i].dtype
-        if dtype != "bfloat16":
-            return rule.Slots(*(s if s is None else ops.cast(s, dtype) for s in slots))
-        t, n = self.iterations, len(self._velocities)
+
+        def stored(slot: int, x: Any) -> Any:
+            if dtype != "bfloat16":
+                return ops.cast(x, dtype)
+            return rounding.stochastically(x, self._offset, self.iterations, slot)
+
         return rule.Slots(
-            *(
-                s if s is None else self._noise.round(s, number * n + i, t)
-                for number, s in enumerate(slots)
-            )
+            *(None if x is None else stored(n, x) for n, x in enumerate(slots))
         )
 
     @property

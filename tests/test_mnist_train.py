@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -281,3 +282,32 @@ def test_all_of_mnist(tmp_path, monkeypatch):
     ours, theirs = (results[name]["test_accuracy"] for name in (OURS, THEIRS))
     assert ours >= 0.970
     assert abs(ours - theirs) <= 0.005
+
+
+@pytest.mark.slow
+def test_slots_in_bfloat16_are_as_good_on_mnist():
+    try:
+        digits = mnist_data.load("tfds", seed=0)
+    except mnist_data.MnistUnavailableError as reason:
+        pytest.skip(str(reason))
+    accuracies = {None: [], "bfloat16": []}
+    for seed, slot_dtype in itertools.product([0, 1], accuracies):
+        keras.utils.set_random_seed(seed)
+        model = mnist_train.network()
+        model.compile(
+            keras_rmsprop.RMSprop(slot_dtype=slot_dtype),
+            "sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+            jit_compile=True,
+        )
+        model.fit(
+            digits.train_images,
+            digits.train_labels,
+            batch_size=128,
+            epochs=5,
+            verbose=0,
+        )
+        test = model.evaluate(digits.test_images, digits.test_labels, 1000, verbose=0)
+        accuracies[slot_dtype].append(test[1])
+    difference = np.mean(accuracies["bfloat16"]) - np.mean(accuracies[None])
+    assert abs(difference) <= 0.003, accuracies
