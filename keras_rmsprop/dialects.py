@@ -5,10 +5,12 @@ returns the `RMSprop` that does the same arithmetic. `docs/dialects.md` compares
 Parameters are not among the arguments: a Keras optimizer gets them from the model.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras.optimizers import schedules
 
+from keras_rmsprop import checks
 from keras_rmsprop.rmsprop import RMSprop
 
 
@@ -83,7 +85,8 @@ def tensorflow_v1(
         1.0
     """
     if use_locking:
-        raise _missing("tf.compat.v1.train.RMSPropOptimizer", use_locking=use_locking)
+        given = {"use_locking": use_locking}
+        _refuse("tf.compat.v1.train.RMSPropOptimizer", ["use_locking"], given)
     return RMSprop(
         learning_rate,
         rho=decay,
@@ -123,18 +126,18 @@ def tf_keras_legacy(
         **kwargs: `clipnorm`, `clipvalue` and `global_clipnorm`, see `RMSprop`.
 
     Raises:
-        ValueError: An argument is out of its range, or not one of that framework.
-        TypeError: An argument is not of its type.
+        ValueError: An argument is out of its range.
+        TypeError: An argument is not of its type, or not one of that framework.
 
     Example:
         >>> [tf_keras_legacy(momentum=m).epsilon_inside_sqrt for m in (0.0, 0.9)]
         [False, True]
     """
-    unknown = set(kwargs) - {"clipnorm", "clipvalue", "global_clipnorm"}
-    if unknown:
-        raise _missing(
-            "tf_keras.optimizers.legacy.RMSprop", **{k: kwargs[k] for k in unknown}
-        )
+    clips = ("clipnorm", "clipvalue", "global_clipnorm")
+    others = {name: value for name, value in kwargs.items() if name not in clips}
+    _refuse("tf_keras.optimizers.legacy.RMSprop", [], others)
+    learning_rate = checks.learning_rate(learning_rate)
+    decay = checks.number("decay", decay, checks.NOT_NEGATIVE)
     if decay:
         learning_rate = schedules.InverseTimeDecay(learning_rate, 1, decay)
     return RMSprop(
@@ -178,7 +181,7 @@ def torch(
 
     Raises:
         ValueError: An argument is out of its range, or has no counterpart.
-        TypeError: An argument is not of its type.
+        TypeError: An argument is not of its type, or not one of that framework.
 
     Example:
         >>> torch(7e-4, eps=1e-5).epsilon_inside_sqrt
@@ -187,8 +190,8 @@ def torch(
         Traceback (most recent call last):
         ValueError: `foreach` of torch.optim.RMSprop has no counterpart here. ...
     """
-    if kwargs:
-        raise _missing("torch.optim.RMSprop", **kwargs)
+    known = ("foreach", "capturable", "differentiable")
+    _refuse("torch.optim.RMSprop", known, kwargs)
     return RMSprop(
         lr,
         rho=alpha,
@@ -256,8 +259,10 @@ def timm(
     momentum: float = 0.0,
     centered: bool = False,
     decoupled_decay: bool = False,
+    *,
     lr_in_momentum: bool = True,
     caution: bool = False,
+    **kwargs: Any,
 ) -> RMSprop:
     r"""Return what `timm.optim.RMSpropTF` is.
 
@@ -273,15 +278,18 @@ def timm(
         decoupled_decay: Whether weight decay is decoupled; else it is the L2 penalty.
         lr_in_momentum: Whether the learning rate enters the sum of updates.
         caution: Whether elements of updates against the gradient are skipped.
+        **kwargs: `corrected_weight_decay` and `foreach` have no counterpart here and
+            are refused.
 
     Raises:
-        ValueError: An argument is out of its range.
-        TypeError: An argument is not of its type.
+        ValueError: An argument is out of its range, or has no counterpart.
+        TypeError: An argument is not of its type, or not one of that framework.
 
     Example:
         >>> timm(0.1, momentum=0.9, weight_decay=1e-5).decoupled_weight_decay
         False
     """
+    _refuse("timm.optim.RMSpropTF", ("corrected_weight_decay", "foreach"), kwargs)
     return RMSprop(
         lr,
         rho=alpha,
@@ -304,9 +312,10 @@ def stable_baselines3(
     momentum: float = 0,
     centered: bool = False,
 ) -> RMSprop:
-    r"""Return what `RMSpropTFLike` of Stable-Baselines3 is, the choice for A2C.
+    r"""Return what `RMSpropTFLike` of Stable-Baselines3 is.
 
-    It is PyTorch's with $v$ starting at 1 and epsilon inside the root.
+    It is PyTorch's with $v$ starting at 1 and epsilon inside the root, so that A2C
+    trains as it did with TensorFlow. Unless told to use it, A2C takes PyTorch's own.
 
     Args:
         lr: $\eta$.
@@ -379,8 +388,12 @@ def deepmind_dqn(
     )
 
 
-def _missing(framework: str, **given: Any) -> ValueError:
-    name, value = next(iter(sorted(given.items())))
-    return ValueError(
-        f"`{name}` of {framework} has no counterpart here. Received: {name}={value!r}"
-    )
+def _refuse(framework: str, known: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raise an error if there are arguments without a counterpart."""
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{framework} has no argument `{name}`")
+        raise ValueError(
+            f"`{name}` of {framework} has no counterpart here. "
+            f"Received: {name}={value!r}"
+        )

@@ -34,12 +34,13 @@ def arranged(
     """
     _, mine, paths = optimizer.get_state()
     pairs = resolved(mapping, paths, theirs, names or {})
-    left = set(theirs) - {key for key, _ in pairs}
-    left = {key for key in left if theirs[key] is not None}
+    called = {key: name for name, key in (names or {}).items()}
+    used = {key for key, _ in pairs}
+    left = [k for k, slots in theirs.items() if slots is not None and k not in used]
     if left:
         raise ValueError(
             "`mapping` must name each parameter that has a state. "
-            f"It leaves out: {', '.join(sorted(map(str, left)))}"
+            f"It leaves out: {', '.join(repr(called.get(k, k)) for k in left)}"
         )
     start = optimizer.initial_accumulator_value
     slots = []
@@ -77,7 +78,7 @@ def resolved(
         )
     pairs: list[tuple[Any, Axes | None]] = []
     for entry, path in zip(mapping, paths, strict=True):
-        key, axes = entry if isinstance(entry, tuple) else (entry, None)
+        key, axes = entry if isinstance(entry, tuple | list) else (entry, None)
         key = names.get(key, key)  # type: ignore[arg-type]
         if key not in keys or key in (used for used, _ in pairs):
             raise ValueError(

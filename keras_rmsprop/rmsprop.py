@@ -21,6 +21,15 @@ else:
     Optimizer = keras.optimizers.Optimizer
 
 
+def _array(x: Any) -> Any:
+    """Return a tensor as a NumPy array, bfloat16, which NumPy has not, as float32."""
+    if x is None:
+        return None
+    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
+        x = ops.cast(x, "float32")
+    return ops.convert_to_numpy(x)
+
+
 _options = operator.attrgetter(*rule.Options._fields)
 
 
@@ -335,6 +344,10 @@ class RMSprop(Optimizer):
                 self.assign(slot, value)
         self.assign_sub(variable, taken)
 
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        if self.decoupled_weight_decay:  # else `update_step` adds it to the gradient
+            super()._apply_weight_decay(variables)
+
     def _slots_of(self, i: int) -> rule.Slots:
         return rule.Slots(
             self._velocities[i],
@@ -367,8 +380,8 @@ class RMSprop(Optimizer):
     def get_state(self) -> State:
         """Return what the optimizer remembers of its variables, as NumPy arrays.
 
-        The averages of silent rows are brought up to date in it. Averages of the
-        weights (`use_ema`) are not part of it.
+        The averages of silent rows are brought up to date in it, and slots in bfloat16
+        are float32. Averages of the weights (`use_ema`) are not part of it.
 
         Raises:
             ValueError: The optimizer is not built.
@@ -379,13 +392,8 @@ class RMSprop(Optimizer):
             of_one = self._slots_of(i)
             if i in self._clocks:
                 of_one = rows.caught_up(of_one, self._clocks[i], None, self.rho)
-            slots.append(
-                rule.Slots(
-                    *(s if s is None else ops.convert_to_numpy(s) for s in of_one)
-                )
-            )
-        paths = [v.path for v in self._trainable_variables]
-        return State(int(self.iterations), slots, paths)
+            slots.append(rule.Slots(*map(_array, of_one)))
+        return State(int(_array(self.iterations)), slots, self._paths())
 
     def set_state(self, state: State) -> None:
         """Take over a state, from `get_state` or made from another framework's.
@@ -400,15 +408,22 @@ class RMSprop(Optimizer):
         """
         self._check_built()
         places = [self._slots_of(i) for i in range(len(self._velocities))]
-        paths = [v.path for v in self._trainable_variables]
-        for slot, array in matched(places, state.slots, paths):
-            slot.assign(ops.convert_to_tensor(array, slot.dtype))
+        pairs = [
+            (slot, ops.convert_to_tensor(array, slot.dtype))
+            for slot, array in matched(places, state.slots, self._paths())
+        ]
+        for slot, value in pairs:
+            slot.assign(value)
         every = self.gradient_accumulation_steps or 1
         self._iterations.assign(state.iterations * every)
         for sums in self._accumulated_gradients if every > 1 else []:
             sums.assign(ops.zeros_like(sums))
         for i in self._clocks:
             self._clocks[i].reset()
+
+    def _paths(self) -> list[str]:
+        """Return the paths of the variables; those of TensorFlow have but names."""
+        return [getattr(v, "path", v.name) for v in self._trainable_variables]
 
     def _check_built(self) -> None:
         if not self.built:

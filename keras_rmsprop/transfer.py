@@ -103,7 +103,8 @@ def to_torch(
         A state dict for `load_state_dict` of the PyTorch optimizer.
 
     Raises:
-        ValueError: Something does not fit.
+        ValueError: Something does not fit. Shapes are compared where the state dict has
+            a state; that of a new PyTorch optimizer has none.
     """
     import torch
 
@@ -157,8 +158,9 @@ def from_keras(optimizer: RMSprop, builtin: Any) -> None:
         Slots(*(s if s is None else _numpy(s) for s in of_one))
         for of_one in _builtin_slots(builtin)
     ]
-    slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
-    optimizer.set_state(State(int(builtin.iterations), slots))
+    steps = int(builtin.iterations)
+    slots = _converted(slots, builtin.learning_rate, optimizer)
+    optimizer.set_state(State(steps, slots))
 
 
 def to_keras(optimizer: RMSprop, builtin: Any) -> None:
@@ -172,7 +174,11 @@ def to_keras(optimizer: RMSprop, builtin: Any) -> None:
         ValueError: Something does not fit; nothing is changed.
     """
     iterations, mine, paths = optimizer.get_state()
-    mine = _with_rate(mine, 1 / _rate(optimizer.learning_rate, True, optimizer))
+    if not optimizer.lr_in_momentum:
+        mine = [
+            Slots(v, m if m is None else m * float(builtin.learning_rate), a)
+            for v, m, a in mine
+        ]
     for slot, array in matched(_builtin_slots(builtin), mine, paths):
         slot.assign(array)
     # `iterations` counts updates, the variable behind it the calls that accumulate.
@@ -216,18 +222,18 @@ def from_tensorflow_v1(
         v, *others = (f"{variable}/{name}{number}" for number in ("", "_1", "_2"))
         if v in tensors:
             present = [other for other in others if other in tensors]
-            a, m = present if len(present) == 2 else (None, *present)
-            # Without momentum the slot is there, too, and holds the last update.
-            m = m if optimizer.momentum else None
+            # Without momentum its slot is there, too, and holds the last update.
+            m = present[-1] if present and optimizer.momentum else None
+            a = present[0] if len(present) == 2 else None
             theirs[variable] = Slots(
                 *(None if key is None else reader.get_tensor(key) for key in (v, m, a))
             )
     if mapping is None:
         mapping = list(optimizer.get_state().paths)
     slots = arranged(optimizer, mapping, theirs)
-    slots = _with_rate(slots, _rate(optimizer.learning_rate, True, optimizer))
-    steps = reader.get_tensor(global_step) if global_step in tensors else 0
-    optimizer.set_state(State(int(steps), slots))
+    steps = int(reader.get_tensor(global_step)) if global_step in tensors else 0
+    slots = _converted(slots, _rate_after(optimizer, steps), optimizer)
+    optimizer.set_state(State(steps, slots))
 
 
 def from_optax(
@@ -253,8 +259,10 @@ def from_optax(
     if "nu" not in found:
         raise ValueError(
             "`opt_state` must be the state of `optax.rmsprop`. "
-            f"Received: opt_state of type {type(opt_state).__name__}, without `nu`"
+            f"Received: opt_state={opt_state!r}"
         )
+    if not optimizer.momentum:
+        found.pop("trace", None)  # with momentum 0.0 there is one: the last update
     leaves, _ = tree_util.tree_flatten_with_path(found["nu"])
     names = {
         tree_util.keystr(path, simple=True, separator="/"): number
@@ -272,8 +280,10 @@ def from_optax(
         optimizer, range(len(leaves)) if mapping is None else mapping, theirs, names
     )
     # There the sum is what is added to the weights: it has the other sign.
-    slots = _with_rate(slots, -_rate(optimizer.learning_rate, True, optimizer))
-    optimizer.set_state(State(int(found.get("count", 0)), slots))
+    slots = [Slots(v, m if m is None else -m, a) for v, m, a in slots]
+    steps = int(found.get("count", 0))
+    slots = _converted(slots, _rate_after(optimizer, steps), optimizer)
+    optimizer.set_state(State(steps, slots))
 
 
 def _rate(learning_rate: Any, theirs: bool, optimizer: RMSprop) -> float:
@@ -295,8 +305,22 @@ def _rate(learning_rate: Any, theirs: bool, optimizer: RMSprop) -> float:
     return 1 / rate if theirs else rate
 
 
-def _with_rate(slots: Sequence[Slots], rate: float) -> list[Slots]:
-    return [Slots(v, m if m is None else m * rate, a) for v, m, a in slots]
+def _converted(
+    slots: Sequence[Slots], learning_rate: Any, optimizer: RMSprop
+) -> list[Slots]:
+    """Return slots whose sum of updates includes the learning rate, as mine has it."""
+    return [
+        Slots(v, m if m is None else m * _rate(learning_rate, True, optimizer), a)
+        for v, m, a in slots
+    ]
+
+
+def _rate_after(optimizer: RMSprop, steps: int) -> Any:
+    """Return my learning rate, which may follow a schedule, after that many steps."""
+    schedule = optimizer._learning_rate
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        return schedule(steps)
+    return optimizer.learning_rate
 
 
 def _torch_groups(
@@ -333,8 +357,10 @@ def _builtin_slots(builtin: Any) -> list[Slots]:
 def _named_fields(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yield the fields of named tuples in a tree that hold a state of RMSprop."""
     if hasattr(tree, "_fields"):
+        kind = type(tree).__name__
+        is_ours = kind.startswith(("ScaleByRms", "ScaleByRStdDev", "TraceState"))
         for name, value in zip(tree._fields, tree, strict=True):
-            if name in (*_OPTAX, "count"):
+            if is_ours and name in (*_OPTAX, "count"):
                 yield name, value
             else:
                 yield from _named_fields(value)

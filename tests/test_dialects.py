@@ -320,6 +320,35 @@ def test_deepmind_dqn(dtype):
     check(dialects.deepmind_dqn(LR), train_formula(step, dtype), dtype)
 
 
+PEERS = {
+    "torch": lambda: peer("torch").optim.RMSprop,
+    "timm": lambda: timm_rmsprop(),
+    "optax": lambda: peer("optax").rmsprop,
+    "tf_keras_legacy": lambda: peer("tf_keras").optimizers.legacy.RMSprop,
+    "tensorflow_v1": lambda: tf.compat.v1.train.RMSPropOptimizer,
+    "keras": lambda: keras.optimizers.RMSprop,
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", PEERS)
+def test_names_order_and_defaults_are_the_peers(name):
+    def parameters(function):
+        found = inspect.signature(function).parameters.values()
+        left_out = ("self", "params", "args", "kwargs")
+        return {p.name: p for p in found if p.name not in left_out}
+
+    theirs = parameters(PEERS[name]())
+    ours = parameters(RMSprop if name == "keras" else getattr(dialects, name))
+    shared = [ours[n] for n in theirs if n in ours]
+    if name != "tf_keras_legacy":  # whose `decay` hides in its kwargs
+        assert name == "keras" or {p.name for p in shared} == set(ours)
+    for p in shared:
+        assert p.default == theirs[p.name].default, p
+    positional = [p.name for p in shared if p.kind == p.POSITIONAL_OR_KEYWORD]
+    assert [*theirs][: len(positional)] == positional
+
+
 @pytest.mark.parametrize(
     ("dialect", "arguments", "message"),
     [
@@ -327,13 +356,25 @@ def test_deepmind_dqn(dtype):
         ("torch", {"capturable": False}, "`capturable` of torch.optim.RMSprop"),
         ("torch", {"alpha": 1.5}, r"`rho` must be in \[0, 1\)"),
         ("tensorflow_v1", {"learning_rate": 0.1, "use_locking": True}, "`use_locking`"),
-        ("tf_keras_legacy", {"lr": 0.1}, "`lr` of tf_keras.optimizers.legacy.RMSprop"),
+        ("timm", {"corrected_weight_decay": True}, "`corrected_weight_decay` of timm"),
+        ("tf_keras_legacy", {"decay": -0.5}, "`decay` must be finite and >= 0"),
+        (
+            "tf_keras_legacy",
+            {"decay": 0.5, "learning_rate": -0.1},
+            "`learning_rate` must be finite",
+        ),
         ("deepmind_dqn", {"gradient_momentum": 0.9}, "must be the same"),
     ],
 )
 def test_what_there_is_not_is_named(dialect, arguments, message):
     with pytest.raises(ValueError, match=message):
         getattr(dialects, dialect)(**arguments)
+
+
+@pytest.mark.parametrize("dialect", ["torch", "timm", "tf_keras_legacy"])
+def test_an_argument_that_no_one_has_is_a_type_error(dialect):
+    with pytest.raises(TypeError, match="has no argument `momentun`"):
+        getattr(dialects, dialect)(momentun=0.9)
 
 
 def table():

@@ -53,6 +53,17 @@ def test_jax_backend_trains_and_the_import_needs_no_tensorflow():
                 epsilon_inside_sqrt=False, initial_accumulator_value=0.5,
             )
         np.testing.assert_allclose(w.numpy(), expected, rtol=1e-5)
+        optimizer = keras_rmsprop.dialects.torch(0.1, weight_decay=0.5)
+        w.assign([1.0, -2.0])
+        expected, state = w.numpy(), {}
+        for g in gradients:
+            optimizer.apply([g], [w])
+            expected = reference.step(
+                expected, g, state, alpha=0.1, beta=0.99, epsilon=1e-8,
+                weight_decay=0.5, decoupled_weight_decay=False,
+                epsilon_inside_sqrt=False,
+            )
+        np.testing.assert_allclose(w.numpy(), expected, rtol=1e-5)
         print(keras.backend.backend(), ours[-1] < ours[0])
         """,
         KERAS_BACKEND="jax",

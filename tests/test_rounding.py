@@ -30,8 +30,10 @@ def test_results_are_the_neighbours_and_right_on_average(over):
     values = np.asarray(values, "float64")
     assert (np.abs(values - NUMBERS) < ONE_BIT).all()
     assert all(len(np.unique(column)) <= 2 for column in values.T)
-    # The draws are evenly spread: n of them err by about 1 / n bits.
-    assert (np.abs(values.mean(0) - NUMBERS) / ONE_BIT).max() < 4 / len(values)
+    # Draws of elements are evenly spread, those of steps as good as independent.
+    n = len(values)
+    allowed = 4 / n if over == "elements" else 2 / n**0.5
+    assert (np.abs(values.mean(0) - NUMBERS) / ONE_BIT).max() < allowed
 
 
 def test_what_bfloat16_has_stays_as_it_is():
@@ -62,7 +64,27 @@ def test_v_does_not_stall(way):
     v = optimizer.get_state().slots[0].velocity.astype("float64")
     expected = 1 - 0.999**2000
     np.testing.assert_allclose(v.mean(), expected, rtol=0.01)
-    np.testing.assert_allclose(v, expected, rtol=0.03)
+    np.testing.assert_allclose(v, expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("period", [2, 7, 93])
+def test_v_is_right_on_average_where_gradients_repeat(period):
+    # As in an epoch; draws in step with it would be off by 1 to 3 %.
+    squares = np.random.default_rng(0).normal(size=(period, 2000)) ** 2
+    v, expected, rho = np.zeros(2000, "float32"), np.zeros(2000), 0.99
+    step = keras.ops.convert_to_tensor
+    update = tf.function(
+        lambda v, g2, t: tf.cast(
+            stochastically(rho * v + (1 - rho) * g2, 7, t, 0), "float32"
+        ),
+        jit_compile=True,
+    )
+    for t in range(1500):
+        g2 = squares[t % period]
+        v = update(v, step(g2, "float32"), step(t))
+        expected = rho * expected + (1 - rho) * g2
+    error = (keras.ops.convert_to_numpy(v) / expected - 1).mean()
+    assert abs(error) < 0.005
 
 
 def run(seed, steps=5, optimizer=None):
@@ -89,15 +111,20 @@ def test_all_slots_have_half_the_bytes():
     assert [s.dtype for s in slots] == ["bfloat16"] * 3
 
 
-def test_resumes_to_the_same_bits():
+@pytest.mark.parametrize("kind", ["store", "checkpoint"])
+def test_resumes_to_the_same_bits(kind, tmp_path):
     store = {}
     variable, optimizer = run(0, steps=3)
     optimizer.save_own_variables(store)
+    path = tf.train.Checkpoint(o=optimizer).save(str(tmp_path / "ckpt"))
     keras.utils.set_random_seed(7)
     other = RMSprop.from_config(optimizer.get_config())
     twin = keras.Variable(variable.numpy())
     other.build([twin])
-    other.load_own_variables(store)
+    if kind == "store":
+        other.load_own_variables(store)
+    else:
+        tf.train.Checkpoint(o=other).restore(path)
     for t in (3, 4):
         other.apply([tf.constant(arrays([(50,)], seed=t)[0])])
     np.testing.assert_array_equal(twin.numpy(), run(0)[0].numpy())

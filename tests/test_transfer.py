@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from stepping import arrays, assert_close
-from test_dialects import peer
+from test_dialects import peer, timm_rmsprop
 
 from keras_rmsprop import RMSprop, dialects, transfer
 from keras_rmsprop.rule import Slots
@@ -208,6 +208,53 @@ def test_a_run_goes_on_from_the_builtin_and_back(options):
     np.testing.assert_allclose(losses, expected[len(FIRST) :], rtol=1e-4)
 
 
+@pytest.mark.peers
+def test_a_state_of_timm_and_back():
+    # timm's sum of updates has the learning rate in it, and says so in its groups.
+    theirs, mine = Torch(keras_model()), keras_model()
+    options = {"momentum": 0.5, "alpha": 0.9, "eps": 1e-3}
+    theirs.optimizer = timm_rmsprop()(theirs.model.parameters(), LR, **options)
+    theirs.train(FIRST)
+    theirs.give_weights(mine)
+    optimizer = dialects.timm(LR, **options)
+    optimizer.build(mine.trainable_variables)
+    before = theirs.optimizer.state_dict()
+    transfer.from_torch(optimizer, before, Torch.MAPPING)
+    after = transfer.to_torch(optimizer, before, Torch.MAPPING)
+    for number, state in before["state"].items():
+        for name in ("square_avg", "momentum_buffer"):
+            got, want = after["state"][number][name], state[name]
+            np.testing.assert_array_equal(got.numpy(), want.numpy())
+    losses = train(mine, optimizer, SECOND)
+    np.testing.assert_allclose(losses, theirs.train(SECOND), rtol=1e-4)
+
+
+@pytest.mark.peers
+def test_optax_without_momentum_and_what_is_not_rmsprop():
+    optax, jax = peer("optax"), peer("jax")
+    weights = [jax.numpy.ones(s) for s in ((3, 2), (2,))]
+    state = optax.rmsprop(LR, momentum=0.0).init(weights)
+    transfer.from_optax(built(), state)
+    with pytest.raises(ValueError, match="must be the state of `optax"):
+        transfer.from_optax(built(centered=True), optax.adam(LR).init(weights))
+
+
+def test_a_sum_of_updates_is_converted_at_the_learning_rate_of_its_step():
+    variables = [keras.Variable(a) for a in arrays([(3, 2), (2,)])]
+    theirs = keras.optimizers.RMSprop(0.5, momentum=0.5)
+    for seed in range(3):
+        theirs.apply(arrays([(3, 2), (2,)], seed=seed), variables)
+    optimizer = built(learning_rate=0.25, momentum=0.5, lr_in_momentum=False)
+    transfer.from_keras(optimizer, theirs)
+    got = optimizer.get_state().slots[0].momentum
+    np.testing.assert_allclose(got, theirs.variables[4].numpy() / 0.5, rtol=1e-6)
+    again = keras.optimizers.RMSprop(0.5, momentum=0.5)
+    again.build(variables)
+    transfer.to_keras(optimizer, again)
+    for a, b in zip(again.variables, theirs.variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_from_a_tensorflow_v1_checkpoint(tmp_path, momentum, centered):
@@ -240,6 +287,8 @@ def test_from_a_tensorflow_v1_checkpoint(tmp_path, momentum, centered):
     ]
     optimizer = dialects.tensorflow_v1(LR, epsilon=1e-3, **options)
     optimizer.build(variables)
+    with pytest.raises(ValueError, match="must be one of"):
+        transfer.from_tensorflow_v1(optimizer, path)  # there they have longer names
     transfer.from_tensorflow_v1(optimizer, path, ["dense/kernel", "dense/bias"])
     assert optimizer.iterations.numpy() == 9
     for seed in range(10, 20):
@@ -296,7 +345,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(
 
 def test_a_parameter_left_out_is_named():
     optimizer = built([(3, 2)])
-    with pytest.raises(ValueError, match="It leaves out: 1"):
+    with pytest.raises(ValueError, match="It leaves out: 'bias'"):
         transfer.from_torch(optimizer, state_dict(), [("weight", (1, 0))])
 
 
@@ -341,6 +390,35 @@ def test_a_state_of_something_else_is_refused():
 
 
 class TestState:
+    def test_of_tensorflow_variables(self):
+        optimizer = RMSprop()
+        optimizer.apply([tf.constant([1.0])], [tf.Variable([1.0], name="w")])
+        state = optimizer.get_state()
+        assert state.paths == ["w:0"]
+        optimizer.set_state(state)
+
+    def test_under_a_strategy(self):
+        strategy = tf.distribute.MirroredStrategy(["cpu:0"])
+        with strategy.scope():
+            optimizer = built()
+        assert optimizer.get_state().iterations == 0
+
+    def test_what_is_no_number_changes_nothing(self):
+        optimizer = built()
+        state = optimizer.get_state()
+        wrong = [Slots(s.velocity + 1) for s in state.slots[:1]]
+        wrong += [Slots(np.full(2, "x"))]
+        with pytest.raises(ValueError, match="could not convert"):
+            optimizer.set_state(state._replace(slots=wrong))
+        for now, before in zip(optimizer.get_state().slots, state.slots, strict=True):
+            np.testing.assert_array_equal(now.velocity, before.velocity)
+
+    def test_slots_in_bfloat16_are_float32_in_it(self):
+        optimizer = built(slot_dtype="bfloat16")
+        state = optimizer.get_state()
+        assert {s.velocity.dtype for s in state.slots} == {np.dtype("float32")}
+        optimizer.set_state(state)
+
     def test_silent_rows_are_up_to_date_in_it(self):
         table = keras.Variable(np.ones((3, 2), "float32"))
         optimizer, twin = RMSprop(rho=0.5), keras.optimizers.RMSprop(rho=0.5)

@@ -149,8 +149,6 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         self._programs = compiled.Programs()
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        if not self.decoupled_weight_decay:
-            return  # `update_step` adds it to the gradient
         whole = [v for v in variables if self._get_variable_index(v) not in self._ids]
         super()._apply_weight_decay(whole)
         for index, ids in self._ids.items():
