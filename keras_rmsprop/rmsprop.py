@@ -1,24 +1,29 @@
 """The optimizer: its arguments, slots, configuration and saving."""
 
+import contextlib
 import functools
 import operator
 import random
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_rmsprop import checks, rounding, rule
+from keras_rmsprop import checks, rounding, rule, saving
 from keras_rmsprop.state import State, matched
 
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop.tensorflow import rows
-    from keras_rmsprop.tensorflow.optimizer import TensorFlowOptimizer
+    from keras_rmsprop.tensorflow.optimizer import (
+        TensorFlowOptimizer,
+        outside_functions,
+    )
 
     Optimizer: Any = TensorFlowOptimizer
 else:
-    Optimizer = keras.optimizers.Optimizer
+    Optimizer, outside_functions = keras.optimizers.Optimizer, contextlib.nullcontext
 
 
 def _array(x: Any) -> Any:
@@ -29,6 +34,15 @@ def _array(x: Any) -> Any:
         x = ops.cast(x, "float32")
     return ops.convert_to_numpy(x)
 
+
+LISTS = {
+    "velocity": "_velocities",
+    "momentum": "_momentums",
+    "average_gradient": "_average_gradients",
+    "average": "_model_variables_moving_average",
+    "accumulator": "_accumulated_gradients",
+}
+"""The attributes with one variable for each of the model's, by what these are."""
 
 _options = operator.attrgetter(*rule.Options._fields)
 
@@ -169,6 +183,8 @@ class RMSprop(Optimizer):
     """
 
     _slots_being_added = False
+    _file: saving.File | None = None
+    """What was loaded before there were variables to load it into."""
     _clocks: Any = ()
     """By the index of the variable; the TensorFlow backend has some."""
 
@@ -267,22 +283,38 @@ class RMSprop(Optimizer):
         """
         if self.built:
             return
+        if self._file is None:
+            self._build(variables)
+            return
+        early = [str(n) for n in range(len(self.variables))]
+        # A variable made inside a function would be initialized after it is loaded.
+        with outside_functions():
+            self._build(variables)
+            file, self._file = self._file, None
+            self._load(file, except_keys=early)
+
+    def _build(self, variables: list[Any]) -> None:
         super().build(variables)
-        self._slots_being_added = True
-        start = keras.initializers.Constant(self.initial_accumulator_value)
-        self._velocities = self.add_optimizer_variables(variables, "velocity", start)
-        self._momentums = (
-            self.add_optimizer_variables(variables, "momentum") if self.momentum else []
-        )
-        self._average_gradients = (
-            self.add_optimizer_variables(variables, "average_gradient")
-            if self.centered
-            else []
-        )
-        self._slots_being_added = False
+        for name, slots in self._new_slots(variables).items():
+            setattr(self, name, slots)
         if self.slot_dtype == "bfloat16":
             draw = keras.initializers.Constant(random.randrange(2**16))
             self._offset = self.add_variable((), draw, "int32", name="rounding_offset")
+
+    def _new_slots(self, variables: list[Any]) -> dict[str, list[Any]]:
+        """Return slots for variables, in lists by the attributes that hold them."""
+        start = keras.initializers.Constant(self.initial_accumulator_value)
+        new = self.add_optimizer_variables
+        self._slots_being_added = True
+        slots = {
+            "_velocities": new(variables, "velocity", start),
+            "_momentums": new(variables, "momentum") if self.momentum else [],
+            "_average_gradients": (
+                new(variables, "average_gradient") if self.centered else []
+            ),
+        }
+        self._slots_being_added = False
+        return slots
 
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
@@ -377,6 +409,135 @@ class RMSprop(Optimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         Optimizer.learning_rate.fset(self, checks.learning_rate(learning_rate))
 
+    def save_own_variables(self, store: Any) -> None:
+        """Save the state, with names by which it is found again.
+
+        Args:
+            store: See `keras.optimizers.Optimizer`.
+        """
+        saving.write(store, self._named())
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the state; where the optimizer is not built yet, as soon as it is.
+
+        Values are matched by what they are and by the paths of the variables; in a file
+        of `keras.optimizers.RMSprop` by position. What the file does not have starts
+        fresh, with a warning.
+
+        Args:
+            store: See `keras.optimizers.Optimizer`.
+
+        Raises:
+            ValueError: The state does not fit; nothing is changed.
+        """
+        file = saving.read(store)
+        if self.built:
+            self._load(file)
+            return
+        # What there is already may be changed before the first step: load it now.
+        for key, (_, variable) in self._named().items():
+            if key in file.values and file.values[key].shape == variable.shape:
+                variable.assign(file.values[key])
+        self._file = file if file.values else None
+
+    def _load(self, file: saving.File, except_keys: Collection[str] = ()) -> None:
+        paths, named = self._paths(), self._named()
+        if file.names:
+            values = saving.renamed(file, paths)
+        else:
+            by_position = {k: v for k, v in file.values.items() if k.isdigit()}
+            if len(by_position) != len(self.variables):
+                super().load_own_variables(by_position)  # warns, and loads nothing
+                return
+            values = {
+                named[k][0] if k in named else saving.clock_name(k, paths): v
+                for k, v in file.values.items()
+            }
+        for name in values:
+            if (
+                name.kind == "clock_updates"
+                and name.path in paths
+                and self._clocks != ()
+            ):
+                self._clocks.make(paths.index(name.path))
+        places = {}
+        for key, (name, variable) in self._named().items():
+            if key in except_keys:
+                values.pop(name, None)
+            elif name in values or not name.kind.startswith("clock_"):
+                places[name] = variable
+        pairs, fresh = saving.matched(values, places)
+        # A table without a clock in the file has no silent rows.
+        for i in self._clocks:
+            self._clocks[i].reset()
+        for variable, value in pairs:
+            variable.assign(value)
+        for name, variable in fresh:
+            if name.kind == "average":
+                variable.assign(self._trainable_variables[paths.index(name.path)])
+            elif name.kind in LISTS:
+                start = self.initial_accumulator_value if name.kind == "velocity" else 0
+                variable.assign(ops.full(variable.shape, start, variable.dtype))
+
+    def _named(self) -> dict[str, tuple[saving.Name, Any]]:
+        """Return the variables of the state and their names, by the keys in a file."""
+        paths = self._paths()
+        owned = {
+            id(slot): saving.Name(kind, path)
+            for kind, attribute in LISTS.items()
+            for slot, path in zip(getattr(self, attribute, ()), paths, strict=False)
+        }
+        named = {
+            str(n): (owned.get(id(v), saving.Name(v.name, "")), v)
+            for n, v in enumerate(self.variables)
+        }
+        for i in self._clocks:
+            for kind, v in (
+                ("updates", self._clocks[i].updates),
+                ("last", self._clocks[i].last),
+            ):
+                named[f"clock_{i}_{kind}"] = saving.Name(f"clock_{kind}", paths[i]), v
+        return named
+
+    def _check_variables_are_known(self, variables: list[Any]) -> None:
+        known = [
+            self._var_key(v) in self._trainable_variables_indices for v in variables
+        ]
+        if any(known) and not all(known):
+            # Layers were unfrozen; variables of another model would be all unknown.
+            with outside_functions():
+                self._add([v for v, k in zip(variables, known, strict=True) if not k])
+        super()._check_variables_are_known(variables)
+
+    def _add(self, variables: list[Any]) -> None:
+        """Make room for more variables than the optimizer was built with."""
+        slots = self._new_slots(variables)
+        if self.use_ema:
+            averages = self.add_optimizer_variables(variables, "average")
+            for average, variable in zip(averages, variables, strict=True):
+                average.assign(variable)
+            slots[LISTS["average"]] = averages
+        if self.gradient_accumulation_steps:
+            slots[LISTS["accumulator"]] = self.add_optimizer_variables(
+                variables, "gradient_accumulator"
+            )
+        for name, new in slots.items():
+            getattr(self, name).extend(new)
+        for variable in variables:
+            index = len(self._trainable_variables)
+            self._trainable_variables_indices[self._var_key(variable)] = index
+            self._trainable_variables.append(variable)
+
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Give the variables their final values: with `use_ema` their averages.
+
+        Args:
+            var_list: The variables that the optimizer knows, in any order.
+        """
+        super().finalize_variable_values(
+            sorted(var_list, key=self._get_variable_index) if self.use_ema else var_list
+        )
+
     def get_state(self) -> State:
         """Return what the optimizer remembers of its variables, as NumPy arrays.
 
@@ -423,7 +584,10 @@ class RMSprop(Optimizer):
 
     def _paths(self) -> list[str]:
         """Return the paths of the variables; those of TensorFlow have but names."""
-        return [getattr(v, "path", v.name) for v in self._trainable_variables]
+        paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
+        if len({*paths}) < len(paths):
+            paths = [f"{path}#{i}" for i, path in enumerate(paths)]
+        return paths
 
     def _check_built(self) -> None:
         if not self.built:

@@ -1,12 +1,14 @@
 """Hyperparameters and slots survive every way to save them."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from stepping import python
 
-from keras_rmsprop import RMSprop
+from keras_rmsprop import RMSprop, saving
 
 OPTIONS = {"learning_rate": 0.02, "rho": 0.8, "momentum": 0.5, "centered": True}
 
@@ -155,3 +157,213 @@ def test_traced_programs_are_no_part_of_a_checkpoint(tmp_path):
         )
     ]
     assert not [n for n in names if "program" in n]
+
+
+def two_layers(optimizer, units=(3, 2), freeze=False, name=""):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(units[0], name=f"{name}body"),
+            keras.layers.Dense(units[1], name=f"{name}head"),
+        ]
+    )
+    model.layers[0].trainable = not freeze
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+SAVED = {"learning_rate": 0.02, "momentum": 0.5, "use_ema": True}
+FILES = ["m.keras", "m.weights.h5"]
+
+
+def save(model, path):
+    (model.save if path.suffix == ".keras" else model.save_weights)(path)
+
+
+class TestRestoring:
+    """What Keras' optimizers lose."""
+
+    @pytest.mark.parametrize("file", FILES)
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("source", [RMSprop, keras.optimizers.RMSprop])
+    def test_compile_then_load_weights(self, tmp_path, file, source, jit_compile):
+        model = two_layers(source(**SAVED))
+        model.fit(*data(), epochs=3, verbose=0)
+        save(model, tmp_path / file)
+        other = two_layers(RMSprop(**SAVED))
+        other.jit_compile = jit_compile
+        other.load_weights(tmp_path / file)
+        assert other.optimizer.iterations.numpy() == 3
+        other.optimizer.learning_rate = 0.01  # between loading and building
+        other.optimizer.build(other.trainable_variables)
+        model.optimizer.learning_rate = 0.01
+        assert_same_state(other, model)
+
+    def test_compile_then_load_weights_then_fit(self, tmp_path):
+        path = tmp_path / "m.weights.h5"
+        model = two_layers(RMSprop(**SAVED))
+        model.fit(*data(), epochs=2, verbose=0)
+        save(model, path)
+        model.fit(*data(), epochs=2, verbose=0)
+        other = two_layers(RMSprop(**SAVED))
+        other.load_weights(path)
+        other.fit(*data(), epochs=2, verbose=0)
+        assert_same_state(other, model)
+
+    def test_loaded_and_then_built_inside_a_function(self, tmp_path):
+        path = tmp_path / "m.weights.h5"
+        model = two_layers(RMSprop(**SAVED))
+        model.fit(*data(), epochs=2, verbose=0)
+        save(model, path)
+        other = two_layers(RMSprop(**SAVED))
+        other.load_weights(path)
+        gradients = [tf.ones(v.shape) for v in other.trainable_variables]
+
+        @tf.function
+        def step():
+            other.optimizer.apply(gradients, other.trainable_variables)
+
+        for _ in range(2):  # were it loaded in the graph, this would be twice
+            step()
+            model.optimizer.apply(gradients, model.trainable_variables)
+        for got, want in zip(state(other), state(model), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+    @pytest.mark.parametrize("file", FILES)
+    @pytest.mark.parametrize("built", [False, True])
+    @pytest.mark.parametrize(
+        ("before", "after", "message"),
+        [
+            ({}, {"momentum": 0.5}, "fresh: 4 `momentum`. Left out: nothing"),
+            ({"momentum": 0.5}, {}, "fresh: nothing. Left out: 4 `momentum`"),
+            (
+                {"momentum": 0.5},
+                {"centered": True},
+                "fresh: 4 `average_gradient`. Left out: 4 `momentum`",
+            ),
+            ({}, {"use_ema": True}, "fresh: 4 `average`. Left out: nothing"),
+            ({"use_ema": True}, {}, "fresh: nothing. Left out: 4 `average`"),
+        ],
+    )
+    def test_options_switched_on_and_off(
+        self, tmp_path, file, built, before, after, message
+    ):
+        model = two_layers(RMSprop(0.02, **before))
+        model.fit(*data(), epochs=3, verbose=0)
+        save(model, tmp_path / file)
+        other = two_layers(RMSprop(0.01, **after))
+        if built:
+            other.fit(*data(), epochs=1, verbose=0)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            other.load_weights(tmp_path / file)
+            other.optimizer.build(other.trainable_variables)
+        found = [str(w.message) for w in warned if w.category is UserWarning]
+        assert len(found) == 1
+        assert message in found[0]
+        ours, theirs = other.optimizer.get_state(), model.optimizer.get_state()
+        assert ours.iterations == theirs.iterations == 3
+        for got, want in zip(ours.slots, theirs.slots, strict=True):
+            np.testing.assert_array_equal(got.velocity, want.velocity)
+            for fresh in got[1:]:
+                assert fresh is None or not fresh.any()
+        if "use_ema" in after:
+            averages = other.optimizer._model_variables_moving_average
+            for average, v in zip(averages, other.trainable_variables, strict=True):
+                np.testing.assert_array_equal(average.numpy(), v.numpy())
+
+    def test_another_instance_of_the_model_is_matched_by_position(self, tmp_path):
+        model = two_layers(RMSprop(0.02))
+        model.fit(*data(), epochs=3, verbose=0)
+        save(model, tmp_path / "m.weights.h5")
+        other = two_layers(RMSprop(0.02), name="another_")
+        other.load_weights(tmp_path / "m.weights.h5")
+        other.optimizer.build(other.trainable_variables)
+        assert_same_state(other, model)
+
+    def test_layers_in_another_order_are_matched_by_path(self):
+        a, b = (keras.Variable(np.ones(2, "float32"), name=n) for n in "ab")
+        optimizer, other = RMSprop(), RMSprop()
+        optimizer.build([a, b])
+        other.build([b, a])
+        optimizer.apply([tf.constant([1.0, 1]), tf.constant([2.0, 2])])
+        named = optimizer._named()
+        file = saving.File(
+            {key: v.numpy() for key, (_, v) in named.items()},
+            {key: name for key, (name, _) in named.items()},
+        )
+        other._load(file)
+        v = [s.velocity[0] for s in other.get_state().slots]
+        np.testing.assert_allclose(v, [0.4, 0.1], rtol=1e-6)
+
+    def test_a_state_of_other_shapes_changes_nothing(self, tmp_path):
+        model = two_layers(RMSprop(0.02), units=(5, 2))
+        model.fit(*data(), verbose=0)
+        optimizer, store = two_layers(RMSprop(0.02)).optimizer, {}
+        optimizer.build([keras.Variable(np.ones((4, 3), "float32"))] * 1)
+        other = RMSprop(0.02)
+        other.build([keras.Variable(np.ones((4, 5), "float32"))])
+        other.apply([np.ones((4, 5), "float32")])
+        other.save_own_variables(store)
+        with pytest.raises(ValueError, match=r"shape \(4, 3\), received \(4, 5\)"):
+            optimizer.load_own_variables(store)
+        assert optimizer.iterations.numpy() == 0
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize(
+        "options", [{}, {"momentum": 0.5, "centered": True, "use_ema": True}], ids=repr
+    )
+    def test_unfreezing(self, tmp_path, options, jit_compile):
+        optimizer = RMSprop(0.02, **options)
+        model = two_layers(optimizer, freeze=True)
+        model.fit(*data(), epochs=3, verbose=0)
+        before = optimizer.get_state()
+        model.layers[0].trainable = True
+        model.compile(optimizer, loss="mse", jit_compile=jit_compile)
+        x, y = data()
+        optimizer.learning_rate = 0.0
+        weights = model.get_weights()
+        model.fit(x, y, epochs=1, verbose=0)
+        after = optimizer.get_state()
+        assert after.iterations == 4
+        assert len(after.slots) == 4
+        assert after.paths[:2] == before.paths  # those known stay where they are
+        # The slots of those known went on from where they were: v decays to 0.9 of it.
+        for old, new in zip(before.slots, after.slots[:2], strict=True):
+            assert (new.velocity >= 0.9 * old.velocity * (1 - 1e-6)).all()
+        for got, want in zip(model.get_weights(), weights, strict=True):
+            if not options:
+                np.testing.assert_array_equal(got, want)
+        model.save(tmp_path / "m.keras")
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+        got, want = loaded.optimizer.get_state(), optimizer.get_state()
+        # They stand in the model's order again, the slots of each with it.
+        assert [p.split("/")[-2] for p in got.paths] == [*["body"] * 2, *["head"] * 2]
+        for slots, expected in zip(
+            got.slots, [*want.slots[2:], *want.slots[:2]], strict=True
+        ):
+            np.testing.assert_array_equal(slots.velocity, expected.velocity)
+
+    def test_a_step_after_unfreezing_is_that_of_both(self):
+        # Against two built-in optimizers, one for each variable.
+        a, b = keras.Variable([1.0, 2.0]), keras.Variable([3.0])
+        optimizer = RMSprop(0.1, momentum=0.5)
+        twins = [keras.Variable(v.numpy()) for v in (a, b)]
+        builtins = [keras.optimizers.RMSprop(0.1, momentum=0.5) for _ in twins]
+        for n in range(4):
+            gradients = [tf.constant([1.0 + n, -1.0]), tf.constant([0.5 * n])]
+            known = 1 if n < 2 else 2
+            optimizer.apply(gradients[:known], [a, b][:known])
+            for builtin, g, twin in list(zip(builtins, gradients, twins, strict=True))[
+                :known
+            ]:
+                builtin.apply([g], [twin])
+        for got, want in zip((a, b), twins, strict=True):
+            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-6)
+
+    def test_variables_of_another_model_are_unknown(self):
+        optimizer = RMSprop()
+        optimizer.build([keras.Variable([1.0])])
+        with pytest.raises(ValueError, match="Unknown variable"):
+            optimizer.apply([tf.constant([1.0])], [keras.Variable([2.0])])

@@ -50,6 +50,7 @@ class Programs:
             tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
         key = _key(optimizer, learning_rate, grads, variables)
         if key not in self._programs:
+            optimizer._check_variables_are_known(variables)
             if len(self._programs) == MOST_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
             self._programs[key] = _trace(

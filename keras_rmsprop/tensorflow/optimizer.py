@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_rmsprop.tensorflow import compiled, rows
 
 LARGE = 2**20
 """Elements from which a variable gains from XLA in a graph that is not compiled."""
+
+
+outside_functions = tf.init_scope
+"""Context in which variables are made at once, not when a function has been traced."""
 
 
 class TensorFlowOptimizer(keras.optimizers.Optimizer):
@@ -176,26 +179,6 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
                 functools.partial(rows.write, average, variable, None),
                 functools.partial(rows.mix, average, variable, ids, self.ema_momentum),
             )
-
-    def save_own_variables(self, store: Any) -> None:
-        """Save the state, and the clocks under names of their own."""
-        super().save_own_variables(store)
-        for index in self._clocks:
-            store[f"clock_{index}_updates"] = self._clocks[index].updates.numpy()
-            store[f"clock_{index}_last"] = self._clocks[index].last.numpy()
-
-    def load_own_variables(self, store: Any) -> None:
-        """Load the state; a table without a clock in it has no silent rows."""
-        state = {key: store[key] for key in store.keys()}  # noqa: SIM118
-        clocks = {k: state.pop(k) for k in list(state) if k.startswith("clock_")}
-        super().load_own_variables(state)
-        if len(state) != len(self.variables):
-            return  # Keras has warned and loaded nothing
-        for index in {*self._clocks, *(int(k.split("_")[1]) for k in clocks)}:
-            clock = self._clocks.make(index)
-            zeros = np.zeros(clock.last.shape)
-            clock.updates.assign(clocks.get(f"clock_{index}_updates", 0))
-            clock.last.assign(clocks.get(f"clock_{index}_last", zeros))
 
 
 class ByVariable(UserDict[int, Any]):
