@@ -1,54 +1,24 @@
-"""The optimizer: its arguments, slots, configuration and saving."""
+"""The optimizer: its arguments, its step and its configuration."""
 
-import contextlib
 import functools
 import operator
-import random
 import warnings
-from collections.abc import Collection
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_rmsprop import checks, rounding, rule, saving
-from keras_rmsprop.state import State, matched
+from keras_rmsprop import checks, rule
+from keras_rmsprop.slots import SlotOptimizer
 
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop.tensorflow import rows
-    from keras_rmsprop.tensorflow.optimizer import (
-        TensorFlowOptimizer,
-        outside_functions,
-    )
-
-    Optimizer: Any = TensorFlowOptimizer
-else:
-    Optimizer, outside_functions = keras.optimizers.Optimizer, contextlib.nullcontext
-
-
-def _array(x: Any) -> Any:
-    """Return a tensor as a NumPy array, bfloat16, which NumPy has not, as float32."""
-    if x is None:
-        return None
-    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        x = ops.cast(x, "float32")
-    return ops.convert_to_numpy(x)
-
-
-LISTS = {
-    "velocity": "_velocities",
-    "momentum": "_momentums",
-    "average_gradient": "_average_gradients",
-    "average": "_model_variables_moving_average",
-    "accumulator": "_accumulated_gradients",
-}
-"""The attributes with one variable for each of the model's, by what these are."""
 
 _options = operator.attrgetter(*rule.Options._fields)
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
-class RMSprop(Optimizer):
+class RMSprop(SlotOptimizer):
     r"""RMSprop: gradients divided by the root of their recent mean square.
 
     A drop-in for `keras.optimizers.RMSprop`, whose positional arguments, defaults,
@@ -182,12 +152,6 @@ class RMSprop(Optimizer):
           `cautious` from [Liang et al., 2024](https://arxiv.org/abs/2411.16085).
     """
 
-    _slots_being_added = False
-    _file: saving.File | None = None
-    """What was loaded before there were variables to load it into."""
-    _clocks: Any = ()
-    """By the index of the variable; the TensorFlow backend has some."""
-
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -275,62 +239,6 @@ class RMSprop(Optimizer):
             "jit_compile", jit_compile, ("auto", True, False)
         )
 
-    def build(self, variables: list[Any]) -> None:
-        """Create the slots of `variables`: `velocity` and, where used, the others.
-
-        Args:
-            variables: The variables that later steps may update.
-        """
-        if self.built:
-            return
-        if self._file is None:
-            self._build(variables)
-            return
-        early = [str(n) for n in range(len(self.variables))]
-        # A variable made inside a function would be initialized after it is loaded.
-        with outside_functions():
-            self._build(variables)
-            file, self._file = self._file, None
-            self._load(file, except_keys=early)
-
-    def _build(self, variables: list[Any]) -> None:
-        super().build(variables)
-        for name, slots in self._new_slots(variables).items():
-            setattr(self, name, slots)
-        if self.slot_dtype == "bfloat16":
-            draw = keras.initializers.Constant(random.randrange(2**16))
-            self._offset = self.add_variable((), draw, "int32", name="rounding_offset")
-
-    def _new_slots(self, variables: list[Any]) -> dict[str, list[Any]]:
-        """Return slots for variables, in lists by the attributes that hold them."""
-        start = keras.initializers.Constant(self.initial_accumulator_value)
-        new = self.add_optimizer_variables
-        self._slots_being_added = True
-        slots = {
-            "_velocities": new(variables, "velocity", start),
-            "_momentums": new(variables, "momentum") if self.momentum else [],
-            "_average_gradients": (
-                new(variables, "average_gradient") if self.centered else []
-            ),
-        }
-        self._slots_being_added = False
-        return slots
-
-    def add_variable(
-        self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
-    ) -> Any:
-        """Add a variable to the optimizer; a slot gets its own dtype.
-
-        Args:
-            shape: Shape of the variable.
-            initializer: What it starts with.
-            dtype: Its dtype, by default `keras.config.floatx()`.
-            **kwargs: See `keras.optimizers.Optimizer.add_variable`.
-        """
-        if self._slots_being_added:
-            dtype = self.slot_dtype or keras.backend.result_type(dtype, "float32")
-        return super().add_variable(shape, initializer, dtype, **kwargs)
-
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its slots by `rule.step`.
 
@@ -380,26 +288,6 @@ class RMSprop(Optimizer):
         if self.decoupled_weight_decay:  # else `update_step` adds it to the gradient
             super()._apply_weight_decay(variables)
 
-    def _slots_of(self, i: int) -> rule.Slots:
-        return rule.Slots(
-            self._velocities[i],
-            self._momentums[i] if self.momentum else None,
-            self._average_gradients[i] if self.centered else None,
-        )
-
-    def _as_stored(self, slots: rule.Slots, i: int) -> rule.Slots:
-        """Return new slots of the variable with this index in the slots' dtype."""
-        dtype = self._velocities[i].dtype
-
-        def stored(slot: int, x: Any) -> Any:
-            if dtype != "bfloat16":
-                return ops.cast(x, dtype)
-            return rounding.stochastically(x, self._offset, self.iterations, slot)
-
-        return rule.Slots(
-            *(None if x is None else stored(n, x) for n, x in enumerate(slots))
-        )
-
     @property
     def learning_rate(self) -> Any:
         """The learning rate of the moment; a number can be assigned at any time."""
@@ -407,194 +295,7 @@ class RMSprop(Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        Optimizer.learning_rate.fset(self, checks.learning_rate(learning_rate))
-
-    def save_own_variables(self, store: Any) -> None:
-        """Save the state, with names by which it is found again.
-
-        Args:
-            store: See `keras.optimizers.Optimizer`.
-        """
-        saving.write(store, self._named())
-
-    def load_own_variables(self, store: Any) -> None:
-        """Load the state; where the optimizer is not built yet, as soon as it is.
-
-        Values are matched by what they are and by the paths of the variables; in a file
-        of `keras.optimizers.RMSprop` by position. What the file does not have starts
-        fresh, with a warning.
-
-        Args:
-            store: See `keras.optimizers.Optimizer`.
-
-        Raises:
-            ValueError: The state does not fit; nothing is changed.
-        """
-        file = saving.read(store)
-        if self.built:
-            self._load(file)
-            return
-        # What there is already may be changed before the first step: load it now.
-        for key, (_, variable) in self._named().items():
-            if key in file.values and file.values[key].shape == variable.shape:
-                variable.assign(file.values[key])
-        self._file = file if file.values else None
-
-    def _load(self, file: saving.File, except_keys: Collection[str] = ()) -> None:
-        paths, named = self._paths(), self._named()
-        if file.names:
-            values = saving.renamed(file, paths)
-        else:
-            by_position = {k: v for k, v in file.values.items() if k.isdigit()}
-            if len(by_position) != len(self.variables):
-                super().load_own_variables(by_position)  # warns, and loads nothing
-                return
-            values = {
-                named[k][0] if k in named else saving.clock_name(k, paths): v
-                for k, v in file.values.items()
-            }
-        for name in values:
-            if (
-                name.kind == "clock_updates"
-                and name.path in paths
-                and self._clocks != ()
-            ):
-                self._clocks.make(paths.index(name.path))
-        places = {}
-        for key, (name, variable) in self._named().items():
-            if key in except_keys:
-                values.pop(name, None)
-            elif name in values or not name.kind.startswith("clock_"):
-                places[name] = variable
-        pairs, fresh = saving.matched(values, places)
-        # A table without a clock in the file has no silent rows.
-        for i in self._clocks:
-            self._clocks[i].reset()
-        for variable, value in pairs:
-            variable.assign(value)
-        for name, variable in fresh:
-            if name.kind == "average":
-                variable.assign(self._trainable_variables[paths.index(name.path)])
-            elif name.kind in LISTS:
-                start = self.initial_accumulator_value if name.kind == "velocity" else 0
-                variable.assign(ops.full(variable.shape, start, variable.dtype))
-
-    def _named(self) -> dict[str, tuple[saving.Name, Any]]:
-        """Return the variables of the state and their names, by the keys in a file."""
-        paths = self._paths()
-        owned = {
-            id(slot): saving.Name(kind, path)
-            for kind, attribute in LISTS.items()
-            for slot, path in zip(getattr(self, attribute, ()), paths, strict=False)
-        }
-        named = {
-            str(n): (owned.get(id(v), saving.Name(v.name, "")), v)
-            for n, v in enumerate(self.variables)
-        }
-        for i in self._clocks:
-            for kind, v in (
-                ("updates", self._clocks[i].updates),
-                ("last", self._clocks[i].last),
-            ):
-                named[f"clock_{i}_{kind}"] = saving.Name(f"clock_{kind}", paths[i]), v
-        return named
-
-    def _check_variables_are_known(self, variables: list[Any]) -> None:
-        known = [
-            self._var_key(v) in self._trainable_variables_indices for v in variables
-        ]
-        if any(known) and not all(known):
-            # Layers were unfrozen; variables of another model would be all unknown.
-            with outside_functions():
-                self._add([v for v, k in zip(variables, known, strict=True) if not k])
-        super()._check_variables_are_known(variables)
-
-    def _add(self, variables: list[Any]) -> None:
-        """Make room for more variables than the optimizer was built with."""
-        slots = self._new_slots(variables)
-        if self.use_ema:
-            averages = self.add_optimizer_variables(variables, "average")
-            for average, variable in zip(averages, variables, strict=True):
-                average.assign(variable)
-            slots[LISTS["average"]] = averages
-        if self.gradient_accumulation_steps:
-            slots[LISTS["accumulator"]] = self.add_optimizer_variables(
-                variables, "gradient_accumulator"
-            )
-        for name, new in slots.items():
-            getattr(self, name).extend(new)
-        for variable in variables:
-            index = len(self._trainable_variables)
-            self._trainable_variables_indices[self._var_key(variable)] = index
-            self._trainable_variables.append(variable)
-
-    def finalize_variable_values(self, var_list: list[Any]) -> None:
-        """Give the variables their final values: with `use_ema` their averages.
-
-        Args:
-            var_list: The variables that the optimizer knows, in any order.
-        """
-        super().finalize_variable_values(
-            sorted(var_list, key=self._get_variable_index) if self.use_ema else var_list
-        )
-
-    def get_state(self) -> State:
-        """Return what the optimizer remembers of its variables, as NumPy arrays.
-
-        The averages of silent rows are brought up to date in it, and slots in bfloat16
-        are float32. Averages of the weights (`use_ema`) are not part of it.
-
-        Raises:
-            ValueError: The optimizer is not built.
-        """
-        self._check_built()
-        slots = []
-        for i in range(len(self._velocities)):
-            of_one = self._slots_of(i)
-            if i in self._clocks:
-                of_one = rows.caught_up(of_one, self._clocks[i], None, self.rho)
-            slots.append(rule.Slots(*map(_array, of_one)))
-        return State(int(_array(self.iterations)), slots, self._paths())
-
-    def set_state(self, state: State) -> None:
-        """Take over a state, from `get_state` or made from another framework's.
-
-        Args:
-            state: One entry in `slots` for each variable that the optimizer was built
-                with, in that order. `paths` is not read.
-
-        Raises:
-            ValueError: The optimizer is not built, or the state does not fit; then
-                nothing is changed, and the message says what does not.
-        """
-        self._check_built()
-        places = [self._slots_of(i) for i in range(len(self._velocities))]
-        pairs = [
-            (slot, ops.convert_to_tensor(array, slot.dtype))
-            for slot, array in matched(places, state.slots, self._paths())
-        ]
-        for slot, value in pairs:
-            slot.assign(value)
-        every = self.gradient_accumulation_steps or 1
-        self._iterations.assign(state.iterations * every)
-        for sums in self._accumulated_gradients if every > 1 else []:
-            sums.assign(ops.zeros_like(sums))
-        for i in self._clocks:
-            self._clocks[i].reset()
-
-    def _paths(self) -> list[str]:
-        """Return the paths of the variables; those of TensorFlow have but names."""
-        paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
-        if len({*paths}) < len(paths):
-            paths = [f"{path}#{i}" for i, path in enumerate(paths)]
-        return paths
-
-    def _check_built(self) -> None:
-        if not self.built:
-            raise ValueError(
-                "The optimizer must be built. Call `optimizer.build(variables)`, or "
-                "take a step, first."
-            )
+        SlotOptimizer.learning_rate.fset(self, checks.learning_rate(learning_rate))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make an equal optimizer, without its state."""

@@ -84,7 +84,13 @@ def test_notebook_runs(notebook):
 
 
 @pytest.mark.parametrize(
-    "name", ["docs/algorithm.md", "docs/dialects.md", "docs/embeddings.md"]
+    "name",
+    [
+        "docs/algorithm.md",
+        "docs/dialects.md",
+        "docs/embeddings.md",
+        "docs/reliability.md",
+    ],
 )
 def test_outputs_in_the_docs_are_true(name):
     text = (EXAMPLES.parent / name).read_text()
