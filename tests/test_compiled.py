@@ -261,6 +261,7 @@ def test_functions_run_eagerly_for_debugging():
     assert optimizer.traces == 3 * len(SHAPES)
 
 
+@pytest.mark.slow
 def test_variables_on_other_devices():
     # In a process of its own: the devices are set before TensorFlow starts.
     program = """

@@ -20,6 +20,7 @@ def run(name, capsys):
     return result, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_regression_learns_the_line(capsys):
     result, output = run("regression.py", capsys)
     for first, last, floor in zip(*result, strict=True):
@@ -28,6 +29,7 @@ def test_regression_learns_the_line(capsys):
     assert f"{result.last[0]:.4f}" in output
 
 
+@pytest.mark.slow
 def test_linear_regression_lands_on_the_same_theta(capsys):
     result, output = run("linear_regression.py", capsys)
     np.testing.assert_allclose(result.keras, result.numpy, rtol=0, atol=1e-9)

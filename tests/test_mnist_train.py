@@ -245,6 +245,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(mnist_data, "answers", lambda url: False)
 
 
+@pytest.mark.slow
 def test_offline_trains_on_the_sample(offline, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mnist_data, "sample", lambda seed: sample)
     output = tmp_path / "output"

@@ -75,14 +75,19 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("jit", [None, True], ids=["eager", "XLA"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_option_equals_the_dense_built_in(options, jit):
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [
+        *((name, None) for name in OPTIONS),
+        *((name, True) for name in ["defaults", "centered", "global_clipnorm", "EMA"]),
+    ],
+)
+def test_every_option_equals_the_dense_built_in(name, jit):
     shape = (30, 4)
     steps = batches(np.random.default_rng(0), shape[0], shape[1:], 8)
     if jit:  # XLA wants one number of ids for one compilation: keep it quick
         steps = [(ids[:5], values[:5]) for ids, values in steps if len(ids) >= 5]
-    options = {"learning_rate": 0.05, "epsilon": 1e-5} | options
+    options = {"learning_rate": 0.05, "epsilon": 1e-5} | OPTIONS[name]
     expected = train(BUILT_IN(**options), steps, shape, sparse=False, dtype="float64")
     result = train(
         RMSprop(**options), steps, shape, sparse=True, dtype="float64", jit=jit
@@ -112,7 +117,7 @@ def check_random_case(vocabulary, width, steps, dtype, id_dtype, options, rho, s
     assert_close(result, expected, {"float32": 1e-5, "float64": 1e-10}[dtype])
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @random_cases
 def test_random_cases_equal_the_dense_built_in(**case):
     check_random_case(**case)
@@ -143,8 +148,9 @@ def tokens_and_targets(n=40):
     return tokens.astype("int32"), (tokens == 3).sum(1, keepdims=True).astype("float32")
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("jit_compile", "shared"), [(False, False), (False, True), (True, True)]
+)
 def test_fit_equals_the_one_hot_dense_model(jit_compile, shared):
     tokens, y = tokens_and_targets()
     model = model_on_tokens(
@@ -172,7 +178,7 @@ def test_fit_equals_the_one_hot_dense_model(jit_compile, shared):
     assert_close(model.get_weights(), twin.get_weights(), 1e-4)
 
 
-@pytest.mark.parametrize("jit", [None, True], ids=["eager", "XLA"])
+@pytest.mark.parametrize("jit", [None, False], ids=["eager", "graph"])
 @pytest.mark.parametrize(
     "options",  # with momentum, L2 or caution the step is a dense one
     [
