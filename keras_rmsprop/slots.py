@@ -56,7 +56,7 @@ class SlotOptimizer(Optimizer):
         if self._file is None:
             self._build(variables)
             return
-        early = [str(n) for n in range(len(self.variables))]
+        early = self._named().keys() if self._file.names else ()
         # A variable made inside a function would be initialized after it is loaded.
         with outside_functions():
             self._build(variables)
@@ -146,9 +146,10 @@ class SlotOptimizer(Optimizer):
         if self.built:
             self._load(file)
             return
-        # What there is already may be changed before the first step: load it now.
-        for key, (_, variable) in self._named().items():
-            if key in file.values and file.values[key].shape == variable.shape:
+        # The learning rate may be changed before the first step: load it now, if it is
+        # one. A file without names may be that of any optimizer.
+        for key, (name, variable) in self._named().items():
+            if file.names.get(key) == name:
                 variable.assign(file.values[key])
         self._file = file if file.values else None
 
@@ -165,13 +166,10 @@ class SlotOptimizer(Optimizer):
                 named[k][0] if k in named else saving.clock_name(k, paths): v
                 for k, v in file.values.items()
             }
+        make_clock = getattr(self._clocks, "make", None)
         for name in values:
-            if (
-                name.kind == "clock_updates"
-                and name.path in paths
-                and self._clocks != ()
-            ):
-                self._clocks.make(paths.index(name.path))
+            if make_clock and name.kind == "clock_updates" and name.path in paths:
+                make_clock(paths.index(name.path))
         places = {}
         for key, (name, variable) in self._named().items():
             if key in except_keys:
