@@ -1,4 +1,7 @@
-"""Each dialect beside the real thing: 200 steps on random gradients."""
+"""Each dialect beside the real thing: 200 steps on random gradients.
+
+`make test-peers` runs these; a peer that is missing is a test skipped.
+"""
 
 import importlib
 import importlib.util
@@ -219,6 +222,7 @@ TENSORFLOW = {
 }
 
 
+@pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize("options", TENSORFLOW.values(), ids=TENSORFLOW)
 def test_tensorflow_v1(options, dtype):
@@ -250,6 +254,7 @@ def test_tf_keras_legacy_decay_of_the_learning_rate():
     check_tf_keras_legacy("float32", decay=0.25)  # Keras' schedules are float32
 
 
+@pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize(
     "options",
@@ -273,6 +278,7 @@ def test_keras(options, dtype):
     check(dialects.keras(LR, **options), expected, dtype)
 
 
+@pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize("options", [{}, {"rho": 0.875, "epsilon": EPSILON}])
 def test_documents(options, dtype):
@@ -285,6 +291,7 @@ def test_documents(options, dtype):
     check(dialects.documents(LR, **options), train_formula(step, dtype), dtype)
 
 
+@pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize(
     "options",
@@ -310,6 +317,7 @@ def test_stable_baselines3(options, dtype):
     check(optimizer, train_formula(step, dtype), dtype)
 
 
+@pytest.mark.peers
 @both_dtypes
 def test_deepmind_dqn(dtype):
     def step(w, g, s):  # as in their NeuralQLearner, where g2 is v

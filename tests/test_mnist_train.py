@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import math
 import subprocess
@@ -276,7 +275,12 @@ def test_all_of_mnist(tmp_path, monkeypatch):
     except mnist_data.MnistUnavailableError as reason:
         pytest.skip(str(reason))
     monkeypatch.setattr(mnist_data, "load", lambda source, seed: digits)
-    assert mnist_train.main(["--data=tfds", "--seed=0", f"--output={tmp_path}"]) == 0
+    assert (
+        mnist_train.main(
+            ["--data=tfds", "--seed=0", "--epochs=6", f"--output={tmp_path}"]
+        )
+        == 0
+    )
     first_losses = [losses(tmp_path, name)[0] for name in (OURS, THEIRS)]
     assert first_losses[0] == pytest.approx(first_losses[1], rel=1e-3)
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
@@ -291,9 +295,9 @@ def test_slots_in_bfloat16_are_as_good_on_mnist():
         digits = mnist_data.load("tfds", seed=0)
     except mnist_data.MnistUnavailableError as reason:
         pytest.skip(str(reason))
-    accuracies = {None: [], "bfloat16": []}
-    for seed, slot_dtype in itertools.product([0, 1], accuracies):
-        keras.utils.set_random_seed(seed)
+    accuracies = {None: 0.0, "bfloat16": 0.0}
+    for slot_dtype in accuracies:
+        keras.utils.set_random_seed(0)
         model = mnist_train.network()
         model.compile(
             keras_rmsprop.RMSprop(slot_dtype=slot_dtype),
@@ -305,10 +309,9 @@ def test_slots_in_bfloat16_are_as_good_on_mnist():
             digits.train_images,
             digits.train_labels,
             batch_size=128,
-            epochs=5,
+            epochs=2,
             verbose=0,
         )
         test = model.evaluate(digits.test_images, digits.test_labels, 1000, verbose=0)
-        accuracies[slot_dtype].append(test[1])
-    difference = np.mean(accuracies["bfloat16"]) - np.mean(accuracies[None])
-    assert abs(difference) <= 0.003, accuracies
+        accuracies[slot_dtype] = test[1]
+    assert accuracies[None] == pytest.approx(accuracies["bfloat16"], abs=0.003)

@@ -124,7 +124,7 @@ def test_random_cases_equal_the_dense_built_in(**case):
 
 
 @pytest.mark.slow
-@settings(max_examples=400, derandomize=False, print_blob=True)
+@settings(max_examples=300, derandomize=False, print_blob=True)
 @random_cases
 def test_many_random_cases_equal_the_dense_built_in(**case):
     check_random_case(**case)
