@@ -275,12 +275,8 @@ def test_all_of_mnist(tmp_path, monkeypatch):
     except mnist_data.MnistUnavailableError as reason:
         pytest.skip(str(reason))
     monkeypatch.setattr(mnist_data, "load", lambda source, seed: digits)
-    assert (
-        mnist_train.main(
-            ["--data=tfds", "--seed=0", "--epochs=6", f"--output={tmp_path}"]
-        )
-        == 0
-    )
+    arguments = ["--data=tfds", "--seed=0", "--epochs=6", f"--output={tmp_path}"]
+    assert mnist_train.main(arguments) == 0
     first_losses = [losses(tmp_path, name)[0] for name in (OURS, THEIRS)]
     assert first_losses[0] == pytest.approx(first_losses[1], rel=1e-3)
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
