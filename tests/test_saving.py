@@ -376,6 +376,17 @@ class TestRestoring:
         for got, want in zip((a, b), twins, strict=True):
             np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-6)
 
+    def test_unfreezing_a_table(self):
+        table, bias = keras.Variable(np.ones((3, 1), "float32")), keras.Variable([1.0])
+        twin = keras.Variable(table.numpy())
+        optimizer, builtin = RMSprop(0.1), keras.optimizers.RMSprop(0.1)
+        optimizer.apply([tf.constant([1.0])], [bias])
+        slices = tf.IndexedSlices([[1.0]], [2], [3, 1])
+        for _ in range(2):
+            optimizer.apply([slices, tf.constant([1.0])], [table, bias])
+            builtin.apply([tf.convert_to_tensor(slices)], [twin])
+        np.testing.assert_allclose(table.numpy(), twin.numpy(), rtol=1e-6)
+
     def test_variables_of_another_model_are_unknown(self):
         optimizer = RMSprop()
         optimizer.build([keras.Variable([1.0])])

@@ -61,11 +61,16 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
         grads = [_tensor(g, v) for g, v in zip(grads, variables, strict=True)]
-        for gradient, variable in zip(grads, variables, strict=True):
-            if isinstance(gradient, tf.IndexedSlices):
-                self._check_variables_are_known([variable])
-                if self._rows_suffice(variable):
-                    self._clocks.make(self._get_variable_index(variable))
+        sparse = [
+            variable
+            for gradient, variable in zip(grads, variables, strict=True)
+            if isinstance(gradient, tf.IndexedSlices)
+        ]
+        if sparse:
+            self._check_variables_are_known(variables)
+        for variable in sparse:
+            if self._rows_suffice(variable):
+                self._clocks.make(self._get_variable_index(variable))
         if self._has_program(grads, variables):
             self._programs.run(self, self._step, grads, variables)
         else:

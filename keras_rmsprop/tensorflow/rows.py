@@ -143,7 +143,7 @@ def update(
             write(slot, value, ids)
     subtract(variable, taken, ids)
     now = tf.convert_to_tensor(clock.updates.assign_add(1))
-    write(clock.last, tf.fill(tf.shape(read(clock.last, ids)), now), ids)
+    write(clock.last, tf.fill(tf.shape(new.velocity)[:1], now), ids)
 
 
 def caught_up(slots: Slots, clock: Clock, ids: Any, rho: float) -> Slots:
