@@ -100,8 +100,8 @@ def transposed(slots: Slots, axes: Axes | None) -> Slots:
         ValueError: These are not the axes of the arrays.
     """
 
-    def one(x: Array | None) -> Array | None:
-        if x is None or axes is None:
+    def one(x: Array) -> Array:
+        if axes is None:
             return x
         if sorted(axes) != list(range(x.ndim)):
             raise ValueError(
@@ -110,4 +110,4 @@ def transposed(slots: Slots, axes: Axes | None) -> Slots:
             )
         return np.transpose(x, axes)
 
-    return Slots(*map(one, slots))
+    return slots.map(one)

@@ -264,7 +264,7 @@ class RMSprop(SlotOptimizer):
                 mean = functools.partial(rows.mean, ids=ids, variable=variable)
             taken, new = rule.step(
                 ops.cast(gradient, dtype),
-                rule.Slots(*(s if s is None else ops.cast(s, dtype) for s in slots)),
+                slots.map(lambda slot: ops.cast(slot, dtype)),
                 ops.cast(learning_rate, dtype),
                 rule.Options(*_options(self)),
                 t=ops.cast(self.iterations + 1, dtype),

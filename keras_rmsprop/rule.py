@@ -28,6 +28,15 @@ class Slots(NamedTuple):
     average_gradient: Tensor | None = None
     """a, the moving average of the gradient; None unless centered."""
 
+    def map(self, function: Callable[[Any], Any]) -> "Slots":
+        """Return what a function makes of each slot there is."""
+        return Slots(*(slot if slot is None else function(slot) for slot in self))
+
+    def with_momentum_times(self, factor: Any) -> "Slots":
+        """Return the slots with m, if there is one, times a factor."""
+        m = self.momentum
+        return self if m is None else self._replace(momentum=m * factor)
+
 
 class Options(NamedTuple):
     """The constants of the formula, named as the arguments of `RMSprop` are."""

@@ -263,7 +263,7 @@ class SlotOptimizer(Optimizer):
             of_one = self._slots_of(i)
             if i in self._clocks:
                 of_one = rows.caught_up(of_one, self._clocks[i], None, self.rho)
-            slots.append(rule.Slots(*map(_array, of_one)))
+            slots.append(of_one.map(_array))
         return State(int(_array(self.iterations)), slots, self._paths())
 
     def set_state(self, state: State) -> None:
@@ -309,8 +309,6 @@ class SlotOptimizer(Optimizer):
 
 def _array(x: Any) -> Any:
     """Return a tensor as a NumPy array, bfloat16, which NumPy has not, as float32."""
-    if x is None:
-        return None
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = ops.cast(x, "float32")
     return ops.convert_to_numpy(x)

@@ -80,9 +80,8 @@ def from_torch(
     steps = {0}
     for number, state in state_dict["state"].items():
         v, m, a = (_numpy(state[key]) if key in state else None for key in _TORCH)
-        if m is not None:
-            m = m * _torch_rate(groups[number], optimizer)
-        theirs[number] = Slots(v, m, a)
+        rate = 1.0 if m is None else _torch_rate(groups[number], optimizer)
+        theirs[number] = Slots(v, m, a).with_momentum_times(rate)
         steps.add(int(state["step"]))
     slots = arranged(optimizer, mapping, theirs, names)
     optimizer.set_state(State(max(steps), slots))
@@ -111,14 +110,14 @@ def to_torch(
     groups, names = _torch_groups(state_dict)
     iterations, mine, paths = optimizer.get_state()
     states, places, given = {}, [], []
-    for (number, axes), (v, m, a) in zip(
+    for (number, axes), slots in zip(
         resolved(mapping, paths, groups, names), mine, strict=True
     ):
         group = groups[number]
-        if m is not None:
-            m = m / _torch_rate(group, optimizer)
+        if slots.momentum is not None:
+            slots = slots.with_momentum_times(1 / _torch_rate(group, optimizer))
         inverse = None if axes is None else tuple(np.argsort(axes))
-        slots = transposed(Slots(v, m, a), inverse)
+        slots = transposed(slots, inverse)
         v = state_dict["state"].get(number, {}).get("square_avg", slots.velocity)
         places.append(
             Slots(v, v if group["momentum"] else None, v if group["centered"] else None)
@@ -154,10 +153,7 @@ def from_keras(optimizer: RMSprop, builtin: Any) -> None:
         >>> optimizer.get_state().slots[0].velocity
         array([0.4  , 0.025], dtype=float32)
     """
-    slots = [
-        Slots(*(s if s is None else _numpy(s) for s in of_one))
-        for of_one in _builtin_slots(builtin)
-    ]
+    slots = [of_one.map(_numpy) for of_one in _builtin_slots(builtin)]
     steps = int(builtin.iterations)
     slots = _converted(slots, builtin.learning_rate, optimizer)
     optimizer.set_state(State(steps, slots))
@@ -175,10 +171,8 @@ def to_keras(optimizer: RMSprop, builtin: Any) -> None:
     """
     iterations, mine, paths = optimizer.get_state()
     if not optimizer.lr_in_momentum:
-        mine = [
-            Slots(v, m if m is None else m * float(builtin.learning_rate), a)
-            for v, m, a in mine
-        ]
+        rate = float(builtin.learning_rate)
+        mine = [slots.with_momentum_times(rate) for slots in mine]
     for slot, array in matched(_builtin_slots(builtin), mine, paths):
         slot.assign(array)
     # `iterations` counts updates, the variable behind it the calls that accumulate.
@@ -225,9 +219,7 @@ def from_tensorflow_v1(
             # Without momentum its slot is there, too, and holds the last update.
             m = present[-1] if present and optimizer.momentum else None
             a = present[0] if len(present) == 2 else None
-            theirs[variable] = Slots(
-                *(None if key is None else reader.get_tensor(key) for key in (v, m, a))
-            )
+            theirs[variable] = Slots(v, m, a).map(reader.get_tensor)
     if mapping is None:
         mapping = list(optimizer.get_state().paths)
     slots = arranged(optimizer, mapping, theirs)
@@ -273,14 +265,14 @@ def from_optax(
         for key in _OPTAX
     )
     theirs = {
-        number: Slots(*(None if x is None else _numpy(x) for x in of_one))
+        number: Slots(*of_one).map(_numpy)
         for number, of_one in enumerate(zip(*columns, strict=True))
     }
     slots = arranged(
         optimizer, range(len(leaves)) if mapping is None else mapping, theirs, names
     )
     # There the sum is what is added to the weights: it has the other sign.
-    slots = [Slots(v, m if m is None else -m, a) for v, m, a in slots]
+    slots = [of_one.with_momentum_times(-1) for of_one in slots]
     steps = int(found.get("count", 0))
     slots = _converted(slots, _rate_after(optimizer, steps), optimizer)
     optimizer.set_state(State(steps, slots))
@@ -309,10 +301,10 @@ def _converted(
     slots: Sequence[Slots], learning_rate: Any, optimizer: RMSprop
 ) -> list[Slots]:
     """Return slots whose sum of updates includes the learning rate, as mine has it."""
-    return [
-        Slots(v, m if m is None else m * _rate(learning_rate, True, optimizer), a)
-        for v, m, a in slots
-    ]
+    if all(of_one.momentum is None for of_one in slots):
+        return list(slots)
+    rate = _rate(learning_rate, True, optimizer)
+    return [of_one.with_momentum_times(rate) for of_one in slots]
 
 
 def _rate_after(optimizer: RMSprop, steps: int) -> Any:
