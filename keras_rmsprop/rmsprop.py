@@ -111,13 +111,17 @@ class RMSprop(SlotOptimizer):
             `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
             digits, too few for `centered` where gradients vary little. Defaults to
             `None`.
+        skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
+            nothing - weights, slots, averages, accumulators, `iterations` - but
+            `skipped_steps`, which counts such steps. Else a NaN stays in weights and
+            slots for good. A `keras.optimizers.LossScaleOptimizer` around this one
+            skips such steps itself. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
-            weight decay of that variable, no EMA, no accumulation, no
-            `tf.distribute`). Averages of silent rows then stand as they last were,
-            until their turn. `"lazy"` updates the rows only, whatever the options but
-            accumulation and distribution. Defaults to `"exact"`.
+            weight decay of that variable, no EMA, no accumulation). Averages of
+            silent rows then stand as they last were, until their turn. `"lazy"` updates
+            the rows only, whatever the options but accumulation. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
             own: `"auto"` where that is faster (an eager step, and in a `tf.function`
             the step of a model with large variables), `True` in every `tf.function`
@@ -179,6 +183,7 @@ class RMSprop(SlotOptimizer):
         maximize: bool = False,
         cautious: bool = False,
         slot_dtype: str | None = None,
+        skip_nonfinite: bool = False,
         sparse_update: str = "exact",
         jit_compile: bool | str = "auto",
         **kwargs: Any,
@@ -232,6 +237,7 @@ class RMSprop(SlotOptimizer):
             getattr(slot_dtype, "name", slot_dtype),
             (None, "bfloat16", "float32", "float64"),
         )
+        self.skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
         self.sparse_update = checks.one_of(
             "sparse_update", sparse_update, ("exact", "lazy")
         )
@@ -313,6 +319,7 @@ class RMSprop(SlotOptimizer):
             "maximize": self.maximize,
             "cautious": self.cautious,
             "slot_dtype": self.slot_dtype,
+            "skip_nonfinite": self.skip_nonfinite,
             "sparse_update": self.sparse_update,
             "jit_compile": self.jit_compile,
         }

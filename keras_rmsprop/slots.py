@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_rmsprop import rounding, rule, saving
+from keras_rmsprop.skipping import SkippingOptimizer
 from keras_rmsprop.state import State, matched
 
 if keras.backend.backend() == "tensorflow":
@@ -20,7 +21,7 @@ if keras.backend.backend() == "tensorflow":
 
     Optimizer: Any = TensorFlowOptimizer
 else:
-    Optimizer, outside_functions = keras.optimizers.Optimizer, contextlib.nullcontext
+    Optimizer, outside_functions = SkippingOptimizer, contextlib.nullcontext
 
 LISTS = {
     "velocity": "_velocities",
@@ -70,6 +71,9 @@ class SlotOptimizer(Optimizer):
         if self.slot_dtype == "bfloat16":
             draw = keras.initializers.Constant(random.randrange(2**16))
             self._offset = self.add_variable((), draw, "int32", name="rounding_offset")
+        if self.skip_nonfinite:
+            count = self.add_variable((), "zeros", "int32", name="skipped_steps")
+            self.skipped_steps = count
 
     def _new_slots(self, variables: list[Any]) -> dict[str, list[Any]]:
         """Return slots for variables, in lists by the attributes that hold them."""

@@ -95,6 +95,7 @@ _baked_in = operator.attrgetter(
     "ema_overwrite_frequency",
     "loss_scale_factor",
     "gradient_accumulation_steps",
+    "skip_nonfinite",
     "sparse_update",
 )
 

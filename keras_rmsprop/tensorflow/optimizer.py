@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_rmsprop.skipping import SkippingOptimizer
 from keras_rmsprop.tensorflow import compiled, rows
 
 LARGE = 2**20
@@ -20,7 +21,7 @@ outside_functions = tf.init_scope
 """Context in which variables are made at once, not when a function has been traced."""
 
 
-class TensorFlowOptimizer(keras.optimizers.Optimizer):
+class TensorFlowOptimizer(SkippingOptimizer):
     """What RMSprop adds to Keras' optimizer on the TensorFlow backend.
 
     `update_step`, the subclass', calls `rows.update` for the variables in `_clocks`.
@@ -68,21 +69,53 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         ]
         if sparse:
             self._check_variables_are_known(variables)
-        for variable in sparse:
-            if self._rows_suffice(variable):
-                self._clocks.make(self._get_variable_index(variable))
+        tables = [self._get_variable_index(v) for v in sparse if self._rows_suffice(v)]
+        if tf.distribute.has_strategy():
+            self._step_on_all_copies(grads, variables, tables)
+            return
+        self._make_clocks(tables)
         if self._has_program(grads, variables):
             self._programs.run(self, self._step, grads, variables)
         else:
             self._step(grads, variables)
 
+    def _step_on_all_copies(
+        self, grads: Sequence[Any], variables: Sequence[Any], tables: Sequence[int]
+    ) -> None:
+        """Sum the gradients over the replicas; then each steps with its own copies.
+
+        Of sparse gradients the rows travel. After the sum all replicas know the same,
+        so nothing else has to travel, and a step is the plain one.
+        """
+        strategy, replica = (
+            tf.distribute.get_strategy(),
+            tf.distribute.get_replica_context(),
+        )
+        if replica and not all(g is None for g in grads):
+            given = [g for g in grads if g is not None]
+            summed = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, given))
+            grads = [g if g is None else next(summed) for g in grads]
+        if replica and any(index not in self._clocks for index in tables):
+            # Replicas that XLA compiles apart cannot meet; without a clock the sum
+            # becomes dense.
+            if not rows.inside_xla():
+                replica.merge_call(lambda _: self._make_clocks(tables))
+        else:
+            self._make_clocks(tables)
+        strategy.extended.update(
+            rows.native(variables[0]),
+            lambda _, *grads: self._step(grads, variables),
+            args=grads,
+            group=False,
+        )
+
+    def _make_clocks(self, tables: Sequence[int]) -> None:
+        for index in tables:
+            self._clocks.make(index)
+
     def _has_program(self, grads: list[Any], variables: Sequence[Any]) -> bool:
         """Whether a step taken here and now should be a program of its own."""
-        if (
-            self.jit_compile is False
-            or tf.distribute.has_strategy()
-            or tf.config.functions_run_eagerly()
-        ):
+        if self.jit_compile is False or tf.config.functions_run_eagerly():
             return False
         if tf.executing_eagerly():
             return True
@@ -92,7 +125,7 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             or any(math.prod(v.shape) >= LARGE for v in variables)
         )
 
-    def _step(self, grads: list[Any], variables: Sequence[Any]) -> None:
+    def _step(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         """Take the step as Keras does, sparse gradients as those of their rows."""
         self._check_variables_are_known(variables)
         grads, checks = list(grads), []
@@ -106,7 +139,8 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
                         self._dense_elsewhere[index] = True
                     continue
                 checks.append(rows.check(gradient, variable))
-                if self._rows_suffice(variable) and indices.count(index) == 1:
+                has_clock = index in self._clocks and self._rows_suffice(variable)
+                if has_clock and indices.count(index) == 1:
                     grads[i], self._ids[index] = rows.distinct(gradient, variable)
                 else:
                     grads[i] = rows.dense(gradient, variable)
@@ -118,6 +152,9 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         finally:
             self._ids.clear()
 
+    def _inside_xla(self) -> bool:
+        return rows.inside_xla()
+
     def _own_graph(self) -> bool:
         """Whether the graph being traced, if any, is a program of this optimizer."""
         return tf.executing_eagerly() or self._tracing
@@ -126,7 +163,6 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         """Whether a step may pass by the rows of a table that have no gradient."""
         if (
             self.gradient_accumulation_steps
-            or tf.distribute.has_strategy()
             # A graph that updates all rows without a clock would not know of ours.
             or self._get_variable_index(variable) in self._dense_elsewhere
         ):
@@ -156,14 +192,33 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
         super().exclude_from_weight_decay(*args, **kwargs)
         self._programs = compiled.Programs()
 
+    # Keras' own four below would go through `tf.distribute` again, and know no rows.
+
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        whole = [v for v in variables if self._get_variable_index(v) not in self._ids]
-        super()._apply_weight_decay(whole)
-        for index, ids in self._ids.items():
-            variable = self._trainable_variables[index]
+        for variable in variables:
             if self.weight_decay and self._use_weight_decay(variable):
-                rate = tf.cast(self.learning_rate * self.weight_decay, variable.dtype)
+                ids = self._ids.get(self._get_variable_index(variable))
+                rate = tf.cast(self.learning_rate, variable.dtype) * self.weight_decay
                 rows.subtract(variable, rate * rows.read(variable, ids), ids)
+
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
+    ) -> None:
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable, rate)
+
+    def _backend_increment_gradient_accumulators(
+        self, grads: Sequence[Any], acc_grads: Sequence[Any]
+    ) -> None:
+        for gradient, accumulator in zip(grads, acc_grads, strict=True):
+            accumulator.assign_add(gradient)
+
+    def _overwrite_model_variables_with_average_value(
+        self, trainable_variables: Sequence[Any]
+    ) -> None:
+        averages = self._model_variables_moving_average
+        for variable, average in zip(trainable_variables, averages, strict=True):
+            variable.assign(average)
 
     def _update_model_variables_moving_average(
         self, trainable_variables: Sequence[Any]

@@ -28,7 +28,9 @@ class Clock(tf.Module):
 
     def __init__(self, table: Any) -> None:
         super().__init__()
-        with tf.init_scope(), tf.device(table.handle.device):
+        strategy = tf.distribute.get_strategy()
+        colocated = strategy.extended.colocate_vars_with(native(table))
+        with tf.init_scope(), strategy.scope(), colocated:
             self.updates = tf.Variable(0, dtype=tf.int32, trainable=False)
             self.last = tf.Variable(
                 tf.zeros(table.shape[:1], tf.int32), trainable=False
@@ -106,7 +108,7 @@ def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
     index is just outside the table, where XLA writes nothing.
     """
     values, ids, n = _values(gradient), gradient.indices, tf.size(gradient.indices)
-    if not _inside_xla():
+    if not inside_xla():
         ids, places = tf.unique(ids)
         return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
     order = tf.argsort(ids)
@@ -184,13 +186,13 @@ def mean(values: Any, *, ids: Any, variable: Any) -> Any:
 
 def read(variable: Any, ids: Any) -> Any:
     """Return some rows of a variable without reading the others; None: all."""
-    variable = _native(variable)
+    variable = native(variable)
     return tf.convert_to_tensor(variable) if ids is None else tf.gather(variable, ids)
 
 
 def write(variable: Any, values: Any, ids: Any) -> None:
     """Set some rows of a variable in place; None: all."""
-    variable = _native(variable)
+    variable = native(variable)
     if ids is None:
         variable.assign(values)
     else:
@@ -205,14 +207,15 @@ def subtract(variable: Any, values: Any, ids: Any) -> None:
     write(variable, old - tf.cast(values, old.dtype), ids)
 
 
+def native(variable: Any) -> Any:
+    """Return the TensorFlow variable that is, or is in, this one of Keras."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
 def mix(average: Any, variable: Any, ids: Any, momentum: float) -> None:
     """Let some rows of a moving average follow those of its variable."""
     old, new = read(average, ids), read(variable, ids)
     write(average, momentum * old + (1 - momentum) * new, ids)
-
-
-def _native(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _keep_reads_cheap(variable: Any) -> None:
@@ -220,11 +223,11 @@ def _keep_reads_cheap(variable: Any) -> None:
 
     This is safe: the next scatter copies if someone still holds what was read.
     """
-    if not _inside_xla():
+    if not inside_xla():
         tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
 
 
-def _inside_xla() -> bool:
+def inside_xla() -> bool:
     """Whether this is being traced for XLA, which writes in place by itself.
 
     There is no public way to know. Without the private one the answer is yes: right

@@ -1,0 +1,68 @@
+"""Steps that change nothing where a gradient is not finite."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class SkippingOptimizer(keras.optimizers.Optimizer):
+    """An optimizer that can pass by a NaN: the subclass' `skip_nonfinite` says whether.
+
+    Such a step leaves every variable as it was and is counted in `skipped_steps`, a
+    variable that the subclass makes when it is built.
+    """
+
+    skipped_steps: Any = 0
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Update the variables, unless a gradient is not finite and that is to be seen.
+
+        Args:
+            grads: One gradient, or None, for each variable.
+            trainable_variables: The variables; by default those it was built with.
+        """
+        if not self.built and trainable_variables is not None:
+            self.build(list(trainable_variables))
+        step = functools.partial(super().apply, grads, trainable_variables)
+        given = [g for g in grads if g is not None]
+        if not self.skip_nonfinite or not given:
+            step()
+            return
+        if self._inside_xla():
+            given = [part for g in given for part in _folded(g)]
+        finite = ops.all(ops.stack([ops.all(ops.isfinite(g)) for g in given]))
+        if keras.backend.backend() == "jax":  # where a branch has no side effects
+            self._step_and_undo(step, finite)
+        else:
+            ops.cond(finite, step, lambda: None)
+        # Not in a branch: XLA leaves a condition alone only if one branch is empty.
+        self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
+
+    def _inside_xla(self) -> bool:
+        """Whether the step is a part of what XLA compiles."""
+        return keras.backend.backend() == "jax"
+
+    def _step_and_undo(self, step: Callable[[], None], finite: Any) -> None:
+        state = [*self._trainable_variables, *self.variables]
+        before = [ops.copy(variable) for variable in state]
+        step()
+        after = [ops.copy(variable) for variable in state]
+        for variable, old, new in zip(state, before, after, strict=True):
+            variable.assign(ops.where(finite, new, old))
+
+
+def _folded(g: Any) -> Iterator[Any]:
+    """Give fewer numbers, which are finite if and only if all of `g` are.
+
+    On CPU, XLA reduces on one thread, number by number; but it adds on all, by vectors.
+    """
+    if None in g.shape:
+        yield g
+        return
+    g = ops.reshape(g, (-1,))
+    n = g.shape[0] // 4
+    yield sum(g[i * n : (i + 1) * n] * 0 for i in range(4))
+    yield g[4 * n :]

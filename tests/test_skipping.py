@@ -1,0 +1,226 @@
+"""`skip_nonfinite`: a run with bad steps is the run without them."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from stepping import WAYS, arrays, assert_close, python
+
+from keras_rmsprop import RMSprop, skipping
+
+SHAPES = [(), (5,), (0,), (3, 3, 2, 4)]
+BAD = {2: np.nan, 3: np.inf, 7: -np.inf}
+"""What is wrong with the gradients of these steps."""
+
+OPTIONS = {
+    "defaults": {},
+    "momentum, centered": {"momentum": 0.9, "centered": True, "epsilon": 1e-3},
+    "decay, clipping": {"weight_decay": 0.1, "global_clipnorm": 1.0},
+    "EMA": {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 3},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "loss scale": {"loss_scale_factor": 8.0},
+    "callable": {"learning_rate": lambda: 0.05},
+    "schedule": {
+        "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    },
+}
+
+
+def spoiled(gradients, bad, where):
+    """Return the gradients with something bad in the last element of one of them."""
+    gradients = [g.copy() for g in gradients]
+    gradients[where].reshape(-1)[-1:] = bad
+    return gradients
+
+
+def run(optimizer, apply, with_bad_steps, where=3):
+    variables = [keras.Variable(a) for a in arrays(SHAPES)]
+    optimizer.build(variables)
+    apply = apply(optimizer)
+    for step in range(12):
+        gradients = arrays(SHAPES, seed=step)
+        if step in BAD and with_bad_steps:
+            gradients = spoiled(gradients, BAD[step], where)
+        if step not in BAD or with_bad_steps:
+            apply([tf.constant(g) for g in gradients])
+    state = {v.path.split("/")[-1]: v.numpy() for v in optimizer.variables}
+    return [v.numpy() for v in variables], state
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "eager") for name in OPTIONS),
+        *itertools.product(["defaults", "accumulation", "EMA"], ["tf.function", "XLA"]),
+    ],
+)
+def test_equals_the_built_in_without_the_bad_steps(name, way):
+    options = OPTIONS[name]
+    expected = run(keras.optimizers.RMSprop(**options), WAYS["eager"], False)
+    optimizer = RMSprop(skip_nonfinite=True, **options)
+    weights, state = run(optimizer, WAYS[way], True)
+    assert int(state.pop("skipped_steps")) == int(optimizer.skipped_steps) == len(BAD)
+    assert_close((weights, state), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"jit_compile": False}, {"slot_dtype": "bfloat16"}]
+)
+@pytest.mark.parametrize("where", [0, 1])
+def test_equals_itself_without_the_bad_steps(options, where):
+    def optimizer():
+        keras.utils.set_random_seed(0)
+        return RMSprop(0.01, skip_nonfinite=True, **options)
+
+    weights, state = run(optimizer(), WAYS["eager"], True, where)
+    assert int(state.pop("skipped_steps")) == len(BAD)
+    expected, expected_state = run(optimizer(), WAYS["eager"], False)
+    assert int(expected_state.pop("skipped_steps")) == 0
+    assert_close((weights, state), (expected, expected_state), 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"centered": True}, {"momentum": 0.5}])
+def test_tables(way, options):
+    """Sparse gradients; the built-in gets them densified."""
+    table, twin = (keras.Variable(np.ones((6, 2), "float32")) for _ in range(2))
+    optimizer = RMSprop(0.1, skip_nonfinite=True, **options)
+    builtin = keras.optimizers.RMSprop(0.1, **options)
+    optimizer.build([table])
+    apply = WAYS[way](optimizer)
+    rng = np.random.default_rng(0)
+    for step in range(10):
+        ids = rng.integers(0, 6, 4)
+        values = rng.normal(size=(4, 2)).astype("float32")
+        if step in BAD:
+            values[-1, -1] = BAD[step]
+        slices = tf.IndexedSlices(
+            tf.constant(values), tf.constant(ids), tf.constant([6, 2])
+        )
+        apply([slices])
+        if step not in BAD:
+            builtin.apply([tf.convert_to_tensor(slices)], [twin])
+    np.testing.assert_allclose(table.numpy(), twin.numpy(), rtol=1e-5)
+    assert int(optimizer.skipped_steps) == len(BAD)
+    for i in optimizer._clocks:
+        assert int(optimizer._clocks[i].updates) == 10 - len(BAD)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit(jit_compile):
+    x, y = arrays([(12, 4, 3), (12, 4, 2)])
+    good = [step for step in range(12) if step not in BAD]
+
+    def fitted(optimizer, x, y):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        model.compile(optimizer, "mse", jit_compile=jit_compile)
+        batches = tf.data.Dataset.from_tensor_slices((x, y))
+        model.fit(batches, epochs=2, verbose=0)
+        return model.get_weights()
+
+    spoiled_y = y.copy()
+    for step, bad in BAD.items():
+        spoiled_y[step, 0, 0] = bad
+    optimizer = RMSprop(0.01, skip_nonfinite=True)
+    got = fitted(optimizer, x, spoiled_y)
+    assert_close(got, fitted(keras.optimizers.RMSprop(0.01), x[good], y[good]), 1e-5)
+    assert int(optimizer.skipped_steps) == 2 * len(BAD)
+    assert int(optimizer.iterations) == 2 * len(good)
+
+
+def test_without_it_a_nan_stays_as_in_the_built_in():
+    optimizers = RMSprop(), keras.optimizers.RMSprop()
+    results = [run(optimizer, WAYS["eager"], True) for optimizer in optimizers]
+    assert np.isnan(results[0][0][3]).any()
+    assert_close(
+        [np.isnan(w) for w in results[0][0]], [np.isnan(w) for w in results[1][0]], 0
+    )
+    assert optimizers[0].skipped_steps == 0
+
+
+def test_in_a_loss_scale_optimizer_which_skips_itself():
+    weight = keras.Variable([1.0, 2.0])
+    inner = RMSprop(0.1, skip_nonfinite=True)
+    outer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    for gradient in ([8.0, 4.0], [np.nan, 1.0], [np.inf, 1.0]):
+        outer.apply([tf.constant(gradient)], [weight])
+    expected = keras.Variable([1.0, 2.0])
+    keras.optimizers.RMSprop(0.1).apply([tf.constant([1.0, 0.5])], [expected])
+    np.testing.assert_allclose(weight.numpy(), expected.numpy(), rtol=1e-6)
+    assert int(inner.iterations) == 1
+    assert float(outer.dynamic_scale) == 2.0
+
+
+def test_gradients_whose_sum_overflows_are_finite():
+    weight = keras.Variable(np.zeros(20, "float32"))
+    optimizer = RMSprop(0.1, skip_nonfinite=True)
+    optimizer.apply([tf.fill([20], 1e38)], [weight])
+    assert (int(optimizer.iterations), int(optimizer.skipped_steps)) == (1, 0)
+
+
+def test_switching_it_off_takes_effect_at_once():
+    weight = keras.Variable([1.0])
+    optimizer = RMSprop(0.1, skip_nonfinite=True)
+    optimizer.apply([tf.constant([np.nan])], [weight])
+    assert weight.numpy() == 1
+    optimizer.skip_nonfinite = False
+    optimizer.apply([tf.constant([np.nan])], [weight])
+    assert np.isnan(weight.numpy())
+
+
+def test_the_count_is_saved(tmp_path):
+    def compiled(**options):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile(RMSprop(**options), "mse")
+        return model
+
+    model = compiled(skip_nonfinite=True)
+    model.fit(np.full((3, 2), np.nan), np.ones((3, 1)), batch_size=1, verbose=0)
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(other.optimizer.skipped_steps) == 3
+
+
+@given(st.integers(1, 40), st.data())
+def test_folded_shows_each_element(size, data):
+    g = np.ones(size, "float32")
+    parts = [keras.ops.convert_to_numpy(p) for p in skipping._folded(tf.constant(g))]
+    assert all(np.isfinite(p).all() for p in parts)
+    g[data.draw(st.integers(0, size - 1))] = data.draw(
+        st.sampled_from([np.nan, np.inf, -np.inf])
+    )
+    parts = [keras.ops.convert_to_numpy(p) for p in skipping._folded(tf.constant(g))]
+    assert not all(np.isfinite(p).all() for p in parts)
+
+
+@pytest.mark.parametrize("backend", ["jax"])
+def test_other_backends(backend):
+    result = python(
+        """
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+        x = np.random.default_rng(0).normal(size=(12, 3)).astype("float32")
+        y = x[:, :1].copy()
+
+        def fitted(optimizer, x, y):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+            model.compile(optimizer, "mse")
+            model.fit(x, y, batch_size=1, verbose=0, shuffle=False)
+            return model.get_weights()
+
+        expected = fitted(keras.optimizers.RMSprop(0.01), x[2:], y[2:])
+        y[:2] = np.nan
+        optimizer = RMSprop(0.01, skip_nonfinite=True)
+        for a, b in zip(fitted(optimizer, x, y), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+        print(int(optimizer.skipped_steps), int(optimizer.iterations))
+        """,
+        KERAS_BACKEND=backend,
+    )
+    assert result == "2 10"
