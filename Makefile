@@ -48,6 +48,7 @@ examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/regression.py
 	$(BIN)/python examples/linear_regression.py
 	$(BIN)/python examples/text_classifier.py
+	$(BIN)/python examples/resume.py --fit
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .
