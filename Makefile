@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+OLDEST := .venv-oldest
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
 OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM SEED DATA OUTPUT
@@ -11,7 +12,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: help train test test-slow test-peers lint examples wheel clean
+.PHONY: help train test test-slow test-peers test-oldest lint examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +28,15 @@ $(PEERS): $(READY)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[peers]'
 	@touch $@
 
+# The pins that are not in constraints-oldest.txt are those of constraints.txt.
+$(OLDEST)/.ready: setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
+	@echo "Setting up $(OLDEST): once, a few minutes."
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/==.*/==/; s/^/^/' constraints-oldest.txt | grep -vf - constraints.txt | \
+		cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	PIP_CONSTRAINT=$(OLDEST)/constraints.txt $(OLDEST)/bin/pip install -qq --disable-pip-version-check --editable '.[examples,test]'
+	@touch $@
+
 train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
 	@$(BIN)/python examples/mnist_train.py $(FLAGS)
 
@@ -38,6 +48,9 @@ test-slow: $(READY)  ## the long tests that CI also runs
 
 test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
 	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)
+
+test-oldest: $(OLDEST)/.ready  ## the everyday tests with the oldest Keras and TensorFlow
+	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -53,6 +66,6 @@ examples: $(READY)  ## run the short example programs
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .
 
-clean:  ## remove what was made, the virtual environment too
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove what was made, the virtual environments too
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ closer, but err where gradients repeat, as those of an epoch do.)
 
 from typing import Any
 
+import keras
 from keras import ops
 
 STRIDE, SLOT = 49471, 27147
@@ -38,8 +39,8 @@ def stochastically(x: Any, offset: Any, t: Any, slot: int) -> Any:
     element = ops.reshape(ops.arange(ops.size(x), dtype="int32"), ops.shape(x))
     draw = _low(element * STRIDE + start)
     # float32 has 16 bits more than bfloat16: the draw decides whether they carry.
-    bits = ops.bitwise_and(ops.view(x, "int32") + draw, -(2**16))
-    rounded = ops.where(ops.isfinite(x), ops.view(bits, "float32"), x)
+    bits = ops.bitwise_and(_view(x, "int32") + draw, -(2**16))
+    rounded = ops.where(ops.isfinite(x), _view(bits, "float32"), x)
     return ops.cast(rounded, "bfloat16")
 
 
@@ -53,3 +54,15 @@ def _mixed(n: Any) -> Any:
 
 def _low(n: Any) -> Any:
     return ops.bitwise_and(n, 2**16 - 1)
+
+
+def _view(x: Any, dtype: str) -> Any:
+    """Return the bits of a tensor as numbers of another dtype."""
+    if hasattr(ops, "view"):
+        return ops.view(x, dtype)
+    # Keras before 3.12 leaves this to its backends.
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.bitcast(x, dtype)
+    return x.view(ops.zeros((), dtype).dtype)

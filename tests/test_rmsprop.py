@@ -19,7 +19,10 @@ BUILT_IN = keras.optimizers.RMSprop
 def test_signature_is_the_built_ins_and_keyword_only_beyond():
     ours = inspect.signature(RMSprop).parameters
     theirs = inspect.signature(BUILT_IN).parameters
-    assert [(p.name, p.default) for p in theirs.values()] == [
+    # Before Keras 3.15 each was named "rmsprop", not numbered like other objects.
+    assert [
+        (p.name, None if p.default == "rmsprop" else p.default) for p in theirs.values()
+    ] == [
         (p.name, p.default)
         for p in ours.values()
         if p.kind is not inspect.Parameter.KEYWORD_ONLY
@@ -251,6 +254,9 @@ def test_loss_scale_optimizer_around_it():
     assert_close(run(RMSprop(0.1)), run(BUILT_IN(0.1)), 1e-6)
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras has it since 3.15"
+)
 def test_multi_optimizer_around_it():
     def run(kind):
         keras.utils.set_random_seed(0)
@@ -274,6 +280,8 @@ def test_multi_optimizer_around_it():
 
 def test_keras_own_tests_pass_with_this_class():
     path = Path(inspect.getfile(BUILT_IN)).with_name("rmsprop_test.py")
+    if not path.exists():
+        pytest.skip("Not every wheel of Keras holds its tests")
     spec = importlib.util.spec_from_file_location("keras_rmsprop_test", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
