@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 Tensor = Any
@@ -83,6 +85,8 @@ def step(
 
     g = -g if options.maximize else g
     g = g if penalty is None else g + penalty
+    largest = 0.5 * float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) ** 0.5
+    g = ops.clip(g, -largest, largest)  # a square beyond would be infinite for good
     v = rho * v + (1 - rho) * ops.square(g)
     a = a if a is None else rho * a + (1 - rho) * g
     spread = corrected(v)

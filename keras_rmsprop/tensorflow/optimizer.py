@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from keras_rmsprop import checks
 from keras_rmsprop.tensorflow import compiled, rows
 
 LARGE = 2**20
@@ -48,13 +50,12 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: The gradients do not fit the variables, or all are `None`.
+            TypeError: A gradient is not of floating point numbers.
         """
         variables = trainable_variables
         if len(grads) == 0 or (variables is None and not self.built):
             return super().apply(grads, variables)  # no step, or Keras' own error
         variables = self._trainable_variables if variables is None else list(variables)
-        if not self.built:
-            self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(
                 "There must be one gradient, or None, for each variable. "
@@ -62,19 +63,29 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
             )
         grads = [_tensor(g, v) for g, v in zip(grads, variables, strict=True)]
         sparse = [
-            variable
+            (gradient, variable)
             for gradient, variable in zip(grads, variables, strict=True)
             if isinstance(gradient, tf.IndexedSlices)
         ]
-        if sparse:
-            self._check_variables_are_known(variables)
-        for variable in sparse:
-            if self._rows_suffice(variable):
-                self._clocks.make(self._get_variable_index(variable))
+        if sparse or not self.built:
+            self._prepare(grads, variables)
+        for gradient, variable in sparse:
+            index = self._get_variable_index(variable)
+            if index not in self._clocks and self._rows_suffice(variable):
+                rows.check(gradient, variable)
+                self._clocks.make(index)
         if self._has_program(grads, variables):
             self._programs.run(self, self._step, grads, variables)
         else:
             self._step(grads, variables)
+
+    def _prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Check gradients; only then make slots for variables that have none."""
+        for gradient, variable in zip(grads, variables, strict=True):
+            _check_fit(gradient, variable)
+        if not self.built:
+            self.build(variables)
+        self._check_variables_are_known(variables)
 
     def _has_program(self, grads: list[Any], variables: Sequence[Any]) -> bool:
         """Whether a step taken here and now should be a program of its own."""
@@ -94,26 +105,27 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
 
     def _step(self, grads: list[Any], variables: Sequence[Any]) -> None:
         """Take the step as Keras does, sparse gradients as those of their rows."""
-        self._check_variables_are_known(variables)
-        grads, checks = list(grads), []
+        self._prepare(grads, variables)
+        grads, asserts = list(grads), []
         indices = [self._get_variable_index(v) for v in variables]
         try:
             for i, (gradient, index) in enumerate(zip(grads, indices, strict=True)):
                 variable = variables[i]
-                _check_shape(gradient, variable)
-                if not isinstance(gradient, tf.IndexedSlices):
-                    if gradient is not None and not self._own_graph():
-                        self._dense_elsewhere[index] = True
+                if gradient is None:
                     continue
-                checks.append(rows.check(gradient, variable))
+                if not isinstance(gradient, tf.IndexedSlices):
+                    if not self._own_graph():
+                        self._dense_elsewhere[index] = True
+                    # In float16 norms overflow, and what was scaled up underflows.
+                    grads[i] = rows.widened(gradient)
+                    continue
+                asserts.append(rows.check(gradient, variable))
                 if self._rows_suffice(variable) and indices.count(index) == 1:
                     grads[i], self._ids[index] = rows.distinct(gradient, variable)
                 else:
                     grads[i] = rows.dense(gradient, variable)
-                    if self.gradient_accumulation_steps:  # in the table's dtype
-                        grads[i] = tf.cast(grads[i], variable.dtype)
             # Nothing is written before all indices are known to be good.
-            with tf.control_dependencies(checks):
+            with tf.control_dependencies(asserts):
                 super().apply(grads, variables)
         finally:
             self._ids.clear()
@@ -140,7 +152,14 @@ class TensorFlowOptimizer(keras.optimizers.Optimizer):
     def _get_current_learning_rate(self) -> Any:
         if self._traced_learning_rate is not None:
             return self._traced_learning_rate
-        return super()._get_current_learning_rate()
+        return checks.learning_rate(super()._get_current_learning_rate())
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        # One replica has nothing to sum. TensorFlow would keep the graph for good: it
+        # registers the gradient of each sum it traces.
+        if not tf.distribute.has_strategy():
+            return grads_and_vars
+        return super()._all_reduce_sum_gradients(grads_and_vars)
 
     @contextlib.contextmanager
     def _traced_with(self, learning_rate: Any) -> Iterator[None]:
@@ -199,17 +218,45 @@ def _tensor(gradient: Any, variable: Any) -> Any:
         return gradient
     if isinstance(gradient, tf.IndexedSlices):
         values = _tensor(gradient.values, variable)
-        return tf.IndexedSlices(values, tf.convert_to_tensor(gradient.indices))
+        others = (gradient.indices, gradient.dense_shape)
+        return tf.IndexedSlices(
+            values, *(None if x is None else tf.convert_to_tensor(x) for x in others)
+        )
+    if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
+        return tf.constant(gradient)  # to be refused; a cast would take the real part
     return tf.convert_to_tensor(keras.ops.convert_to_tensor(gradient, variable.dtype))
 
 
-def _check_shape(gradient: Any, variable: Any) -> None:
-    expected = variable.shape
-    if isinstance(gradient, tf.IndexedSlices):
-        gradient, expected = gradient.values, [None, *expected[1:]]
-    if gradient is not None and not gradient.shape.is_compatible_with(expected):
+def _check_fit(gradient: Any, variable: Any) -> None:
+    if gradient is None:
+        return
+    if not isinstance(variable, keras.Variable | tf.Variable):
+        raise TypeError(
+            f"Gradients must come with variables. Received: {type(variable).__name__}"
+        )
+    name, shape = variable.name, tuple(variable.shape)
+    if not gradient.dtype.is_floating:
+        raise TypeError(
+            "A gradient must be of floating point numbers. "
+            f"Received: {gradient.dtype.name} for variable {name!r}"
+        )
+    if not gradient.shape.is_compatible_with(shape):
         raise ValueError(
             "A gradient must have the shape of its variable. Received: "
-            f"shape {tuple(gradient.shape)} for variable {variable.name!r} "
-            f"of shape {tuple(variable.shape)}"
+            f"shape {tuple(gradient.shape)} for variable {name!r} of shape {shape}"
+        )
+    if not isinstance(gradient, tf.IndexedSlices):
+        return
+    values, ids = gradient.values, gradient.indices
+    if (
+        ids.dtype not in (tf.int32, tf.int64)
+        or not ids.shape.is_compatible_with([None])
+        or not values.shape.is_compatible_with([*ids.shape[:1], *shape[1:]])
+        or not shape
+    ):
+        raise ValueError(
+            "A sparse gradient must have int32 or int64 indices, and for each a row as "
+            f"wide as the variable's. Received: {ids.dtype.name} indices of shape "
+            f"{tuple(ids.shape)} and values of shape {tuple(values.shape)} for "
+            f"variable {name!r} of shape {shape}"
         )
