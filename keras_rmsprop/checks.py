@@ -15,6 +15,7 @@ class Range(NamedTuple):
     name: str
 
 
+UP_TO_ONE = Range(lambda x: 0 <= x <= 1, "in [0, 1]")
 SHARE = Range(lambda x: 0 <= x < 1, "in [0, 1)")
 POSITIVE = Range(lambda x: 0 < x < math.inf, "finite and > 0")
 NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "finite and >= 0")
@@ -37,6 +38,29 @@ def number(name: str, value: Any, allowed: Range) -> float:
     if not allowed.holds(float(value)):
         raise ValueError(f"`{name}` must be {allowed.name}. Received: {name}={value}")
     return float(value)
+
+
+def optional(name: str, value: Any, allowed: Range) -> float | None:
+    """Return an argument as a float, or None as it is; see `number`."""
+    return None if value is None else number(name, value, allowed)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Return an argument as an int.
+
+    Args:
+        name: Name of the argument.
+        value: What was received.
+        least: The smallest that it may be.
+
+    Raises:
+        ValueError: It is no integer, or less.
+    """
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer >= {least}. Received: {name}={value!r}"
+        )
+    return int(value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -202,15 +202,26 @@ class RMSprop(SlotOptimizer):
             learning_rate = kwargs.pop("lr")
         super().__init__(
             learning_rate=checks.learning_rate(learning_rate),
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
+            weight_decay=checks.optional(
+                "weight_decay", weight_decay, checks.NOT_NEGATIVE
+            ),
+            clipnorm=checks.optional("clipnorm", clipnorm, checks.NOT_NEGATIVE),
+            clipvalue=checks.optional("clipvalue", clipvalue, checks.NOT_NEGATIVE),
+            global_clipnorm=checks.optional(
+                "global_clipnorm", global_clipnorm, checks.NOT_NEGATIVE
+            ),
+            use_ema=checks.flag("use_ema", use_ema),
+            ema_momentum=checks.number("ema_momentum", ema_momentum, checks.UP_TO_ONE),
             ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            loss_scale_factor=checks.optional(
+                "loss_scale_factor", loss_scale_factor, checks.POSITIVE
+            ),
+            gradient_accumulation_steps=(
+                gradient_accumulation_steps
+                and checks.integer(
+                    "gradient_accumulation_steps", gradient_accumulation_steps, 2
+                )
+            ),
             name=name,
             **kwargs,
         )

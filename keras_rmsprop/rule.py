@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 Tensor = Any
@@ -92,8 +94,10 @@ def step(
 
     g = -g if options.maximize else g
     g = g if penalty is None else g + penalty
-    v = rho * v + (1 - rho) * ops.square(g)
-    a = a if a is None else rho * a + (1 - rho) * g
+    largest = 0.5 * float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) ** 0.5
+    bounded = ops.clip(g, -largest, largest)  # else v could be infinite, and stay so
+    v = rho * v + (1 - rho) * ops.square(bounded)
+    a = a if a is None else rho * a + (1 - rho) * bounded
     spread = corrected(v)
     if a is not None:
         # Mathematically >= 0; rounding takes it below, and the root to NaN.

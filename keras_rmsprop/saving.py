@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_rmsprop.state import is_real
+
 
 class Name(NamedTuple):
     """What a value is."""
@@ -137,14 +139,14 @@ def matched(
         places: My variables.
 
     Raises:
-        ValueError: A value has another shape than its variable.
+        ValueError: A value has another shape than its variable, or is no number.
     """
     found = {name: values[name] for name in places if name in values}
     wrong = [
         f"`{name.kind}` of {name.path!r}: expected shape {tuple(places[name].shape)}, "
-        f"received {value.shape}"
+        f"received {value.shape} of {value.dtype}"
         for name, value in found.items()
-        if tuple(places[name].shape) != value.shape
+        if tuple(places[name].shape) != value.shape or not is_real(value)
     ]
     if wrong:
         raise ValueError("The state in the file does not fit. " + "; ".join(wrong))

@@ -2,13 +2,13 @@
 
 import contextlib
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_rmsprop import rounding, rule, saving
+from keras_rmsprop import checks, rounding, rule, saving
 from keras_rmsprop.skipping import SkippingOptimizer
 from keras_rmsprop.state import State, matched
 
@@ -43,6 +43,8 @@ class SlotOptimizer(Optimizer):
     _slots_being_added = False
     _file: saving.File | None = None
     """What was loaded before there were variables to load it into."""
+    _before_file: Sequence[tuple[Any, Any]] = ()
+    """The variables that there were, and their values before that."""
     _clocks: Any = ()
     """By the index of the variable; the TensorFlow backend has some."""
 
@@ -62,7 +64,12 @@ class SlotOptimizer(Optimizer):
         with outside_functions():
             self._build(variables)
             file, self._file = self._file, None
-            self._load(file, except_keys=early)
+            try:
+                self._load(file, except_keys=early)
+            except ValueError:
+                for variable, value in self._before_file:
+                    variable.assign(value)
+                raise
 
     def _build(self, variables: list[Any]) -> None:
         super().build(variables)
@@ -101,8 +108,11 @@ class SlotOptimizer(Optimizer):
             dtype: Its dtype, by default `keras.config.floatx()`.
             **kwargs: See `keras.optimizers.Optimizer.add_variable`.
         """
+        wide = keras.backend.result_type(dtype or "float32", "float32")
         if self._slots_being_added:
-            dtype = self.slot_dtype or keras.backend.result_type(dtype, "float32")
+            dtype = self.slot_dtype or wide
+        elif str(kwargs.get("name")).endswith("gradient_accumulator"):
+            dtype = wide  # in bfloat16 a sum of 256 ones does not grow
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
     def _slots_of(self, i: int) -> rule.Slots:
@@ -152,7 +162,9 @@ class SlotOptimizer(Optimizer):
             return
         # The learning rate may be changed before the first step: load it now, if it is
         # one. A file without names may be that of any optimizer.
-        for key, (name, variable) in self._named().items():
+        named = self._named()
+        self._before_file = [(v, v.numpy()) for _, v in named.values()]
+        for key, (name, variable) in named.items():
             if file.names.get(key) == name:
                 variable.assign(file.values[key])
         self._file = file if file.values else None
@@ -278,10 +290,16 @@ class SlotOptimizer(Optimizer):
                 with, in that order. `paths` is not read.
 
         Raises:
+            TypeError: It is no `State`.
             ValueError: The optimizer is not built, or the state does not fit; then
                 nothing is changed, and the message says what does not.
         """
         self._check_built()
+        if not isinstance(state, State):
+            raise TypeError(
+                f"`state` must be a `State`, as of `get_state`. Received: {state!r}"
+            )
+        iterations = checks.integer("iterations", state.iterations, 0)
         places = [self._slots_of(i) for i in range(len(self._velocities))]
         pairs = [
             (slot, ops.convert_to_tensor(array, slot.dtype))
@@ -290,7 +308,7 @@ class SlotOptimizer(Optimizer):
         for slot, value in pairs:
             slot.assign(value)
         every = self.gradient_accumulation_steps or 1
-        self._iterations.assign(state.iterations * every)
+        self._iterations.assign(iterations * every)
         for sums in self._accumulated_gradients if every > 1 else []:
             sums.assign(ops.zeros_like(sums))
         for i in self._clocks:

@@ -19,6 +19,11 @@ class State(NamedTuple):
     """The path of each variable."""
 
 
+def is_real(array: Any) -> bool:
+    """Whether an array is one of real numbers."""
+    return np.can_cast(np.asarray(array).dtype, np.float64, "same_kind")
+
+
 def matched(
     places: Sequence[Slots], given: Sequence[Slots], paths: Sequence[str]
 ) -> list[tuple[Any, Any]]:
@@ -33,7 +38,7 @@ def matched(
 
     Raises:
         ValueError: There is no place for an array, or no array for a place, or one of
-            another shape. The message names all that do not fit.
+            another shape or not of real numbers. The message names all that do not fit.
     """
     if len(places) != len(given):
         raise ValueError(
@@ -49,6 +54,11 @@ def matched(
                 wrong.append(
                     f"`{name}` of {path!r}: expected shape {expected}, "
                     f"received {received}"
+                )
+            elif array is not None and not is_real(array):
+                wrong.append(
+                    f"`{name}` of {path!r}: expected real numbers, "
+                    f"received {np.asarray(array).dtype}"
                 )
             elif place is not None:
                 pairs.append((place, array))

@@ -285,29 +285,42 @@ def test_all_of_mnist(tmp_path, monkeypatch):
     assert abs(ours - theirs) <= 0.005
 
 
-@pytest.mark.slow
-def test_slots_in_bfloat16_are_as_good_on_mnist():
+def accuracy_on_mnist(seed=0, policy="float32", epochs=2, **options):
+    """Return the share of test digits that the network knows then."""
     try:
         digits = mnist_data.load("tfds", seed=0)
     except mnist_data.MnistUnavailableError as reason:
         pytest.skip(str(reason))
-    accuracies = {None: 0.0, "bfloat16": 0.0}
-    for slot_dtype in accuracies:
-        keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(seed)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
         model = mnist_train.network()
-        model.compile(
-            keras_rmsprop.RMSprop(slot_dtype=slot_dtype),
-            "sparse_categorical_crossentropy",
-            metrics=["accuracy"],
-            jit_compile=True,
-        )
-        model.fit(
-            digits.train_images,
-            digits.train_labels,
-            batch_size=128,
-            epochs=2,
-            verbose=0,
-        )
-        test = model.evaluate(digits.test_images, digits.test_labels, 1000, verbose=0)
-        accuracies[slot_dtype] = test[1]
-    assert accuracies[None] == pytest.approx(accuracies["bfloat16"], abs=0.003)
+    finally:
+        keras.config.set_dtype_policy(before)
+    model.compile(
+        keras_rmsprop.RMSprop(**options),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=True,
+    )
+    images, labels = digits.train_images, digits.train_labels
+    model.fit(images, labels, batch_size=128, epochs=epochs, verbose=0)
+    return model.evaluate(digits.test_images, digits.test_labels, 1000, verbose=0)[1]
+
+
+@pytest.mark.slow
+def test_slots_in_bfloat16_are_as_good_on_mnist():
+    accuracies = [accuracy_on_mnist(slot_dtype=d) for d in (None, "bfloat16")]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.003)
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_as_good_on_mnist():
+    means = {
+        policy: np.mean([accuracy_on_mnist(seed, policy, 1) for seed in (0, 1)])
+        for policy in ("float32", "mixed_float16", "mixed_bfloat16")
+    }
+    assert means["float32"] > 0.94
+    for mean in means.values():
+        assert mean == pytest.approx(means["float32"], abs=0.005)

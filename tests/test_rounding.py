@@ -169,12 +169,6 @@ def test_fit(jit_compile):
     np.testing.assert_allclose(*losses, rtol=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "half", 3])
-def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(ValueError, match="`slot_dtype` must be None, "):
-        RMSprop(slot_dtype=dtype)
-
-
 def test_dtypes_may_be_objects():
     assert RMSprop(slot_dtype=tf.bfloat16).slot_dtype == "bfloat16"
     optimizer = RMSprop(slot_dtype="float64")

@@ -386,9 +386,3 @@ class TestRestoring:
             optimizer.apply([slices, tf.constant([1.0])], [table, bias])
             builtin.apply([tf.convert_to_tensor(slices)], [twin])
         np.testing.assert_allclose(table.numpy(), twin.numpy(), rtol=1e-6)
-
-    def test_variables_of_another_model_are_unknown(self):
-        optimizer = RMSprop()
-        optimizer.build([keras.Variable([1.0])])
-        with pytest.raises(ValueError, match="Unknown variable"):
-            optimizer.apply([tf.constant([1.0])], [keras.Variable([2.0])])

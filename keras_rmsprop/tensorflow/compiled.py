@@ -17,7 +17,8 @@ Step = Callable[[list[Any], Sequence[Any]], None]
 
 MOST_PROGRAMS = 64
 """How many programs an optimizer keeps: an option that changes at every step would
-otherwise fill the memory with traces."""
+otherwise fill the memory with traces. What comes later XLA does not compile: that takes
+long, and TensorFlow never frees it."""
 
 
 class Programs:
@@ -50,11 +51,12 @@ class Programs:
             tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
         key = _key(optimizer, learning_rate, grads, variables)
         if key not in self._programs:
-            optimizer._check_variables_are_known(variables)
-            if len(self._programs) == MOST_PROGRAMS:
+            optimizer._prepare(grads, variables)
+            full = len(self._programs) == MOST_PROGRAMS
+            if full:
                 del self._programs[next(iter(self._programs))]
             self._programs[key] = _trace(
-                optimizer, step, learning_rate, grads, variables, tensors
+                optimizer, step, learning_rate, grads, variables, tensors, xla=not full
             )
         self._programs[key](tensors)
 
@@ -138,10 +140,12 @@ def _trace(
     grads: list[Any],
     variables: Sequence[Any],
     tensors: list[Any],
+    *,
+    xla: bool,
 ) -> _Program:
     """Return the step as a program that takes tensors like these.
 
-    It is compiled with XLA, but not where it updates rows, as XLA would compile anew
+    If `xla`, XLA compiles it, but not where it updates rows, as XLA would compile anew
     for each number of them, nor where the variables are on several devices.
     """
     sparse = any(isinstance(g, tf.IndexedSlices) for g in grads)
@@ -168,7 +172,7 @@ def _trace(
 
     with tf.init_scope():
         concrete = tf.function(
-            body, autograph=False, jit_compile=not sparse and len(devices) == 1
+            body, autograph=False, jit_compile=xla and not sparse and len(devices) == 1
         ).get_concrete_function(*specs)
     return _Program(
         concrete,

@@ -7,11 +7,11 @@ from collections import UserDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
+from keras_rmsprop import checks
 from keras_rmsprop.skipping import SkippingOptimizer
-from keras_rmsprop.tensorflow import compiled, rows
+from keras_rmsprop.tensorflow import compiled, gradients, rows
 
 LARGE = 2**20
 """Elements from which a variable gains from XLA in a graph that is not compiled."""
@@ -49,27 +49,31 @@ class TensorFlowOptimizer(SkippingOptimizer):
 
         Raises:
             ValueError: The gradients do not fit the variables, or all are `None`.
+            TypeError: A gradient is not of floating point numbers.
         """
         variables = trainable_variables
         if len(grads) == 0 or (variables is None and not self.built):
             return super().apply(grads, variables)  # no step, or Keras' own error
         variables = self._trainable_variables if variables is None else list(variables)
-        if not self.built:
-            self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        grads = [_tensor(g, v) for g, v in zip(grads, variables, strict=True)]
+        grads = [gradients.tensor(g, v) for g, v in zip(grads, variables, strict=True)]
         sparse = [
-            variable
+            (gradient, variable)
             for gradient, variable in zip(grads, variables, strict=True)
             if isinstance(gradient, tf.IndexedSlices)
         ]
-        if sparse:
-            self._check_variables_are_known(variables)
-        tables = [self._get_variable_index(v) for v in sparse if self._rows_suffice(v)]
+        if sparse or not self.built:
+            self._prepare(grads, variables)
+        tables = []
+        for gradient, variable in sparse:
+            index = self._get_variable_index(variable)
+            if index not in self._clocks and self._rows_suffice(variable):
+                rows.check(gradient, variable)
+                tables.append(index)
         if tf.distribute.has_strategy():
             self._step_on_all_copies(grads, variables, tables)
             return
@@ -87,21 +91,18 @@ class TensorFlowOptimizer(SkippingOptimizer):
         Of sparse gradients the rows travel. After the sum all replicas know the same,
         so nothing else has to travel, and a step is the plain one.
         """
-        strategy, replica = (
-            tf.distribute.get_strategy(),
-            tf.distribute.get_replica_context(),
-        )
-        if replica and not all(g is None for g in grads):
-            given = [g for g in grads if g is not None]
+        strategy = tf.distribute.get_strategy()
+        replica = tf.distribute.get_replica_context()
+        given = [g for g in grads if g is not None]
+        if replica and given:
             summed = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, given))
             grads = [g if g is None else next(summed) for g in grads]
-        if replica and any(index not in self._clocks for index in tables):
-            # Replicas that XLA compiles apart cannot meet; without a clock the sum
-            # becomes dense.
-            if not rows.inside_xla():
-                replica.merge_call(lambda _: self._make_clocks(tables))
-        else:
+        if not replica:
             self._make_clocks(tables)
+        # Replicas that XLA compiles apart cannot meet to make a clock: then the sum of
+        # slices becomes dense.
+        elif tables and not rows.inside_xla():
+            replica.merge_call(lambda _: self._make_clocks(tables))
         strategy.extended.update(
             rows.native(variables[0]),
             lambda _, *grads: self._step(grads, variables),
@@ -112,6 +113,14 @@ class TensorFlowOptimizer(SkippingOptimizer):
     def _make_clocks(self, tables: Sequence[int]) -> None:
         for index in tables:
             self._clocks.make(index)
+
+    def _prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Check gradients; only then make slots for variables that have none."""
+        for gradient, variable in zip(grads, variables, strict=True):
+            gradients.check(gradient, variable)
+        if not self.built:
+            self.build(variables)
+        self._check_variables_are_known(variables)
 
     def _has_program(self, grads: list[Any], variables: Sequence[Any]) -> bool:
         """Whether a step taken here and now should be a program of its own."""
@@ -127,27 +136,28 @@ class TensorFlowOptimizer(SkippingOptimizer):
 
     def _step(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         """Take the step as Keras does, sparse gradients as those of their rows."""
-        self._check_variables_are_known(variables)
-        grads, checks = list(grads), []
+        self._prepare(grads, variables)
+        grads, asserts = list(grads), []
         indices = [self._get_variable_index(v) for v in variables]
         try:
             for i, (gradient, index) in enumerate(zip(grads, indices, strict=True)):
                 variable = variables[i]
-                _check_shape(gradient, variable)
-                if not isinstance(gradient, tf.IndexedSlices):
-                    if gradient is not None and not self._own_graph():
-                        self._dense_elsewhere[index] = True
+                if gradient is None:
                     continue
-                checks.append(rows.check(gradient, variable))
+                if not isinstance(gradient, tf.IndexedSlices):
+                    if not self._own_graph():
+                        self._dense_elsewhere[index] = True
+                    # In float16 norms overflow, and what was scaled up underflows.
+                    grads[i] = rows.widened(gradient)
+                    continue
+                asserts.append(rows.check(gradient, variable))
                 has_clock = index in self._clocks and self._rows_suffice(variable)
                 if has_clock and indices.count(index) == 1:
                     grads[i], self._ids[index] = rows.distinct(gradient, variable)
                 else:
                     grads[i] = rows.dense(gradient, variable)
-                    if self.gradient_accumulation_steps:  # in the table's dtype
-                        grads[i] = tf.cast(grads[i], variable.dtype)
             # Nothing is written before all indices are known to be good.
-            with tf.control_dependencies(checks):
+            with tf.control_dependencies(asserts):
                 super().apply(grads, variables)
         finally:
             self._ids.clear()
@@ -176,7 +186,7 @@ class TensorFlowOptimizer(SkippingOptimizer):
     def _get_current_learning_rate(self) -> Any:
         if self._traced_learning_rate is not None:
             return self._traced_learning_rate
-        return super()._get_current_learning_rate()
+        return checks.learning_rate(super()._get_current_learning_rate())
 
     @contextlib.contextmanager
     def _traced_with(self, learning_rate: Any) -> Iterator[None]:
@@ -198,7 +208,9 @@ class TensorFlowOptimizer(SkippingOptimizer):
         for variable in variables:
             if self.weight_decay and self._use_weight_decay(variable):
                 ids = self._ids.get(self._get_variable_index(variable))
-                rate = tf.cast(self.learning_rate, variable.dtype) * self.weight_decay
+                # In float32 first, as in Keras.
+                decay = tf.cast(tf.constant(self.weight_decay), variable.dtype)
+                rate = tf.cast(self.learning_rate, variable.dtype) * decay
                 rows.subtract(variable, rate * rows.read(variable, ids), ids)
 
     def _backend_update_step(
@@ -246,25 +258,3 @@ class ByVariable(UserDict[int, Any]):
 
     Keras and TensorFlow would track a dict, and write what it holds to checkpoints.
     """
-
-
-def _tensor(gradient: Any, variable: Any) -> Any:
-    """Return a gradient as a tensor or as slices of tensors, None as it is."""
-    if isinstance(gradient, tf.Tensor) or gradient is None:
-        return gradient
-    if isinstance(gradient, tf.IndexedSlices):
-        values = _tensor(gradient.values, variable)
-        return tf.IndexedSlices(values, tf.convert_to_tensor(gradient.indices))
-    return tf.convert_to_tensor(keras.ops.convert_to_tensor(gradient, variable.dtype))
-
-
-def _check_shape(gradient: Any, variable: Any) -> None:
-    expected = variable.shape
-    if isinstance(gradient, tf.IndexedSlices):
-        gradient, expected = gradient.values, [None, *expected[1:]]
-    if gradient is not None and not gradient.shape.is_compatible_with(expected):
-        raise ValueError(
-            "A gradient must have the shape of its variable. Received: "
-            f"shape {tuple(gradient.shape)} for variable {variable.name!r} "
-            f"of shape {tuple(variable.shape)}"
-        )

@@ -91,13 +91,13 @@ def check(gradient: tf.IndexedSlices, variable: Any) -> Any:
 def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:
     """Return the dense gradient that the slices stand for, in float32 at least."""
     return tf.math.unsorted_segment_sum(
-        _values(gradient), gradient.indices, variable.shape[0]
+        widened(gradient.values), gradient.indices, variable.shape[0]
     )
 
 
-def _values(gradient: tf.IndexedSlices) -> Any:
-    dtype = keras.backend.result_type(gradient.values.dtype.name, "float32")
-    return tf.cast(gradient.values, dtype)
+def widened(values: Any) -> Any:
+    """Return values in float32, or in float64 if they are."""
+    return tf.cast(values, keras.backend.result_type(values.dtype.name, "float32"))
 
 
 def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
@@ -107,7 +107,8 @@ def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
     every shape, there are as many rows as slices: those left over are 0, and their
     index is just outside the table, where XLA writes nothing.
     """
-    values, ids, n = _values(gradient), gradient.indices, tf.size(gradient.indices)
+    values, ids = widened(gradient.values), gradient.indices
+    n = tf.size(ids)
     if not inside_xla():
         ids, places = tf.unique(ids)
         return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
