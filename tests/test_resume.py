@@ -78,6 +78,7 @@ RUNS = {
         path, dense(**MOMENTS, ema_overwrite_frequency=7), fit=True
     ),
     "accumulation": lambda path: run(path, dense(gradient_accumulation_steps=4)),
+    "skip_nonfinite": lambda path: run(path, dense(skip_nonfinite=True), nan_every=5),
     "example": lambda path: run_example(path, "--fit"),
 }
 

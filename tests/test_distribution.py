@@ -1,0 +1,87 @@
+"""Under `tf.distribute` a run is that of one process with the whole batch."""
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed_run import EXAMPLE, RUNS
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).parent / "distributed_run.py"
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+
+
+def test_equals_one_process(tmp_path):
+    # In one test, as all is compared with the same run.
+    first = [start(name, tmp_path / f"{name}.npz") for name in ("one", "mirrored")]
+    for process in first:
+        finish(process)
+    environments = runpy.run_path(str(EXAMPLE))["cluster"](2)
+    workers = [
+        start("workers", tmp_path / f"{index}.npz", TF_CONFIG=environment["TF_CONFIG"])
+        for index, environment in enumerate(environments)
+    ]
+    for process in workers:
+        finish(process)
+    expected = np.load(tmp_path / "one.npz")
+    assert {key.rsplit(",", 1)[0] for key in expected} == set(RUNS)
+    for name in ("mirrored", "0", "1"):
+        got = np.load(tmp_path / f"{name}.npz")
+        assert got.keys() == expected.keys()
+        for key, x in expected.items():
+            assert np.isfinite(x).all()
+            np.testing.assert_allclose(
+                got[key], x, rtol=1e-6, atol=1e-6, err_msg=f"{name}, {key}"
+            )
+    for key, x in np.load(tmp_path / "0.npz").items():
+        np.testing.assert_array_equal(np.load(tmp_path / "1.npz")[key], x)
+    assert 2 in [x for key, x in expected.items() if "skip" in key and x.ndim == 0]
+
+
+def example(directory, *, kill=False):
+    """Run the example and return its output; with `kill` one worker dies at work."""
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLE), "--epochs=4", f"--directory={directory}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if kill and line.startswith("Epoch 3"):
+            workers = re.findall(r"Worker (\d+) starts", "".join(lines))
+            os.kill(int(workers[1]), signal.SIGKILL)
+    assert (process.wait() != 0) == kill, "".join(lines)
+    return "".join(lines)
+
+
+def test_a_job_whose_worker_was_killed_resumes(tmp_path):
+    weights = re.compile("Weights: .*")
+    expected = weights.findall(example(tmp_path / "undisturbed"))
+    assert len(expected) == 2
+    assert not weights.findall(example(tmp_path / "killed", kill=True))
+    resumed = example(tmp_path / "killed")
+    assert "starts after 2 of 4 epochs" in resumed
+    assert weights.findall(resumed) == expected
