@@ -2,8 +2,8 @@
 
     python benchmarks/eager_apply.py [--rounds N]
 
-Each optimizer runs in a process of its own, in turns, on two sets of variables: those
-of the MNIST network and 160 small ones. A figure is the median over the rounds of each
+Each optimizer runs in a process of its own, in turns, on three sets of variables: those
+of the MNIST network, 160 small ones and a large one. A figure is the median over the rounds of each
 round's median, with the rounds' range in brackets; the ratio is what counts, as all
 share the machine. The state is what the slots take, in bytes for each parameter.
 """
@@ -22,8 +22,17 @@ from rich.console import Console
 from rich.table import Table
 
 MNIST = [(784, 128), (128,), (128, 128), (128,), (128, 10), (10,)]
-SETS = {"MNIST network, 6 variables": MNIST, "160 small": [(256, 256), (256,)] * 80}
-OPTIMIZERS = ["keras.optimizers.RMSprop", "RMSprop", "RMSprop, bfloat16 slots"]
+SETS = {
+    "MNIST network, 6 variables": MNIST,
+    "160 small": [(256, 256), (256,)] * 80,
+    "one of 4096 x 4096": [(4096, 4096)],
+}
+OPTIMIZERS = [
+    "keras.optimizers.RMSprop",
+    "RMSprop",
+    "RMSprop, skip_nonfinite",
+    "RMSprop, bfloat16 slots",
+]
 WARM_UP, STEPS = 5, 30
 
 
@@ -87,6 +96,7 @@ def measure(set_name: str, optimizer_name: str) -> dict[str, float]:
     make: dict[str, Any] = {
         "keras.optimizers.RMSprop": keras.optimizers.RMSprop,
         "RMSprop": keras_rmsprop.RMSprop,
+        "RMSprop, skip_nonfinite": lambda: keras_rmsprop.RMSprop(skip_nonfinite=True),
         "RMSprop, bfloat16 slots": lambda: keras_rmsprop.RMSprop(slot_dtype="bfloat16"),
     }
     rng = np.random.default_rng(0)

@@ -90,6 +90,12 @@ def loop(strategy, model, data):
     for _ in range(2):
         for x, y in strategy.experimental_distribute_dataset(data):
             step(x, y)
+    graph = step.get_concrete_function(x, y).graph
+    tables = {tuple(variables[i].shape) for i in optimizer._clocks}
+    for op in graph.get_operations():
+        for tensor in op.outputs:
+            if tensor.shape.rank and tuple(tensor.shape) in tables:
+                assert op.type == "ReadVariableOp", f"{op.name} is a whole table"
 
 
 def state(strategy, model):
