@@ -12,7 +12,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: help train test test-slow test-peers test-oldest lint examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest lint examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,8 @@ $(OLDEST)/.ready: setup.cfg pyproject.toml constraints.txt constraints-oldest.tx
 		cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
 	PIP_CONSTRAINT=$(OLDEST)/constraints.txt $(OLDEST)/bin/pip install -qq --disable-pip-version-check --editable '.[examples,test]'
 	@touch $@
+
+environments: $(READY) $(OLDEST)/.ready
 
 train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
 	@$(BIN)/python examples/mnist_train.py $(FLAGS)

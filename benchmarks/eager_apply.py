@@ -3,9 +3,10 @@
     python benchmarks/eager_apply.py [--rounds N]
 
 Each optimizer runs in a process of its own, in turns, on three sets of variables: those
-of the MNIST network, 160 small ones and a large one. A figure is the median over the rounds of each
-round's median, with the rounds' range in brackets; the ratio is what counts, as all
-share the machine. The state is what the slots take, in bytes for each parameter.
+of the MNIST network, 160 small ones and a large one. A figure is the median over the
+rounds of each round's median, with the rounds' range in brackets; the ratio is what
+counts, as all share the machine. The state is what the slots take, in bytes for each
+parameter.
 """
 
 import argparse
@@ -21,8 +22,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-MNIST = [(784, 128), (128,), (128, 128), (128,), (128, 10), (10,)]
-SETS = {
+MNIST: list[tuple[int, ...]] = [
+    (784, 128),
+    (128,),
+    (128, 128),
+    (128,),
+    (128, 10),
+    (10,),
+]
+SETS: dict[str, list[tuple[int, ...]]] = {
     "MNIST network, 6 variables": MNIST,
     "160 small": [(256, 256), (256,)] * 80,
     "one of 4096 x 4096": [(4096, 4096)],

@@ -4,7 +4,8 @@
 
 Each worker takes half of every batch; the gradients are summed, of the embedding only
 the rows in use, and both take the same step. Kill a worker, or all: the job stops, and
-started again it resumes from its last checkpoint and ends with the same weights.
+started again it resumes from its last checkpoint and ends with the same weights. (The
+workers of several machines need a folder for it that all of them see.)
 """
 
 import argparse

@@ -114,8 +114,10 @@ class RMSprop(SlotOptimizer):
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing - weights, slots, averages, accumulators, `iterations` - but
             `skipped_steps`, which counts such steps. Else a NaN stays in weights and
-            slots for good. A `keras.optimizers.LossScaleOptimizer` around this one
-            skips such steps itself. Defaults to `False`.
+            slots for good. It looks at the gradients as they come in: a
+            `global_clipnorm` that overflows is not seen. A
+            `keras.optimizers.LossScaleOptimizer` around this one skips such steps
+            itself. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no

@@ -24,16 +24,25 @@ class SkippingOptimizer(keras.optimizers.Optimizer):
             grads: One gradient, or None, for each variable.
             trainable_variables: The variables; by default those it was built with.
         """
-        if not self.built and trainable_variables is not None:
-            self.build(list(trainable_variables))
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+            self._check_variables_are_known(trainable_variables)
         step = functools.partial(super().apply, grads, trainable_variables)
-        given = [g for g in grads if g is not None]
+        given = [ops.convert_to_tensor(g) for g in grads if g is not None]
         if not self.skip_nonfinite or not given:
             step()
             return
+        if isinstance(self.skipped_steps, int):
+            raise ValueError(
+                "`skip_nonfinite` must be given when the optimizer is made, or before "
+                "it is built. Received: skip_nonfinite=True later"
+            )
+        parts = [ops.isfinite(g) for g in given]
         if self._inside_xla():
-            given = [part for g in given for part in _folded(g)]
-        finite = ops.all(ops.stack([ops.all(ops.isfinite(g)) for g in given]))
+            parts = [part for g in parts for part in _folded(g)]
+        finite = ops.all(ops.stack([ops.all(part) for part in parts]))
         if keras.backend.backend() == "jax":  # where a branch has no side effects
             self._step_and_undo(step, finite)
         else:
@@ -54,15 +63,15 @@ class SkippingOptimizer(keras.optimizers.Optimizer):
             variable.assign(ops.where(finite, new, old))
 
 
-def _folded(g: Any) -> Iterator[Any]:
-    """Give fewer numbers, which are finite if and only if all of `g` are.
+def _folded(x: Any) -> Iterator[Any]:
+    """Give fewer bools, all of them true if and only if all of `x` are.
 
-    On CPU, XLA reduces on one thread, number by number; but it adds on all, by vectors.
+    On CPU, XLA reduces on one thread, element by element; the rest it does in parallel.
     """
-    if None in g.shape:
-        yield g
+    if None in x.shape:
+        yield x
         return
-    g = ops.reshape(g, (-1,))
-    n = g.shape[0] // 4
-    yield sum(g[i * n : (i + 1) * n] * 0 for i in range(4))
-    yield g[4 * n :]
+    x = ops.reshape(x, (-1,))
+    n = x.shape[0] // 4
+    yield functools.reduce(ops.logical_and, (x[i * n : (i + 1) * n] for i in range(4)))
+    yield x[4 * n :]

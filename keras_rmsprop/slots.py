@@ -32,6 +32,9 @@ LISTS = {
 }
 """The attributes with one variable for each of the model's, by what these are."""
 
+OWN = "clock_", "rounding_offset", "skipped_steps"
+"""What the built-in does not have, and a file need not."""
+
 
 class SlotOptimizer(Optimizer):
     """What RMSprop has besides its arguments and its step: slots and other state.
@@ -70,6 +73,8 @@ class SlotOptimizer(Optimizer):
                 for variable, value in self._before_file:
                     variable.assign(value)
                 raise
+            finally:
+                self._before_file = ()
 
     def _build(self, variables: list[Any]) -> None:
         super().build(variables)
@@ -175,7 +180,8 @@ class SlotOptimizer(Optimizer):
             values = saving.renamed(file, paths)
         else:
             by_position = {k: v for k, v in file.values.items() if k.isdigit()}
-            if len(by_position) != len(self.variables):
+            shared = [n for n, _ in named.values() if not n.kind.startswith(OWN)]
+            if len(by_position) not in (len(shared), len(self.variables)):
                 super().load_own_variables(by_position)  # warns, and loads nothing
                 return
             values = {
@@ -190,12 +196,14 @@ class SlotOptimizer(Optimizer):
         for key, (name, variable) in self._named().items():
             if key in except_keys:
                 values.pop(name, None)
-            elif name in values or not name.kind.startswith("clock_"):
+            elif name in values or not name.kind.startswith(OWN):
                 places[name] = variable
         pairs, fresh = saving.matched(values, places)
         # A table without a clock in the file has no silent rows.
         for i in self._clocks:
             self._clocks[i].reset()
+        if self.skip_nonfinite:
+            self.skipped_steps.assign(0)
         for variable, value in pairs:
             variable.assign(value)
         for name, variable in fresh:

@@ -39,6 +39,7 @@ RUNS = {
     "table, everything": ("fit", "table", ALL),
     "lazy": ("fit", "table", {"momentum": 0.5, "sparse_update": "lazy"}),
     "clipped rows": ("loop", "table", {"clipnorm": 0.05}),
+    "table, restored": ("restored", "table", {}),
     "skipped": ("fit", "table", {"skip_nonfinite": True}),
     "skipped, loop": ("loop", "table", {"skip_nonfinite": True}),
 }
@@ -119,7 +120,15 @@ def main(name, output):
     for run, (way, kind, options) in RUNS.items():
         with strategy.scope():
             model, data = model_and_data(kind, options)
-        if way == "fit":
+        if way == "restored":
+            model.fit(data, epochs=1, shuffle=False, verbose=0)
+            path = tf.train.Checkpoint(model).save(f"{output}.checkpoint")
+            with strategy.scope():
+                model, data = model_and_data(kind, options)
+                model.optimizer.build(model.trainable_variables)
+            tf.train.Checkpoint(model).restore(path)  # outside the scope
+            model.fit(data, epochs=1, shuffle=False, verbose=0)
+        elif way == "fit":
             model.fit(data, epochs=2, shuffle=False, verbose=0)
         else:
             loop(strategy, model, data)

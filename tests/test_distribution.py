@@ -27,23 +27,26 @@ def start(*arguments, **environment):
     )
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+def finish(*processes):
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_equals_one_process(tmp_path):
     # In one test, as all is compared with the same run.
-    first = [start(name, tmp_path / f"{name}.npz") for name in ("one", "mirrored")]
-    for process in first:
-        finish(process)
+    finish(*(start(name, tmp_path / f"{name}.npz") for name in ("one", "mirrored")))
     environments = runpy.run_path(str(EXAMPLE))["cluster"](2)
-    workers = [
-        start("workers", tmp_path / f"{index}.npz", TF_CONFIG=environment["TF_CONFIG"])
-        for index, environment in enumerate(environments)
-    ]
-    for process in workers:
-        finish(process)
+    finish(
+        *(
+            start("workers", tmp_path / f"{n}.npz", TF_CONFIG=environment["TF_CONFIG"])
+            for n, environment in enumerate(environments)
+        )
+    )
     expected = np.load(tmp_path / "one.npz")
     assert {key.rsplit(",", 1)[0] for key in expected} == set(RUNS)
     for name in ("mirrored", "0", "1"):

@@ -285,7 +285,7 @@ def test_all_of_mnist(tmp_path, monkeypatch):
     assert abs(ours - theirs) <= 0.005
 
 
-def accuracy_on_mnist(seed=0, policy="float32", epochs=2, **options):
+def accuracy_on_mnist(seed=0, policy="float32", epochs=2, most=None, **options):
     """Return the share of test digits that the network knows then."""
     try:
         digits = mnist_data.load("tfds", seed=0)
@@ -304,7 +304,7 @@ def accuracy_on_mnist(seed=0, policy="float32", epochs=2, **options):
         metrics=["accuracy"],
         jit_compile=True,
     )
-    images, labels = digits.train_images, digits.train_labels
+    images, labels = digits.train_images[:most], digits.train_labels[:most]
     model.fit(images, labels, batch_size=128, epochs=epochs, verbose=0)
     return model.evaluate(digits.test_images, digits.test_labels, 1000, verbose=0)[1]
 
@@ -318,9 +318,9 @@ def test_slots_in_bfloat16_are_as_good_on_mnist():
 @pytest.mark.slow
 def test_mixed_precision_is_as_good_on_mnist():
     means = {
-        policy: np.mean([accuracy_on_mnist(seed, policy, 1) for seed in (0, 1)])
+        policy: np.mean([accuracy_on_mnist(seed, policy, 1, 30_000) for seed in (0, 1)])
         for policy in ("float32", "mixed_float16", "mixed_bfloat16")
     }
-    assert means["float32"] > 0.94
+    assert means["float32"] > 0.92
     for mean in means.values():
         assert mean == pytest.approx(means["float32"], abs=0.005)

@@ -50,15 +50,17 @@ class Programs:
         if not isinstance(learning_rate, keras.Variable):
             tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
         key = _key(optimizer, learning_rate, grads, variables)
-        if key not in self._programs:
+        program = self._programs.pop(key, None)
+        if program is None:
             optimizer._prepare(grads, variables)
             full = len(self._programs) == MOST_PROGRAMS
             if full:
                 del self._programs[next(iter(self._programs))]
-            self._programs[key] = _trace(
+            program = _trace(
                 optimizer, step, learning_rate, grads, variables, tensors, xla=not full
             )
-        self._programs[key](tensors)
+        self._programs[key] = program  # as the last one to be dropped
+        program(tensors)
 
 
 def _key(

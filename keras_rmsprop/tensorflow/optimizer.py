@@ -91,6 +91,7 @@ class TensorFlowOptimizer(SkippingOptimizer):
         Of sparse gradients the rows travel. After the sum all replicas know the same,
         so nothing else has to travel, and a step is the plain one.
         """
+        distribute = tf.__internal__.distribute
         strategy = tf.distribute.get_strategy()
         replica = tf.distribute.get_replica_context()
         given = [g for g in grads if g is not None]
@@ -99,9 +100,9 @@ class TensorFlowOptimizer(SkippingOptimizer):
             grads = [g if g is None else next(summed) for g in grads]
         if not replica:
             self._make_clocks(tables)
-        # Replicas that XLA compiles apart cannot meet to make a clock: then the sum of
-        # slices becomes dense.
-        elif tables and not rows.inside_xla():
+        # Replicas that cannot meet, as XLA compiles them apart, make no clock: then the
+        # sum of slices becomes dense.
+        elif tables and not distribute.strategy_supports_no_merge_call():
             replica.merge_call(lambda _: self._make_clocks(tables))
         strategy.extended.update(
             rows.native(variables[0]),
@@ -156,6 +157,8 @@ class TensorFlowOptimizer(SkippingOptimizer):
                     grads[i], self._ids[index] = rows.distinct(gradient, variable)
                 else:
                     grads[i] = rows.dense(gradient, variable)
+                    if index not in self._clocks and not self._own_graph():
+                        self._dense_elsewhere[index] = True
             # Nothing is written before all indices are known to be good.
             with tf.control_dependencies(asserts):
                 super().apply(grads, variables)

@@ -28,9 +28,11 @@ class Clock(tf.Module):
 
     def __init__(self, table: Any) -> None:
         super().__init__()
-        strategy = tf.distribute.get_strategy()
-        colocated = strategy.extended.colocate_vars_with(native(table))
-        with tf.init_scope(), strategy.scope(), colocated:
+        # Where the table is, whoever asks: a checkpoint may be restored anywhere.
+        strategy = getattr(native(table), "distribute_strategy", None)
+        strategy = strategy or tf.distribute.get_strategy()
+        beside = strategy.extended.colocate_vars_with
+        with tf.init_scope(), strategy.scope(), beside(native(table)):
             self.updates = tf.Variable(0, dtype=tf.int32, trainable=False)
             self.last = tf.Variable(
                 tf.zeros(table.shape[:1], tf.int32), trainable=False
