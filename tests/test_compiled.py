@@ -45,6 +45,16 @@ def test_other_gradients_are_another_trace_and_each_is_kept():
     assert optimizer.iterations.numpy() == 9
 
 
+def test_the_programs_in_use_are_kept(monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_PROGRAMS", 2)
+    weight = keras.Variable([1.0])
+    optimizer = Counting()
+    for clipnorm in (None, 1.0, None, 2.0, None, 3.0, None):
+        optimizer.clipnorm = clipnorm
+        optimizer.apply([tf.constant([1.0])], [weight])
+    assert optimizer.traces == 4  # None was traced once
+
+
 def test_learning_rate_assigned_later_takes_effect_without_a_trace():
     variable = keras.Variable([0.0])
     optimizer = Counting(0.5, rho=0.0)  # each step is learning_rate * sign(gradient)
