@@ -234,14 +234,18 @@ class SlotOptimizer(Optimizer):
         return named
 
     def _check_variables_are_known(self, variables: list[Any]) -> None:
-        known = [
-            self._var_key(v) in self._trainable_variables_indices for v in variables
-        ]
-        if any(known) and not all(known):
-            # Layers were unfrozen; variables of another model would be all unknown.
-            with outside_functions():
-                self._add([v for v, k in zip(variables, known, strict=True) if not k])
-        super()._check_variables_are_known(variables)
+        known = self._trainable_variables_indices
+        unknown = [v for v in variables if self._var_key(v) not in known]
+        if not unknown:
+            return
+        # If some are known, layers were unfrozen. Of another model none is.
+        if len(unknown) == len(variables):
+            raise ValueError(
+                "Unknown variables: the optimizer was built with others. Make another "
+                f"optimizer for them. Received: {[v.name for v in unknown]}"
+            )
+        with outside_functions():
+            self._add(unknown)
 
     def _add(self, variables: list[Any]) -> None:
         """Make room for more variables than the optimizer was built with."""
