@@ -1,6 +1,7 @@
 """The main program, `examples/mnist_train.py`."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -268,29 +269,31 @@ def test_offline_tfds_gets_one_line(offline, tmp_path, capfd):
     assert error.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_all_of_mnist(tmp_path, monkeypatch):
+@functools.cache
+def all_digits():
     try:
-        digits = mnist_data.load("tfds", seed=0)
+        return mnist_data.load("tfds", seed=0)
     except mnist_data.MnistUnavailableError as reason:
         pytest.skip(str(reason))
+
+
+@pytest.mark.slow
+def test_all_of_mnist(tmp_path, monkeypatch):
+    digits = all_digits()
     monkeypatch.setattr(mnist_data, "load", lambda source, seed: digits)
-    arguments = ["--data=tfds", "--seed=0", "--epochs=6", f"--output={tmp_path}"]
+    arguments = ["--data=tfds", "--seed=0", "--epochs=4", f"--output={tmp_path}"]
     assert mnist_train.main(arguments) == 0
     first_losses = [losses(tmp_path, name)[0] for name in (OURS, THEIRS)]
     assert first_losses[0] == pytest.approx(first_losses[1], rel=1e-3)
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     ours, theirs = (results[name]["test_accuracy"] for name in (OURS, THEIRS))
-    assert ours >= 0.970
+    assert ours >= 0.968
     assert abs(ours - theirs) <= 0.005
 
 
 def accuracy_on_mnist(seed=0, policy="float32", epochs=2, most=None, **options):
     """Return the share of test digits that the network knows then."""
-    try:
-        digits = mnist_data.load("tfds", seed=0)
-    except mnist_data.MnistUnavailableError as reason:
-        pytest.skip(str(reason))
+    digits = all_digits()
     keras.utils.set_random_seed(seed)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -318,9 +321,9 @@ def test_slots_in_bfloat16_are_as_good_on_mnist():
 @pytest.mark.slow
 def test_mixed_precision_is_as_good_on_mnist():
     means = {
-        policy: np.mean([accuracy_on_mnist(seed, policy, 1, 30_000) for seed in (0, 1)])
+        policy: np.mean([accuracy_on_mnist(seed, policy, 1, 20_000) for seed in (0, 1)])
         for policy in ("float32", "mixed_float16", "mixed_bfloat16")
     }
-    assert means["float32"] > 0.92
+    assert means["float32"] > 0.91
     for mean in means.values():
         assert mean == pytest.approx(means["float32"], abs=0.005)

@@ -230,7 +230,11 @@ def test_folded_shows_each_element(size, data):
 
 
 @pytest.mark.parametrize(
-    "backend", ["jax", pytest.param("torch", marks=pytest.mark.peers)]
+    "backend",
+    [
+        pytest.param("jax", marks=pytest.mark.slow),
+        pytest.param("torch", marks=pytest.mark.peers),
+    ],
 )
 def test_other_backends(backend):
     result = python(

@@ -118,7 +118,7 @@ def test_memory_is_flat():
             for i in range(n):
                 k = i % 50
                 slices = tf.IndexedSlices(tf.ones((k, 4)), tf.range(k))
-                optimizer.apply([slices, tf.ones(1)])
+                optimizer.apply([None if k % 5 else slices, tf.ones(1)])
 
         numbers = itertools.count()
 
@@ -131,7 +131,7 @@ def test_memory_is_flat():
                     [sparse, tf.ones(1)], [dense, None], [None, tf.ones(1)]
                 ][i % 3])
 
-        for work, first, n in (steps, 4_000, 20_000), (retraces, 40, 200):
+        for work, first, n in (steps, 2_000, 20_000), (retraces, 40, 200):
             work(first)
             before = used()
             for _ in range(5):
