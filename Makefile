@@ -46,7 +46,7 @@ test: $(READY)  ## the everyday tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY)  ## the long tests that CI also runs
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
 	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)
