@@ -24,22 +24,22 @@ class SkippingOptimizer(keras.optimizers.Optimizer):
             grads: One gradient, or None, for each variable.
             trainable_variables: The variables; by default those it was built with.
         """
+        given = [g for g in grads if g is not None]
+        if not self.skip_nonfinite or not given:
+            super().apply(grads, trainable_variables)
+            return
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
             self._check_variables_are_known(trainable_variables)
-        step = functools.partial(super().apply, grads, trainable_variables)
-        given = [ops.convert_to_tensor(g) for g in grads if g is not None]
-        if not self.skip_nonfinite or not given:
-            step()
-            return
         if isinstance(self.skipped_steps, int):
             raise ValueError(
                 "`skip_nonfinite` must be given when the optimizer is made, or before "
                 "it is built. Received: skip_nonfinite=True later"
             )
-        parts = [ops.isfinite(g) for g in given]
+        step = functools.partial(super().apply, grads, trainable_variables)
+        parts = [ops.isfinite(ops.convert_to_tensor(g)) for g in given]
         if self._inside_xla():
             parts = [part for g in parts for part in _folded(g)]
         finite = ops.all(ops.stack([ops.all(part) for part in parts]))
