@@ -94,12 +94,13 @@ def step(
 
     g = -g if options.maximize else g
     g = g if penalty is None else g + penalty
-    largest = 0.5 * float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) ** 0.5
-    bounded = ops.clip(g, -largest, largest)  # else v could be infinite, and stay so
-    v = rho * v + (1 - rho) * ops.square(bounded)
-    a = a if a is None else rho * a + (1 - rho) * bounded
+    # Bounded, as an infinite average would stay so. (And before they are added: after a
+    # bound XLA would compute v twice, the second time from a copy.)
+    most = float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) / 4
+    v = rho * v + (1 - rho) * ops.minimum(ops.square(g), most)
     spread = corrected(v)
     if a is not None:
+        a = rho * a + (1 - rho) * ops.clip(g, -(most**0.5), most**0.5)
         # Mathematically >= 0; rounding takes it below, and the root to NaN.
         spread = ops.maximum(spread - ops.square(corrected(a)), 0)
     if options.epsilon_inside_sqrt:

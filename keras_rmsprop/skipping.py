@@ -1,11 +1,13 @@
 """Steps that change nothing where a gradient is not finite."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
+
+from keras_rmsprop.folding import folded
 
 
 class SkippingOptimizer(keras.optimizers.Optimizer):
@@ -41,7 +43,7 @@ class SkippingOptimizer(keras.optimizers.Optimizer):
         step = functools.partial(super().apply, grads, trainable_variables)
         parts = [ops.isfinite(ops.convert_to_tensor(g)) for g in given]
         if self._inside_xla():
-            parts = [part for g in parts for part in _folded(g)]
+            parts = [part for g in parts for part in folded(g, ops.logical_and)]
         finite = ops.all(ops.stack([ops.all(part) for part in parts]))
         if keras.backend.backend() == "jax":  # where a branch has no side effects
             self._step_and_undo(step, finite)
@@ -61,17 +63,3 @@ class SkippingOptimizer(keras.optimizers.Optimizer):
         after = [ops.copy(variable) for variable in state]
         for variable, old, new in zip(state, before, after, strict=True):
             variable.assign(ops.where(finite, new, old))
-
-
-def _folded(x: Any) -> Iterator[Any]:
-    """Give fewer bools, all of them true if and only if all of `x` are.
-
-    On CPU, XLA reduces on one thread, element by element; the rest it does in parallel.
-    """
-    if None in x.shape:
-        yield x
-        return
-    x = ops.reshape(x, (-1,))
-    n = x.shape[0] // 4
-    yield functools.reduce(ops.logical_and, (x[i * n : (i + 1) * n] for i in range(4)))
-    yield x[4 * n :]

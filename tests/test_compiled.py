@@ -1,5 +1,7 @@
 """The XLA-compiled step: traced once, up to date, and equal to the plain way."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -304,3 +306,23 @@ def test_variables_on_other_devices():
         print("equal")
     """
     assert python(program) == "equal"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "centered": True, "global_clipnorm": 1.0},
+        {"weight_decay": 0.1, "clipnorm": 1.0, "use_ema": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": False, "bias_correction": True},
+    ],
+)
+def test_xla_updates_in_place(options):
+    # A bound after the sum that is v made XLA compute v twice, from a copy.
+    variable = keras.Variable(tf.ones([16, 256]))
+    optimizer = RMSprop(**options)
+    optimizer.build([variable])
+    step = tf.function(lambda g: optimizer.apply([g]), jit_compile=True)
+    program = step.experimental_get_compiler_ir(tf.ones([16, 256]))("optimized_hlo")
+    assert "f32[16,256]" in program
+    assert not re.search(r"f32\[(16,256|4096)\]\S* copy\(", program)

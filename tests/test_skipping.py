@@ -6,11 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
-from hypothesis import strategies as st
 from stepping import WAYS, arrays, assert_close, python
 
-from keras_rmsprop import RMSprop, skipping
+from keras_rmsprop import RMSprop
 
 SHAPES = [(), (5,), (0,), (3, 3, 2, 4)]
 BAD = {2: np.nan, 3: np.inf, 7: -np.inf}
@@ -219,14 +217,6 @@ def test_the_count_is_saved(tmp_path):
     model.save(tmp_path / "model.keras")
     other = keras.saving.load_model(tmp_path / "model.keras")
     assert int(other.optimizer.skipped_steps) == 3
-
-
-@given(st.integers(1, 40), st.data())
-def test_folded_shows_each_element(size, data):
-    x = np.ones(size, bool)
-    assert all(tf.reduce_all(part) for part in skipping._folded(tf.constant(x)))
-    x[data.draw(st.integers(0, size - 1))] = False
-    assert not all(tf.reduce_all(part) for part in skipping._folded(tf.constant(x)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_rmsprop import checks
+from keras_rmsprop.folding import folded
 from keras_rmsprop.skipping import SkippingOptimizer
 from keras_rmsprop.tensorflow import compiled, gradients, rows
 
@@ -204,6 +205,24 @@ class TensorFlowOptimizer(SkippingOptimizer):
         """See `keras.optimizers.Optimizer`; programs traced before are dropped."""
         super().exclude_from_weight_decay(*args, **kwargs)
         self._programs = compiled.Programs()
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
+        most = self.clipnorm or self.global_clipnorm
+        if not (most and self._inside_xla()):
+            return super()._clip_gradients(grads)
+        # As in Keras, but with norms that XLA need not take on one thread.
+        squares = [
+            None if g is None else sum(map(tf.reduce_sum, folded(tf.square(g), tf.add)))
+            for g in grads
+        ]
+        if not self.clipnorm:
+            norm = tf.sqrt(tf.add_n([s for s in squares if s is not None]))
+            scale = most / tf.maximum(norm, most) + (norm - norm)  # infinite: NaN
+            return [g if g is None else g * scale for g in grads]
+        return [
+            g if g is None else g * (most / tf.maximum(tf.sqrt(s), most))
+            for g, s in zip(grads, squares, strict=True)
+        ]
 
     # Keras' own four below would go through `tf.distribute` again, and know no rows.
 
