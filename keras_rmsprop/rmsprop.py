@@ -11,8 +11,9 @@ from keras import ops
 from keras_rmsprop import checks, rule
 from keras_rmsprop.slots import SlotOptimizer
 
-if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop.tensorflow import rows
+on_tensorflow = keras.backend.backend() == "tensorflow"
+if on_tensorflow:
+    from keras_rmsprop.tensorflow import axes, rows
 
 _options = operator.attrgetter(*rule.Options._fields)
 
@@ -273,39 +274,49 @@ class RMSprop(SlotOptimizer):
             slots.velocity.dtype,
             "float32",
         )
-        l2 = 0.0 if self.decoupled_weight_decay else self.weight_decay
-        l2 = l2 if l2 and self._use_weight_decay(variable) else None
+        decay = (self._use_weight_decay(variable) and self.weight_decay) or None
 
-        def step(slots: rule.Slots, ids: Any = None) -> tuple[Any, rule.Slots]:
-            weights, mean = variable, ops.mean
-            if ids is not None:
-                weights = rows.read(variable, ids) if l2 else None
-                mean = functools.partial(rows.mean, ids=ids, variable=variable)
+        def step(
+            gradient: Any, weights: Any, slots: rule.Slots, mean: Any = ops.mean
+        ) -> tuple[Any, rule.Slots]:
+            rate = ops.cast(learning_rate, dtype)
+            weights = None if decay is None else ops.cast(weights, dtype)
+            l2 = decay is not None and not self.decoupled_weight_decay
             taken, new = rule.step(
                 ops.cast(gradient, dtype),
                 slots.map(lambda slot: ops.cast(slot, dtype)),
-                ops.cast(learning_rate, dtype),
+                rate,
                 rule.Options(*_options(self)),
                 t=ops.cast(self.iterations + 1, dtype),
-                penalty=l2 and l2 * ops.cast(weights, dtype),
+                penalty=decay * weights if l2 else None,
                 mean=mean,
             )
+            if decay is not None and not l2:
+                # The constant in float32 first, as in Keras.
+                taken = taken + rate * ops.cast(decay, dtype) * weights
             return taken, self._as_stored(new, i)
 
+        def step_of_rows(slots: rule.Slots, ids: Any) -> tuple[Any, rule.Slots]:
+            if ids is None:
+                return step(gradient, variable, slots)
+            weights = rows.read(variable, ids) if decay else None
+            mean = functools.partial(rows.mean, ids=ids, variable=variable)
+            return step(gradient, weights, slots, mean)
+
         if i in self._clocks:
-            rows.update(
-                variable, slots, self._clocks[i], self._ids.get(i), self.rho, step
-            )
-            return
-        taken, new = step(slots)
-        for slot, value in zip(slots, new, strict=True):
-            if slot is not None:
-                self.assign(slot, value)
-        self.assign_sub(variable, taken)
+            clock, ids = self._clocks[i], self._ids.get(i)
+            rows.update(variable, slots, clock, ids, self.rho, step_of_rows)
+        elif on_tensorflow and axes.is_short(variable.shape):
+            axes.update(variable, slots, gradient, step, self.iterations >= 0)
+        else:
+            taken, new = step(gradient, variable, slots)
+            for slot, value in zip(slots, new, strict=True):
+                if slot is not None:
+                    self.assign(slot, value)
+            self.assign_sub(variable, taken)
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
-        if self.decoupled_weight_decay:  # else `update_step` adds it to the gradient
-            super()._apply_weight_decay(variables)
+        """Do nothing: `update_step` does it, in the same pass."""
 
     @property
     def learning_rate(self) -> Any:

@@ -129,9 +129,9 @@ class _Program(NamedTuple):
         has checked already. This way in is not documented, so it stands here alone.
         """
         inner: Any = getattr(self.concrete, "inference_fn", None)
-        if not hasattr(inner, "call_preflattened") or not tf.executing_eagerly():
+        if not hasattr(inner, "call_flat") or not tf.executing_eagerly():
             return False
-        inner.call_preflattened(tensors + self.captured)
+        inner.call_flat(*tensors, *self.captured)
         return True
 
 

@@ -224,16 +224,7 @@ class TensorFlowOptimizer(SkippingOptimizer):
             for g, s in zip(grads, squares, strict=True)
         ]
 
-    # Keras' own four below would go through `tf.distribute` again, and know no rows.
-
-    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        for variable in variables:
-            if self.weight_decay and self._use_weight_decay(variable):
-                ids = self._ids.get(self._get_variable_index(variable))
-                # In float32 first, as in Keras.
-                decay = tf.cast(tf.constant(self.weight_decay), variable.dtype)
-                rate = tf.cast(self.learning_rate, variable.dtype) * decay
-                rows.subtract(variable, rate * rows.read(variable, ids), ids)
+    # Keras' own below would go through `tf.distribute` again, and know no rows.
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
