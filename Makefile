@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+BENCH := $(VENV)/.bench
 OLDEST := .venv-oldest
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
@@ -12,7 +13,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest lint examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest lint bench bench-quick examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,11 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 $(PEERS): $(READY)
 	@echo "Adding the frameworks to compare with."
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[peers]'
+	@touch $@
+
+$(BENCH): $(PEERS)
+	@echo "Adding what the benchmarks need."
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 # The pins that are not in constraints-oldest.txt are those of constraints.txt.
@@ -58,6 +64,12 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(BENCH)  ## time this optimizer and its peers: half an hour on a quiet machine
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-quick: $(BENCH)  ## the same in three minutes, of less
+	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
 examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/regression.py

@@ -269,43 +269,11 @@ class RMSprop(SlotOptimizer):
         """
         i = self._get_variable_index(variable)
         slots = self._slots_of(i)
-        dtype = keras.backend.result_type(
-            keras.backend.standardize_dtype(variable.dtype),
-            slots.velocity.dtype,
-            "float32",
-        )
-        decay = (self._use_weight_decay(variable) and self.weight_decay) or None
-
-        def step(
-            gradient: Any, weights: Any, slots: rule.Slots, mean: Any = ops.mean
-        ) -> tuple[Any, rule.Slots]:
-            rate = ops.cast(learning_rate, dtype)
-            weights = None if decay is None else ops.cast(weights, dtype)
-            l2 = decay is not None and not self.decoupled_weight_decay
-            taken, new = rule.step(
-                ops.cast(gradient, dtype),
-                slots.map(lambda slot: ops.cast(slot, dtype)),
-                rate,
-                rule.Options(*_options(self)),
-                t=ops.cast(self.iterations + 1, dtype),
-                penalty=decay * weights if l2 else None,
-                mean=mean,
-            )
-            if decay is not None and not l2:
-                # The constant in float32 first, as in Keras.
-                taken = taken + rate * ops.cast(decay, dtype) * weights
-            return taken, self._as_stored(new, i)
-
-        def step_of_rows(slots: rule.Slots, ids: Any) -> tuple[Any, rule.Slots]:
-            if ids is None:
-                return step(gradient, variable, slots)
-            weights = rows.read(variable, ids) if decay else None
-            mean = functools.partial(rows.mean, ids=ids, variable=variable)
-            return step(gradient, weights, slots, mean)
-
+        step = functools.partial(self._step_of, i, learning_rate)
         if i in self._clocks:
             clock, ids = self._clocks[i], self._ids.get(i)
-            rows.update(variable, slots, clock, ids, self.rho, step_of_rows)
+            of_rows = functools.partial(self._step_of_rows, step, gradient, variable)
+            rows.update(variable, slots, clock, ids, self.rho, of_rows)
         elif on_tensorflow and axes.is_short(variable.shape):
             axes.update(variable, slots, gradient, step, self.iterations >= 0)
         else:
@@ -314,6 +282,62 @@ class RMSprop(SlotOptimizer):
                 if slot is not None:
                     self.assign(slot, value)
             self.assign_sub(variable, taken)
+
+    def _step_of(
+        self,
+        i: int,
+        learning_rate: Any,
+        gradient: Any,
+        weights: Any,
+        slots: rule.Slots,
+        mean: Any = ops.mean,
+    ) -> tuple[Any, rule.Slots]:
+        """Return what a step takes from the variable `i`, and its new slots."""
+        variable, kept = self._trainable_variables[i], self._velocities[i].dtype
+        of_weights = keras.backend.standardize_dtype(variable.dtype)
+        dtype = keras.backend.result_type(of_weights, kept, "float32")
+        rate = ops.cast(learning_rate, dtype)
+        decay = self._decay_of(variable)
+        weights = None if decay is None else ops.cast(weights, dtype)
+        l2 = decay is not None and not self.decoupled_weight_decay
+        taken, new = rule.step(
+            ops.cast(gradient, dtype),
+            slots.map(lambda slot: ops.cast(slot, dtype)),
+            rate,
+            rule.Options(*_options(self)),
+            t=ops.cast(self.iterations + 1, dtype),
+            penalty=decay * weights if l2 else None,
+            mean=mean,
+        )
+        if decay is not None and not l2:
+            # The constant in float32 first, as in Keras.
+            taken = taken + rate * ops.cast(decay, dtype) * weights
+        return taken, self._as_stored(new, i)
+
+    def _step_of_rows(
+        self, step: Any, gradient: Any, variable: Any, slots: rule.Slots, ids: Any
+    ) -> tuple[Any, rule.Slots]:
+        if ids is None:
+            return step(gradient, variable, slots)
+        has_decay = self._decay_of(variable) is not None
+        weights = rows.read(variable, ids) if has_decay else None
+        mean = functools.partial(rows.mean, ids=ids, variable=variable)
+        return step(gradient, weights, slots, mean)
+
+    def _decay_of(self, variable: Any) -> float | None:
+        return (self._use_weight_decay(variable) and self.weight_decay) or None
+
+    def _joint_step(self, variable: Any, learning_rate: Any) -> tuple[Any, Any] | None:
+        """Return a key and a step if variables with this key may take it together."""
+        if (
+            self.cautious  # counts each variable's elements
+            or self.slot_dtype == "bfloat16"  # draws by their places
+            or type(self).update_step is not RMSprop.update_step
+        ):
+            return None
+        i = self._get_variable_index(variable)
+        key = variable.dtype, self._velocities[i].dtype, self._decay_of(variable)
+        return key, functools.partial(self._step_of, i, learning_rate)
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         """Do nothing: `update_step` does it, in the same pass."""

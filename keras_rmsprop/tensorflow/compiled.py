@@ -3,6 +3,7 @@
 The program is the plain step, traced: there is no second way to do a step.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_rmsprop.rule import Options
+from keras_rmsprop.tensorflow import joined
 
 Step = Callable[[list[Any], Sequence[Any]], None]
 """Takes a step, given the gradients and the variables."""
@@ -148,9 +150,12 @@ def _trace(
     """Return the step as a program that takes tensors like these.
 
     If `xla`, XLA compiles it, but not where it updates rows, as XLA would compile anew
-    for each number of them, nor where the variables are on several devices.
+    for each number of them, nor where the variables are on several devices, nor, unless
+    told to, where all are small: then it takes as long to launch as the step does.
     """
-    sparse = any(isinstance(g, tf.IndexedSlices) for g in grads)
+    xla = xla and not any(isinstance(g, tf.IndexedSlices) for g in grads)
+    if optimizer.jit_compile is not True:
+        xla = xla and any(math.prod(v.shape) > joined.SMALL for v in variables)
     devices = {v.handle.device for v in [*variables, *optimizer.variables]}
     specs = []
     for g in grads:
@@ -174,7 +179,7 @@ def _trace(
 
     with tf.init_scope():
         concrete = tf.function(
-            body, autograph=False, jit_compile=xla and not sparse and len(devices) == 1
+            body, autograph=False, jit_compile=xla and len(devices) == 1
         ).get_concrete_function(*specs)
     return _Program(
         concrete,

@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_rmsprop import checks
 from keras_rmsprop.folding import folded
 from keras_rmsprop.skipping import SkippingOptimizer
-from keras_rmsprop.tensorflow import compiled, gradients, rows
+from keras_rmsprop.tensorflow import compiled, gradients, joined, rows
 
 LARGE = 2**20
 """Elements from which a variable gains from XLA in a graph that is not compiled."""
@@ -229,8 +229,27 @@ class TensorFlowOptimizer(SkippingOptimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
     ) -> None:
+        together: dict[Any, list[Any]] = {}
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            self.update_step(gradient, variable, rate)
+            joint = self._is_small(variable) and self._joint_step(variable, rate)
+            key, step = joint or (id(variable), None)
+            together.setdefault(key, []).append((gradient, variable, step))
+        for several in together.values():
+            of_each, variables, steps = zip(*several, strict=True)
+            if len(several) == 1:
+                self.update_step(of_each[0], variables[0], rate)
+            else:
+                slots = [self._slots_of(self._get_variable_index(v)) for v in variables]
+                joined.update(of_each, variables, slots, steps[0])
+
+    def _is_small(self, variable: Any) -> bool:
+        """Whether to update a variable in a row with others, and not on its own."""
+        return (
+            math.prod(variable.shape) <= joined.SMALL
+            and self._get_variable_index(variable) not in self._clocks
+            and not self._inside_xla()
+            and not tf.distribute.has_strategy()
+        )
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]

@@ -1,0 +1,115 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from stepping import assert_close
+
+from keras_rmsprop import RMSprop
+from keras_rmsprop.tensorflow import joined
+
+SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (joined.SMALL + 1,)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of variables in each call of `joined.update`."""
+    calls = []
+    update = joined.update
+
+    def counted(gradients, variables, *args):
+        calls.append(len(variables))
+        update(gradients, variables, *args)
+
+    monkeypatch.setattr(joined, "update", counted)
+    return calls
+
+
+def steps(optimizer, shapes=SHAPES, dtypes=("float32",), missing=()):
+    rng = np.random.default_rng(0)
+    variables = [
+        keras.Variable(rng.normal(size=s), dtype=dtypes[i % len(dtypes)], name=f"v{i}")
+        for i, s in enumerate(shapes)
+    ]
+    optimizer.build(variables)
+
+    @tf.function
+    def step(grads):
+        grads = [None if i in missing else g for i, g in enumerate(grads)]
+        optimizer.apply(grads, variables)
+
+    for _ in range(4):
+        step([tf.constant(rng.normal(size=v.shape), v.dtype) for v in variables])
+    return [v.numpy().astype(float) for v in [*variables, *optimizer.variables]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "centered": True, "global_clipnorm": 1.0},
+        {"clipnorm": 0.5, "use_ema": True},
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.1},
+    ],
+)
+def test_several_at_once_as_the_built_in_one_by_one(options, calls):
+    ours = steps(RMSprop(0.01, **options), missing=[3])
+    assert calls == [4]
+    built_in = keras.optimizers.RMSprop(0.01, **options)
+    assert_close(ours, steps(built_in, missing=[3]), 1e-5)
+
+
+def test_variables_whose_steps_differ_are_apart(calls):
+    weights = {}
+    for kind in (RMSprop, keras.optimizers.RMSprop):
+        optimizer = kind(0.01, weight_decay=0.1)
+        optimizer.exclude_from_weight_decay(var_names=["v0", "v1"])
+        weights[kind] = steps(optimizer)
+    assert sorted(calls) == [2, 3]
+    assert_close(*weights.values(), 1e-5)
+
+    calls.clear()
+    optimizer = RMSprop(0.01)
+    mixed = steps(optimizer, dtypes=("float32", "float64"))
+    assert sorted(calls) == [2, 3]
+    built_in = keras.optimizers.RMSprop(0.01)
+    assert_close(mixed, steps(built_in, dtypes=("float32", "float64")), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cautious": True, "momentum": 0.9}, {"slot_dtype": "bfloat16"}]
+)
+def test_what_depends_on_a_variable_alone_is_done_alone(options, calls):
+    steps(RMSprop(0.01, **options))
+    assert not calls
+
+
+def test_a_subclass_with_a_step_of_its_own(calls):
+    class Other(RMSprop):
+        def update_step(self, gradient, variable, learning_rate):
+            self.assign_sub(variable, gradient)
+
+    steps(Other())
+    assert not calls
+
+
+def test_xla_takes_one_by_one(calls):
+    optimizer, variables = RMSprop(), [keras.Variable(tf.ones([3])) for _ in range(3)]
+    optimizer.build(variables)
+    step = tf.function(lambda: optimizer.apply([tf.ones([3])] * 3), jit_compile=True)
+    step()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "jit_compile", "xla"),
+    [((4,), "auto", False), ((4,), True, True), ((joined.SMALL + 1,), "auto", True)],
+)
+def test_eager_steps_of_small_variables_are_not_compiled(shape, jit_compile, xla):
+    optimizer, variable = (
+        RMSprop(jit_compile=jit_compile),
+        keras.Variable(tf.ones(shape)),
+    )
+    optimizer.apply([tf.ones(shape)], [variable])
+    (program,) = optimizer._programs._programs.values()
+    attributes = program.concrete.function_def.attr
+    assert attributes["_XlaMustCompile"].b is xla
