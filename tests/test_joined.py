@@ -1,3 +1,5 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -81,6 +83,19 @@ def test_variables_whose_steps_differ_are_apart(calls):
 def test_what_depends_on_a_variable_alone_is_done_alone(options, calls):
     steps(RMSprop(0.01, **options))
     assert not calls
+
+
+def test_the_same_variable_twice_in_one_step(calls):
+    weights = []
+    for optimizer in (RMSprop(0.1), keras.optimizers.RMSprop(0.1)):
+        variables = [keras.Variable(tf.ones([3])) for _ in range(2)]
+        optimizer.build(variables)
+        grads = [tf.ones([3]), tf.ones([3]), 2 * tf.ones([3])]
+        step = functools.partial(optimizer.apply, grads, [*variables, variables[0]])
+        tf.function(step)()
+        weights.append([v.numpy() for v in variables])
+    assert not calls
+    assert_close(*weights, 1e-6)
 
 
 def test_a_subclass_with_a_step_of_its_own(calls):

@@ -230,10 +230,15 @@ class TensorFlowOptimizer(SkippingOptimizer):
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
     ) -> None:
         together: dict[Any, list[Any]] = {}
+        one_each = len({*map(id, trainable_variables)}) == len(trainable_variables)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            joint = self._is_small(variable) and self._joint_step(variable, rate)
-            key, step = joint or (id(variable), None)
-            together.setdefault(key, []).append((gradient, variable, step))
+            small = one_each and self._is_small(variable)
+            joint = self._joint_step(variable, rate) if small else None
+            if joint:
+                key, step = joint
+                together.setdefault(key, []).append((gradient, variable, step))
+            else:
+                self.update_step(gradient, variable, rate)
         for several in together.values():
             of_each, variables, steps = zip(*several, strict=True)
             if len(several) == 1:
