@@ -6,7 +6,9 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,12 +68,107 @@ def in_turns(
         task = bar.add_task("", total=len(turns))
         for key in turns:
             bar.update(task, description=str(key))
-            done = subprocess.run(commands[key], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{key} failed:\n{done.stderr[-2000:]}")
-            results[key].append(json.loads(done.stdout.splitlines()[-1]))
+            results[key].append(printed(commands[key]))
             bar.advance(task)
     return results
+
+
+def printed(command: Sequence[str]) -> Any:
+    """Run a command and return the JSON value that it prints as its last line.
+
+    Args:
+        command: The command line.
+
+    Raises:
+        RuntimeError: It failed; the message ends with what it complained of.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command!r} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Worker:
+    """A process that measures when asked, so that many can take turns by the second.
+
+    It runs a program that calls `serve`; what it complains of is kept for `ask`.
+    """
+
+    def __init__(self, command: Sequence[str], **environment: str) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | environment,
+        )
+
+    def ask(self, **request: Any) -> Any:
+        """Return the answer to a request; both are anything that JSON can say.
+
+        Raises:
+            RuntimeError: The process has ended; the message ends with its complaint.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            answer = stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._process.wait()
+            self._errors.seek(0)
+            complaint = self._errors.read()[-2000:]
+            raise RuntimeError(f"{self._process.args!r} failed:\n{complaint}")
+        return json.loads(answer)
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def serve(answer: Callable[..., Any]) -> None:
+    """Answer the requests of a `Worker` until it stops asking.
+
+    Args:
+        answer: Takes what was asked as keyword arguments and returns the answer.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes where errors go
+    for request in sys.stdin:
+        print(json.dumps(answer(**json.loads(request))), file=answers, flush=True)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def fix_threads(threads: int) -> None:
+    """Let this process and those it starts use this many threads, on as many cores.
+
+    Args:
+        threads: At most the number of cores.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    for name in (
+        "OMP_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+        "TF_NUM_INTRAOP_THREADS",
+        "TF_NUM_INTEROP_THREADS",
+        "NPROC",  # of XLA in JAX
+    ):
+        os.environ[name] = str(threads)
 
 
 def machine() -> dict[str, Any]:

@@ -126,12 +126,13 @@ class RMSprop(SlotOptimizer):
             silent rows then stand as they last were, until their turn. `"lazy"` updates
             the rows only, whatever the options but accumulation. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
-            own: `"auto"` where that is faster (an eager step, and in a `tf.function`
-            the step of a model with large variables), `True` in every `tf.function`
-            too, `False` never. Inside a function that XLA compiles the step is part of
-            that program. Steps with sparse gradients, under `tf.distribute` or with
-            variables on several devices are never compiled on their own. `False` is
-            also for constraints that compute outside TensorFlow. Defaults to `"auto"`.
+            own: `"auto"` where that is faster (an eager step unless all variables are
+            small, and in a `tf.function` the step of a model with large ones), `True`
+            in every `tf.function` too, `False` never. Inside a function that XLA
+            compiles the step is part of that program. Steps with sparse gradients,
+            under `tf.distribute` or with variables on several devices are never
+            compiled on their own. `False` is also for constraints that compute outside
+            TensorFlow. Defaults to `"auto"`.
         **kwargs: `lr`, the deprecated spelling of `learning_rate`.
 
     Raises:
