@@ -7,7 +7,6 @@ is the median over the rounds, with their range in brackets.
 """
 
 import argparse
-import importlib.metadata
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,13 +23,13 @@ from bench_update import COMPETITORS, OPTIONS, SETS
 from rich import progress
 
 JIT = {"default": None, "jit_compile=True": True}
+PEERS = "torch", "jax", "optax", "numba"
 FIRST_STEPS = 3
 """In how many rounds a model is made, and compiled, anew."""
-LARGE_ROUNDS = 3
+LARGE_ROUNDS = 2
 """In how many rounds a set is measured for which every process starts anew."""
 QUICK_SETS = "MNIST network", "160 small", "16 M"
 QUICK_MODELS = "MNIST network", "wide"
-PACKAGES = "torch", "jax", "optax", "numba"
 SLOW = "torch, compiled"
 """Compiles for a minute; not for the quick run."""
 
@@ -96,6 +95,9 @@ class Crew:
             self.complaints.append(f"{figure}: {error}")
 
 
+Plan = dict[str, tuple[Crew, list[Turn]]]
+
+
 def main() -> None:
     """Measure, print the tables, and write them and the picture unless quick."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -114,7 +116,7 @@ def main() -> None:
 
     harness.fix_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 5)
-    machine = harness.machine() | versions()
+    machine = harness.machine(*PACKAGES)
     machine |= {"threads": options.threads, "rounds": rounds}
     print(harness.sentence(machine))
     parts = plan(options.quick, rounds, options.seconds)
@@ -125,22 +127,13 @@ def main() -> None:
         results[part] = Part(machine, crew.figures)
         if not options.quick:
             bench_report.save(options.folder, part, results[part])
-    bench_report.show(
-        results if options.quick else bench_report.publish(options.folder)
-    )
-    for crew, _ in parts.values():
-        print(*crew.complaints, sep="\n\n")
+    if not options.quick:
+        results = bench_report.publish(options.folder)
+    bench_report.show(results)
+    print(*(text for crew, _ in parts.values() for text in crew.complaints), sep="\n\n")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the peers; one that is missing fails on its own."""
-    found = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-    return {name: found.get(name, "missing") for name in PACKAGES}
-
-
-def plan(
-    quick: bool, rounds: int, seconds: float
-) -> dict[str, tuple[Crew, list[Turn]]]:
+def plan(quick: bool, rounds: int, seconds: float) -> Plan:
     """Return who does what in each part."""
     update, fit = Crew("bench_update.py"), Crew("bench_fit.py")
     if quick:
@@ -153,7 +146,7 @@ def plan(
     large = [name for name in SETS if too_large(name)]
     turns = updates(update, small, quick, rounds, seconds)
     alone = updates_alone(update, large, min(rounds, LARGE_ROUNDS), seconds)
-    fits = fit_steps(fit, MODELS, JIT, rounds, 2 * seconds)
+    fits = fit_steps(fit, MODELS, JIT, rounds, seconds)
     return {
         "update": (update, [*turns, *alone]),
         "fit": (fit, [*imports(fit, rounds + 2), *fits]),
@@ -226,22 +219,15 @@ def peaks(crew: Crew) -> Iterator[Turn]:
             yield Turn("", 0, partial(crew.stop, f.who))
 
 
-def run(
-    parts: dict[str, tuple[Crew, list[Turn]]],
-) -> Iterator[tuple[str, Crew]]:
+def run(parts: Plan) -> Iterator[tuple[str, Crew]]:
     """Do all turns, with a bar, and yield each part when it is done."""
-    text = progress.TextColumn("{task.description:<50}")
-    rest = (progress.TaskProgressColumn(), progress.TimeRemainingColumn())
-    bar = progress.Progress(
-        text, progress.BarColumn(), *rest, transient=True, speed_estimate_period=600
-    )
     total = sum(turn.seconds for _, turns in parts.values() for turn in turns)
-    with bar:
+    with progress.Progress(transient=True, speed_estimate_period=600) as bar:
         task = bar.add_task("", total=total)
         for part, (crew, turns) in parts.items():
             try:
                 for turn in turns:
-                    bar.update(task, description=turn.name)
+                    bar.update(task, description=f"{turn.name:<50}")
                     turn.do()
                     bar.advance(task, turn.seconds)
             finally:

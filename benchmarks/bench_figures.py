@@ -133,7 +133,7 @@ class Target(NamedTuple):
         if not seen:
             return [self.text, "; ".join(failed), "no"]
         worst = (max if self.most else min)(seen, key=lambda name: seen[name].median)
-        cells = [f"{seen[worst]} {worst}"]
+        cells = [f"{seen[worst]} on {worst}"]
         if beside := (self.beside or {}).get(worst):
             cells.append(f"Keras {beside}")
         text = "; ".join([*cells, *failed])

@@ -6,9 +6,18 @@ import math
 from itertools import product
 from pathlib import Path
 
-from bench_figures import LARGEST_BYTES, PARTS, PEERS, WAYS, Figure, Part, targets
+from bench_figures import (
+    EAGER,
+    LARGEST_BYTES,
+    PARTS,
+    PEERS,
+    WAYS,
+    Figure,
+    Part,
+    targets,
+)
 from bench_update import SETS
-from harness import Spread, sentence, spread
+from harness import Spread, sentence, short, spread
 from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
 from rich import box
@@ -17,6 +26,9 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+README = Path(__file__).parents[1] / "README.md"
+FRAME = "<!-- of `make bench` -->\n", "<!-- end -->\n"
+"""What stands around its table in the README."""
 COLORS = {"this": "#2a78d6", "Keras": "#e8710a", "torch": "#1a9076"}
 GREY = "#6b6a66"
 INTRODUCTION = """\
@@ -120,7 +132,7 @@ def _memory(memory: Part) -> Pages:
             [what] = memory.whats
             peak = memory.values((who, what, how), "peak") or [math.nan]
             row.append(_cell(memory, (who, what, how), "state"))
-            row += [f"{x:.3g}" for x in (peak[0] / 2**20, peak[0] / LARGEST_BYTES)]
+            row += [short(peak[0] / size) for size in (2**20, LARGEST_BYTES)]
         table.append(row)
     return {f"State a parameter, and memory that a step adds, {memory.whats[0]}": table}
 
@@ -128,7 +140,7 @@ def _memory(memory: Part) -> Pages:
 def _text(value: Spread | float | None) -> str:
     if value is None:
         return ""
-    return str(value) if isinstance(value, Spread) else f"{value:.3g}"
+    return str(value) if isinstance(value, Spread) else short(value)
 
 
 def _cell(part: Part, case: tuple[str, str, str], of: str = "time") -> str:
@@ -202,7 +214,26 @@ def publish(folder: Path) -> dict[str, Part]:
             text += "\n![Times of one update](../benchmarks/results/bench.png)\n"
     page = PAGE if folder == RESULTS else folder / PAGE.name
     page.write_text(text)
+    if folder == RESULTS and "update" in results:
+        before, _, rest = README.read_text().partition(FRAME[0])
+        table = _eager_table(results["update"]).join(FRAME)
+        README.write_text(before + table + rest.partition(FRAME[1])[2])
     return results
+
+
+def _eager_table(update: Part) -> str:
+    whos = "Keras, eager", "this, eager", "torch, foreach", "optax, jit"
+    names = "Keras", "this", "times faster (range)", "torch foreach", "optax, jitted"
+    lines = [f"| variables | {' | '.join(names)} |", "|:--" + 5 * "|--:" + "|"]
+    for what in (what for sets in EAGER.values() for what in sets):
+        keras, mine, *peers = ((who, what, "plain") for who in whos)
+        times = [
+            f"{short(spread(values).median)} ms" if values else "failed"
+            for values in map(update.values, (keras, mine, *peers))
+        ]
+        times.insert(2, _text(update.ratio(keras, mine)))
+        lines.append(f"| {what} | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, update: Part) -> None:

@@ -27,8 +27,17 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         """Return the median and, in brackets, how far the rounds lie apart."""
-        low, median, high = (f"{x:.3g}" for x in (self.low, self.median, self.high))
+        low, median, high = map(short, (self.low, self.median, self.high))
         return median if low == high else f"{median} ({low}-{high})"
+
+
+def short(value: float) -> str:
+    """Return a number in about three digits.
+
+    Args:
+        value: The number.
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -171,15 +180,21 @@ def fix_threads(threads: int) -> None:
         os.environ[name] = str(threads)
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on: the machine, its load and the versions."""
+def machine(*packages: str) -> dict[str, Any]:
+    """Return what the figures depend on: the machine, its load and the versions.
+
+    Args:
+        *packages: Names of packages besides those of all benchmarks; the version of
+            one that is not there is None.
+    """
+    found = {dist.name: dist.version for dist in importlib.metadata.distributions()}
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory("MemTotal") / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: found.get(name) for name in (*PACKAGES, *packages)},
         "commit": _commit(),
     }
 
