@@ -116,7 +116,7 @@ def main() -> None:
 
     harness.fix_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 5)
-    machine = harness.machine(*PACKAGES)
+    machine = harness.machine(*PEERS)
     machine |= {"threads": options.threads, "rounds": rounds}
     print(harness.sentence(machine))
     parts = plan(options.quick, rounds, options.seconds)
