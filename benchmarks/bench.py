@@ -24,7 +24,7 @@ from rich import progress
 
 JIT = {"default": None, "jit_compile=True": True}
 PEERS = "torch", "jax", "optax", "numba"
-FIRST_STEPS = 3
+FIRST_STEPS = 2
 """In how many rounds a model is made, and compiled, anew."""
 LARGE_ROUNDS = 2
 """In how many rounds a set is measured for which every process starts anew."""
@@ -172,7 +172,7 @@ def updates(
         for f in figures:
             cost = 60 if f.who == SLOW else 5
             yield crew.turn(f, cost, "prepare", set_name=what, options=how)
-        for f in figures * rounds:
+        for f in in_order(figures, rounds):
             yield crew.turn(f, 2 * seconds, "time", seconds=seconds)
     yield Turn("", 0, crew.stop)  # TensorFlow would keep the memory it once had
 
@@ -196,10 +196,16 @@ def fit_steps(
     """Yield the turns of `fit`."""
     for what, how in product(models, hows):
         figures = crew.figures_of(list(OPTIMIZERS), what, how)
-        for r, f in product(range(rounds), figures):
-            if r < FIRST_STEPS:
-                yield crew.turn(f, 4, "prepare", model=what, jit=JIT[how])
+        for f in in_order(figures, min(rounds, FIRST_STEPS)):
+            yield crew.turn(f, 4, "prepare", model=what, jit=JIT[how])
+        for f in in_order(figures, 2 * rounds):
             yield crew.turn(f, seconds, "time", seconds=seconds)
+
+
+def in_order(figures: list[Figure], rounds: int) -> Iterator[Figure]:
+    """Yield all figures in each round, in turns from the first and from the last."""
+    for r in range(rounds):
+        yield from figures[:: -1 if r % 2 else 1]
 
 
 def imports(crew: Crew, rounds: int) -> Iterator[Turn]:

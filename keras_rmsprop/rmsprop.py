@@ -275,7 +275,7 @@ class RMSprop(SlotOptimizer):
             clock, ids = self._clocks[i], self._ids.get(i)
             of_rows = functools.partial(self._step_of_rows, step, gradient, variable)
             rows.update(variable, slots, clock, ids, self.rho, of_rows)
-        elif on_tensorflow and axes.is_short(variable.shape):
+        elif on_tensorflow and self._tracing and axes.is_short(variable.shape):
             axes.update(variable, slots, gradient, step, self.iterations >= 0)
         else:
             taken, new = step(gradient, variable, slots)
