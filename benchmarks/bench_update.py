@@ -234,16 +234,16 @@ def limit(values: list[Any], gradients: list[Any], options: dict[str, Any]) -> R
     """Prepare the update as one loop over all numbers, of all variables in a row."""
     import numba
 
+    fused = numba.njit(parallel=True, fastmath=True)
+
     lr, rho, rest, eps = map(np.float32, (LR, RHO, 1 - RHO, EPSILON))
     one = np.float32(1)
 
-    @numba.njit(parallel=True, fastmath=True)
     def plain(w: Any, g: Any, v: Any) -> None:
         for i in numba.prange(w.size):
             v[i] = rho * v[i] + rest * g[i] * g[i]
             w[i] -= lr * g[i] / np.sqrt(v[i] + eps)
 
-    @numba.njit(parallel=True, fastmath=True)
     def everything(w: Any, g: Any, v: Any, m: Any, a: Any) -> None:
         total = np.float32(0)
         for i in numba.prange(w.size):
@@ -260,11 +260,13 @@ def limit(values: list[Any], gradients: list[Any], options: dict[str, Any]) -> R
     w, g = (np.concatenate([x.ravel() for x in xs]) for xs in (values, gradients))
     if not options:
         v = np.zeros_like(w)
-        return Ready(lambda: plain(w, g, v), v.nbytes)
+        loop = fused(plain)
+        return Ready(lambda: loop(w, g, v), v.nbytes)
     mu, clip = np.float32(options["momentum"]), np.float32(options["global_clipnorm"])
     decay = lr * np.float32(options["weight_decay"])
     slots = [np.zeros_like(w) for _ in range(3)]
-    return Ready(lambda: everything(w, g, *slots), 3 * w.nbytes)
+    loop = fused(everything)
+    return Ready(lambda: loop(w, g, *slots), 3 * w.nbytes)
 
 
 COMPETITORS: dict[str, Callable[[], Callable[..., Ready]]] = {

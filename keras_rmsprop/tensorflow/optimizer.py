@@ -26,6 +26,7 @@ class TensorFlowOptimizer(SkippingOptimizer):
     """What RMSprop adds to Keras' optimizer on the TensorFlow backend.
 
     `update_step`, the subclass', calls `rows.update` for the variables in `_clocks`.
+    Its `_joint_step` says which variables may be updated together.
     """
 
     _tracing = False
