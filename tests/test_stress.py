@@ -157,7 +157,8 @@ def test_centered_stays_finite(rho):
         for dtype in ("float32", "bfloat16")
     ]
     twin = keras.Variable(np.zeros(size.shape), dtype="float32")
-    optimizer = RMSprop(rho=rho, centered=True)
+    # Both under XLA: near v = a^2 nothing is left but how each operation rounds.
+    optimizer = RMSprop(rho=rho, centered=True, jit_compile=True)
     built_in = BUILT_IN(rho=rho, centered=True)
     optimizer.build(variables)
     built_in.build([twin])
