@@ -262,6 +262,7 @@ def draw(path: Path, update: Part) -> None:
         axes.set_title(what, loc="left", size=11)
         axes.set_yticks(range(len(whos)), whos)
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.grid(color="#e4e3df")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
