@@ -25,7 +25,7 @@ from rich import progress
 JIT = {"default": None, "jit_compile=True": True}
 PEERS = "torch", "jax", "optax", "numba"
 FIRST_STEPS = 2
-"""In how many rounds a model is made, and compiled, anew."""
+"""In how many rounds a model is made, and compiled, anew; but for the quick run."""
 LARGE_ROUNDS = 2
 """In how many rounds a set is measured for which every process starts anew."""
 QUICK_SETS = "MNIST network", "160 small", "16 M"
@@ -138,7 +138,7 @@ def plan(quick: bool, rounds: int, seconds: float) -> Plan:
     update, fit = Crew("bench_update.py"), Crew("bench_fit.py")
     if quick:
         turns = updates(update, QUICK_SETS, quick, rounds, seconds / 2)
-        fits = fit_steps(fit, QUICK_MODELS, ["default"], rounds, seconds)
+        fits = fit_steps(fit, QUICK_MODELS, ["default"], rounds, 1, seconds)
         return {"update": (update, list(turns)), "fit": (fit, list(fits))}
     # TensorFlow's other allocator keeps what it once had.
     memory = Crew("bench_update.py", TF_ENABLE_ONEDNN_OPTS="0")
@@ -146,7 +146,8 @@ def plan(quick: bool, rounds: int, seconds: float) -> Plan:
     large = [name for name in SETS if too_large(name)]
     turns = updates(update, small, quick, rounds, seconds)
     alone = updates_alone(update, large, min(rounds, LARGE_ROUNDS), seconds)
-    fits = fit_steps(fit, MODELS, JIT, rounds, seconds)
+    firsts = min(rounds, FIRST_STEPS)
+    fits = fit_steps(fit, MODELS, JIT, rounds, firsts, seconds)
     return {
         "update": (update, [*turns, *alone]),
         "fit": (fit, [*imports(fit, rounds + 2), *fits]),
@@ -191,12 +192,17 @@ def updates_alone(
 
 
 def fit_steps(
-    crew: Crew, models: Iterable[str], hows: Iterable[str], rounds: int, seconds: float
+    crew: Crew,
+    models: Iterable[str],
+    hows: Iterable[str],
+    rounds: int,
+    firsts: int,
+    seconds: float,
 ) -> Iterator[Turn]:
-    """Yield the turns of `fit`."""
+    """Yield the turns of `fit`, the first step in so many rounds."""
     for what, how in product(models, hows):
         figures = crew.figures_of(list(OPTIMIZERS), what, how)
-        for f in in_order(figures, min(rounds, FIRST_STEPS)):
+        for f in in_order(figures, firsts):
             yield crew.turn(f, 4, "prepare", model=what, jit=JIT[how])
         for f in in_order(figures, 2 * rounds):
             yield crew.turn(f, seconds, "time", seconds=seconds)

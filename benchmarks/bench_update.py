@@ -60,8 +60,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.004,
     },
 }
-ACCESSES = {"plain": 5, "everything": 10}
-"""How often the limit reads or writes a number of each parameter: g, w, v, ... ."""
 LR, RHO, EPSILON = 0.001, 0.9, 1e-7
 
 

@@ -3,7 +3,6 @@
 The program is the plain step, traced: there is no second way to do a step.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -155,7 +154,7 @@ def _trace(
     """
     xla = xla and not any(isinstance(g, tf.IndexedSlices) for g in grads)
     if optimizer.jit_compile is not True:
-        xla = xla and any(math.prod(v.shape) > joined.SMALL for v in variables)
+        xla = xla and not all(map(joined.is_small, variables))
     devices = {v.handle.device for v in [*variables, *optimizer.variables]}
     specs = []
     for g in grads:

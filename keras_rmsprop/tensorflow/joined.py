@@ -4,6 +4,7 @@ Of a bias an operation costs more than what it computes. So the small ones are l
 to end: the formula runs once for all of them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,11 @@ from keras_rmsprop.tensorflow.rows import native
 
 SMALL = 2**12
 """Elements up to which copying a variable costs less than the operations it saves."""
+
+
+def is_small(variable: Any) -> bool:
+    """Whether a variable should be updated together with others."""
+    return math.prod(variable.shape) <= SMALL
 
 
 def update(
@@ -32,14 +38,17 @@ def update(
             to what it takes from the weights, and the slots after it.
     """
     shapes = [variable.shape for variable in variables]
-    sizes = [shape.num_elements() for shape in map(tf.TensorShape, shapes)]
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def shaped(x: Any, shape: Sequence[int]) -> Any:
+        # Most are vectors: an operation that does nothing would cost as much as others.
+        return x if len(x.shape) == len(shape) == 1 else tf.reshape(x, shape)
 
     def joined(parts: Sequence[Any]) -> Any:
-        return tf.concat([tf.reshape(native(x), [-1]) for x in parts], 0)
+        return tf.concat([shaped(native(x), [-1]) for x in parts], 0)
 
     def parted(x: Any) -> list[Any]:
-        pairs = zip(tf.split(x, sizes), shapes, strict=True)
-        return [tf.reshape(part, shape) for part, shape in pairs]
+        return list(map(shaped, tf.split(x, sizes), shapes))
 
     kinds = list(zip(*slots, strict=True))
     old = Slots(*(None if kind[0] is None else joined(kind) for kind in kinds))

@@ -233,8 +233,8 @@ class TensorFlowOptimizer(SkippingOptimizer):
         together: dict[Any, list[Any]] = {}
         one_each = len({*map(id, trainable_variables)}) == len(trainable_variables)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            small = one_each and self._is_small(variable)
-            joint = self._joint_step(variable, rate) if small else None
+            joins = one_each and self._joins(variable)
+            joint = self._joint_step(variable, rate) if joins else None
             if joint:
                 key, step = joint
                 together.setdefault(key, []).append((gradient, variable, step))
@@ -248,10 +248,10 @@ class TensorFlowOptimizer(SkippingOptimizer):
                 slots = [self._slots_of(self._get_variable_index(v)) for v in variables]
                 joined.update(of_each, variables, slots, steps[0])
 
-    def _is_small(self, variable: Any) -> bool:
-        """Whether to update a variable in a row with others, and not on its own."""
+    def _joins(self, variable: Any) -> bool:
+        """Whether to update a variable together with others, and not on its own."""
         return (
-            math.prod(variable.shape) <= joined.SMALL
+            joined.is_small(variable)
             and self._get_variable_index(variable) not in self._clocks
             and not self._inside_xla()
             and not tf.distribute.has_strategy()
