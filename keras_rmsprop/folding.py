@@ -22,6 +22,7 @@ def folded(x: Any, combine: Callable[[Any, Any], Any]) -> list[Any]:
     if None in x.shape:
         return [x]
     x = ops.reshape(x, (-1,))
-    n = x.shape[0] // PARTS
-    parts = [x[i * n : (i + 1) * n] for i in range(PARTS)]
-    return [functools.reduce(combine, parts), x[PARTS * n :]]
+    rest = x.shape[0] % PARTS
+    if rest:
+        return [*folded(x[:-rest], combine), x[-rest:]]
+    return [functools.reduce(combine, ops.split(x, PARTS))]

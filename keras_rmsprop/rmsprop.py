@@ -306,7 +306,8 @@ class RMSprop(SlotOptimizer):
             slots.map(lambda slot: ops.cast(slot, dtype)),
             rate,
             rule.Options(*_options(self)),
-            t=ops.cast(self.iterations + 1, dtype),
+            # Traced for each variable, so only where it is read.
+            t=ops.cast(self.iterations + 1, dtype) if self.bias_correction else None,
             penalty=decay * weights if l2 else None,
             mean=mean,
         )

@@ -213,17 +213,19 @@ class TensorFlowOptimizer(SkippingOptimizer):
             return super()._clip_gradients(grads)
         # As in Keras, but with norms that XLA need not take on one thread.
         squares = [
-            None if g is None else sum(map(tf.reduce_sum, folded(tf.square(g), tf.add)))
+            [tf.reduce_sum(part) for part in folded(tf.square(g), tf.add)]
             for g in grads
+            if g is not None
         ]
-        if not self.clipnorm:
-            norm = tf.sqrt(tf.add_n([s for s in squares if s is not None]))
-            scale = most / tf.maximum(norm, most) + (norm - norm)  # infinite: NaN
-            return [g if g is None else g * scale for g in grads]
-        return [
-            g if g is None else g * (most / tf.maximum(tf.sqrt(s), most))
-            for g, s in zip(grads, squares, strict=True)
-        ]
+        if self.clipnorm:
+            norms = iter([tf.sqrt(tf.add_n(sums)) for sums in squares])
+            return [
+                g if g is None else g * (most / tf.maximum(next(norms), most))
+                for g in grads
+            ]
+        norm = tf.sqrt(tf.add_n([s for sums in squares for s in sums]))
+        scale = most / tf.maximum(norm, most) + (norm - norm)  # infinite: NaN
+        return [g if g is None else g * scale for g in grads]
 
     # Keras' own below would go through `tf.distribute` again, and know no rows.
 
