@@ -180,6 +180,29 @@ def test_direct_and_public_calls_agree(monkeypatch):
     assert len(calls) == 20
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0, 5)])
+def test_quick_and_public_shapes_agree(shape):
+    assert tuple(compiled.quick_shape(tf.zeros(shape))) == shape
+    assert tuple(compiled.quick_shape(keras.ops.zeros(shape, "bfloat16"))) == shape
+
+
+def test_without_the_quick_shape_the_public_one_serves():
+    class Tensor:
+        shape = tf.TensorShape([2, 3])
+
+    assert tuple(compiled.quick_shape(Tensor())) == (2, 3)
+
+
+def test_gradients_of_other_shapes_are_refused_before_anything_is_traced():
+    optimizer, variable = RMSprop(), keras.Variable([1.0, 2.0])
+    optimizer.apply([tf.ones(2)], [variable])
+    before = variable.numpy()
+    for wrong in (tf.ones([2, 1]), tf.ones(3), tf.ones([], "float32")):
+        with pytest.raises(ValueError, match="must have the shape of its variable"):
+            optimizer.apply([wrong])
+    np.testing.assert_array_equal(variable.numpy(), before)
+
+
 def test_fit_of_a_large_model_holds_one_xla_cluster_and_small_ones_none():
     def clusters(size, **options):
         variable = keras.Variable(np.zeros(size, "float32"))

@@ -62,11 +62,14 @@ class TensorFlowOptimizer(SkippingOptimizer):
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        grads = [gradients.tensor(g, v) for g, v in zip(grads, variables, strict=True)]
+        pairs = zip(grads, variables, strict=True)
+        grads = [
+            g if isinstance(g, tf.Tensor) else gradients.tensor(g, v) for g, v in pairs
+        ]
         sparse = [
-            (gradient, variable)
-            for gradient, variable in zip(grads, variables, strict=True)
-            if isinstance(gradient, tf.IndexedSlices)
+            (g, v)
+            for g, v in zip(grads, variables, strict=True)
+            if not (g is None or isinstance(g, tf.Tensor))
         ]
         if sparse or not self.built:
             self._prepare(grads, variables)
