@@ -24,7 +24,7 @@ from rich import progress
 
 JIT = {"default": None, "jit_compile=True": True}
 PEERS = "torch", "jax", "optax", "numba"
-FIRST_STEPS = 2
+FIRST_STEPS = 4
 """In how many rounds a model is made, and compiled, anew; but for the quick run."""
 LARGE_ROUNDS = 2
 """In how many rounds a set is measured for which every process starts anew."""
@@ -147,7 +147,7 @@ def plan(quick: bool, rounds: int, seconds: float) -> Plan:
     turns = updates(update, small, quick, rounds, seconds)
     alone = updates_alone(update, large, min(rounds, LARGE_ROUNDS), seconds)
     firsts = min(rounds, FIRST_STEPS)
-    fits = fit_steps(fit, MODELS, JIT, rounds, firsts, seconds)
+    fits = fit_steps(fit, MODELS, JIT, rounds, firsts, 2 * seconds)
     return {
         "update": (update, [*turns, *alone]),
         "fit": (fit, [*imports(fit, rounds + 2), *fits]),
