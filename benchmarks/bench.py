@@ -26,7 +26,7 @@ JIT = {"default": None, "jit_compile=True": True}
 PEERS = "torch", "jax", "optax", "numba"
 FIRST_STEPS = 4
 """In how many rounds a model is made, and compiled, anew; but for the quick run."""
-LARGE_ROUNDS = 2
+LARGE_ROUNDS = 3
 """In how many rounds a set is measured for which every process starts anew."""
 QUICK_SETS = "MNIST network", "160 small", "16 M"
 QUICK_MODELS = "MNIST network", "wide"

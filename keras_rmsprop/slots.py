@@ -202,7 +202,7 @@ class SlotOptimizer(Optimizer):
         # A table without a clock in the file has no silent rows.
         for i in self._clocks:
             self._clocks[i].reset()
-        if self.skip_nonfinite:
+        if not isinstance(self.skipped_steps, int):
             self.skipped_steps.assign(0)
         for variable, value in pairs:
             variable.assign(value)

@@ -189,6 +189,15 @@ def test_switching_it_on_too_late_is_an_error_that_changes_nothing(jit_compile):
     assert (weight.numpy(), int(optimizer.iterations)) == (1, 0)
 
 
+def test_a_state_is_loaded_where_it_was_switched_on_too_late():
+    store = {"0": np.int64(3), "1": np.float32(0.5), "2": np.float32([4.0])}
+    optimizer = RMSprop()
+    optimizer.build([keras.Variable([1.0])])
+    optimizer.skip_nonfinite = True
+    optimizer.load_own_variables(store)
+    assert [v.numpy().item() for v in optimizer.variables] == [3, 0.5, 4]
+
+
 @pytest.mark.parametrize(
     "option", [{"skip_nonfinite": True}, {"slot_dtype": "bfloat16"}]
 )
