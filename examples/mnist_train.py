@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     mnist_report.announce(digits)
+    warm_up(digits)
     runs = []
     for name, optimizer in optimizers.items():
         print(f"\nTraining with {name}")
@@ -93,6 +94,18 @@ def network() -> Any:
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
+
+
+def warm_up(digits: mnist_data.Digits) -> None:
+    """Train and test a little, as what only the first `fit` takes belongs to nobody.
+
+    Args:
+        digits: What to train and to test on.
+    """
+    model = network()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    few = digits.train_images[:64], digits.train_labels[:64]
+    model.fit(*few, validation_data=few, verbose=0)
 
 
 def train(

@@ -89,7 +89,9 @@ class SlotOptimizer(Optimizer):
 
     def _new_slots(self, variables: list[Any]) -> dict[str, list[Any]]:
         """Return slots for variables, in lists by the attributes that hold them."""
-        start = keras.initializers.Constant(self.initial_accumulator_value)
+        # `Constant` has what it makes in memory twice.
+        value = self.initial_accumulator_value
+        start = keras.initializers.Constant(value) if value else "zeros"
         new = self.add_optimizer_variables
         self._slots_being_added = True
         slots = {
