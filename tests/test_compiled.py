@@ -193,7 +193,7 @@ def test_without_the_quick_shape_the_public_one_serves():
     assert tuple(compiled.quick_shape(Tensor())) == (2, 3)
 
 
-def test_gradients_of_other_shapes_are_refused_before_anything_is_traced():
+def test_gradients_of_other_shapes_are_refused_after_steps_with_the_right_ones():
     optimizer, variable = RMSprop(), keras.Variable([1.0, 2.0])
     optimizer.apply([tf.ones(2)], [variable])
     before = variable.numpy()
