@@ -2,7 +2,7 @@
 
 from keras_rmsprop import dialects, transfer
 from keras_rmsprop.dialects import documents as rmsprop_optimizer
-from keras_rmsprop.rmsprop import RMSprop
+from keras_rmsprop.optimizer import RMSprop
 
 __all__ = ["RMSprop", "dialects", "rmsprop_optimizer", "transfer"]
 __version__ = "0.1.0"

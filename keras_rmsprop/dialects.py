@@ -11,7 +11,7 @@ from typing import Any
 from keras.optimizers import schedules
 
 from keras_rmsprop import checks
-from keras_rmsprop.rmsprop import RMSprop
+from keras_rmsprop.optimizer import RMSprop
 
 
 def documents(

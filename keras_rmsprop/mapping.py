@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_rmsprop.rmsprop import RMSprop
+from keras_rmsprop.optimizer import RMSprop
 from keras_rmsprop.rule import Slots
 
 Array = NDArray[Any]

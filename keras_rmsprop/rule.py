@@ -6,6 +6,7 @@ variables, devices or frameworks beyond `keras.ops`.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ Tensor = Any
 
 
 class Slots(NamedTuple):
-    """What RMSprop remembers of one variable; each has that variable's shape.
+    """What RMSprop remembers of one variable: numbers, or where they are kept.
 
-    The dtype is the variable's, but never less than float32, or `slot_dtype`.
+    In a step each has the variable's shape. How they are kept says `codecs.py`.
     """
 
     velocity: Tensor
@@ -41,7 +42,10 @@ class Slots(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The constants of the formula, named as the arguments of `RMSprop` are."""
+    """The constants of the formula, named as the arguments of `RMSprop` are.
+
+    A number may also be a scalar tensor of the slots' dtype.
+    """
 
     rho: float = 0.9
     momentum: float = 0.0
@@ -52,6 +56,15 @@ class Options(NamedTuple):
     lr_in_momentum: bool = True
     maximize: bool = False
     cautious: bool = False
+
+    def cast(self, dtype: str) -> "Options":
+        """Return the constants with those that are tensors in a dtype."""
+        return Options(*(cast(x, dtype) for x in self))
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """Return a number as it is, a tensor in a dtype."""
+    return x if _is_number(x) else ops.cast(x, dtype)
 
 
 def step(
@@ -88,9 +101,10 @@ def step(
     v, m, a = slots
 
     def corrected(average: Tensor) -> Tensor:
-        if not (options.bias_correction and rho):
+        if not options.bias_correction or (_is_number(rho) and rho == 0):
             return average
-        return average / -ops.expm1(t * math.log(rho))  # 1 - rho^t, to the last digit
+        log_rho = math.log(rho) if _is_number(rho) else ops.log(rho)
+        return average / -ops.expm1(t * log_rho)  # 1 - rho^t, to the last digit
 
     g = -g if options.maximize else g
     g = g if penalty is None else g + penalty
@@ -115,3 +129,7 @@ def step(
             agrees = ops.cast(u * g > 0, u.dtype)
             u = u * agrees / ops.maximum(mean(agrees), 1e-3)
     return u if options.lr_in_momentum else lr * u, Slots(v, m, a)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Real)

@@ -1,12 +1,11 @@
-"""State in files: matched by variable and by what it is, not by position alone.
+"""State in files: what is written, and which value belongs where when it is read.
 
 Values are saved in the places that Keras gives them, so that a file moves between this
 optimizer and `keras.optimizers.RMSprop`. Beside each stands, as an attribute in the
 file, what it is and of which variable. By that it is found again when an option was
-switched on or off since, or when variables were added.
+switched on or off since, or when layers were frozen or unfrozen.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_rmsprop.alignment import Owner, aligned
 from keras_rmsprop.state import is_real
+
+OURS = ("rounding_offset", "skipped_steps")
+"""Kinds that the built-in does not have, and a file need not."""
+_ORDER = "order"
+"""The attribute that says in which order variables stand: `"model"`, the model's. In
+files of version 0.1.0, which lack it, those unfrozen later come last."""
+_KINDS_OF_0_1 = {"accumulator": "gradient_accumulator"}
 
 
 class Name(NamedTuple):
@@ -23,7 +30,7 @@ class Name(NamedTuple):
     kind: str
     """As in `velocity` or `iteration`."""
     path: str
-    """The path of the variable that it belongs to; empty if to none."""
+    """The path of the model's variable that it belongs to; empty if to none."""
 
 
 class File(NamedTuple):
@@ -33,19 +40,48 @@ class File(NamedTuple):
     """In the order in which they were saved."""
     names: dict[str, Name]
     """By the same keys; empty in a file of the built-in."""
+    in_model_order: bool = True
 
 
-def write(store: Any, values: Mapping[str, tuple[Name, Any]]) -> None:
-    """Write variables to a store, and their names where it can hold them.
+def updated(file: File, values: Sequence[tuple[Name, Any]]) -> list[tuple[Name, Any]]:
+    """Return what a file holds, with other values for some of it, to be written."""
+    new = dict(values)
+    held = [
+        (file.names.get(key, Name("", "")), file.values[key]) for key in file.values
+    ]
+    return [(name, new.get(name, value)) for name, value in held]
+
+
+class Plan(NamedTuple):
+    """What loading a file would do."""
+
+    values: dict[Name, NDArray[Any]]
+    """What goes where."""
+    fresh: list[Name]
+    """What starts fresh, as the file has nothing for it."""
+    clocks: dict[Name, NDArray[Any]]
+    """The row clocks in a file of version 0.1.0."""
+    warning: str = ""
+    """What a user should know."""
+
+
+class ForeignStateError(Exception):
+    """A file does not hold the state of such an optimizer."""
+
+
+def write(store: Any, values: Iterable[tuple[Name, Any]]) -> None:
+    """Write arrays to a store, and their names where it can hold them.
 
     Args:
         store: What Keras passes to `save_own_variables`.
-        values: Names and variables, by key.
+        values: Names and arrays, in order.
     """
-    for key, (name, variable) in values.items():
-        store[key] = variable.numpy()
+    for number, (name, value) in enumerate(values):
+        key = str(number)
+        store[key] = value
         attributes = _attributes(store, key)
         attributes["kind"], attributes["path"] = name
+        attributes[_ORDER] = "model"
 
 
 def read(store: Any) -> File:
@@ -54,14 +90,16 @@ def read(store: Any) -> File:
     Args:
         store: What Keras passes to `load_own_variables`.
     """
-    file = File({}, {})
+    values, names, in_order = {}, {}, True
     # HDF5 sorts the keys as text: 10 before 2.
     for key in sorted(store.keys(), key=lambda key: (not key.isdigit(), len(key), key)):
-        file.values[key] = np.asarray(store[key])
+        values[key] = np.asarray(store[key])
         attributes = _attributes(store, key)
         if "kind" in attributes:
-            file.names[key] = Name(attributes["kind"], attributes["path"])
-    return file
+            kind = attributes["kind"]
+            names[key] = Name(_KINDS_OF_0_1.get(kind, kind), attributes["path"])
+            in_order = in_order and _ORDER in attributes
+    return File(values, names, in_order)
 
 
 def _attributes(store: Any, key: str) -> Any:
@@ -75,96 +113,121 @@ def _attributes(store: Any, key: str) -> Any:
         return {}
 
 
-def renamed(file: File, paths: Sequence[str]) -> dict[Name, NDArray[Any]]:
-    """Return what a file with names holds, under the paths of my variables.
+def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Plan:
+    """Say what of a file goes where, and what starts fresh.
 
     Args:
         file: What was saved.
-        paths: The paths of my variables, in the optimizer's order.
+        places: What there is to load into, in the optimizer's order: anything that has
+            a shape.
+        owners: The model's variables that the optimizer was built with.
 
     Raises:
-        ValueError: These are not the variables of the file.
+        ForeignStateError: It is the state of another optimizer, or there is none in it.
+        ValueError: No shape fits, or a value is no number.
     """
-    theirs = [name.path for name in file.names.values() if name.kind == "velocity"]
-    for short in (_whole, _layer):
-        a, b = {short(path): path for path in theirs}, {short(p): p for p in paths}
-        unique = len(a) == len(theirs) and len(b) == len(paths)
-        if unique and (a.keys() <= b.keys() or b.keys() <= a.keys()):
-            mine = {path: b.get(key, path) for key, path in a.items()}
-            break
-    else:
-        # Keras numbers layers as they are made, `dense_1` after `dense`: it is another
-        # instance of the model.
-        if len(theirs) != len(paths):
-            raise ValueError(
-                "The file must hold the state of the same variables, or some of them. "
-                f"Received: {_some(theirs)} for {_some(paths)}"
-            )
-        mine = dict(zip(theirs, paths, strict=True))
-    return {
-        Name(name.kind, mine.get(name.path, name.path)): file.values[key]
-        for key, name in file.names.items()
-    }
-
-
-def _whole(path: str) -> str:
-    return path
-
-
-def _layer(path: str) -> str:
-    """Return a path without the names of models, which a loaded model may lack."""
-    return "/".join(path.split("/")[-2:])
-
-
-def clock_name(key: str, paths: Sequence[str]) -> Name:
-    """Return what a key like `clock_3_last` stands for.
-
-    Args:
-        key: The key.
-        paths: The paths of the variables.
-    """
-    _, index, kind = key.split("_")
-    return Name(f"clock_{kind}", paths[int(index)])
-
-
-def matched(
-    values: Mapping[Name, NDArray[Any]], places: Mapping[Name, Any]
-) -> tuple[list[tuple[Any, NDArray[Any]]], list[tuple[Name, Any]]]:
-    """Return pairs of a variable and the value for it, and the variables without one.
-
-    A warning says which variables start fresh, and which values nobody took.
-
-    Args:
-        values: What was saved, under the paths of my variables.
-        places: My variables.
-
-    Raises:
-        ValueError: A value has another shape than its variable, or is no number.
-    """
-    found = {name: values[name] for name in places if name in values}
-    wrong = [
-        f"`{name.kind}` of {name.path!r}: expected shape {tuple(places[name].shape)}, "
-        f"received {value.shape} of {value.dtype}"
-        for name, value in found.items()
-        if tuple(places[name].shape) != value.shape or not is_real(value)
-    ]
+    values, names_differ = _named(file, places, owners)
+    wrong = [name for name, value in values.items() if not is_real(value)]
     if wrong:
-        raise ValueError("The state in the file does not fit. " + "; ".join(wrong))
-    fresh, left = places.keys() - found.keys(), values.keys() - found.keys()
-    if fresh or left:
-        warnings.warn(
-            "The state was saved with other options or for other variables. Started "
-            f"fresh: {_counted(fresh)}. Left out: {_counted(left)}.",
-            stacklevel=2,
+        shown = ", ".join(
+            f"`{name.kind}` of {name.path!r}: received {values[name].shape} of "
+            f"{values[name].dtype}"
+            for name in wrong
         )
-    pairs = [(places[name], value) for name, value in found.items()]
-    return pairs, [(name, places[name]) for name in fresh]
+        raise ValueError(f"The state in the file does not fit. {shown}")
+    clocks = {n: values.pop(n) for n in [*values] if n.kind.startswith("clock_")}
+    fitting = {
+        name: values[name]
+        for name, place in places.items()
+        if name in values and tuple(place.shape) == values[name].shape
+    }
+    if any(name.path for name in places) and not any(name.path for name in fitting):
+        if not any(name.path for name in values):
+            raise ForeignStateError("there are no averages in the file")
+        raise ValueError(
+            f"The state in the file does not fit. {_first_misfit(values, places)}"
+        )
+    if any((v < 0).any() for n, v in fitting.items() if n.kind == "velocity"):
+        raise ForeignStateError(
+            "averages of squares cannot be negative, as some in the file are. It may "
+            "hold the state of SGD or Adam"
+        )
+    fresh = [n for n in places if n not in fitting and n.kind not in OURS]
+    left = values.keys() - fitting.keys()
+    warning = ""
+    if fresh or left:
+        warning = (
+            "The state was saved with other options or for other variables. Started "
+            f"fresh: {_counted(fresh)}. Left out: {_counted(left)}."
+        )
+    if names_differ:
+        warning = (
+            f"{warning} The variables in the file have other names; they were matched "
+            "by their places."
+        ).strip()
+    return Plan(fitting, fresh, clocks, warning)
+
+
+def _named(
+    file: File, places: Mapping[Name, Any], owners: Sequence[Owner]
+) -> tuple[dict[Name, NDArray[Any]], bool]:
+    """Return a file's values under my names, and whether names contradict that."""
+    paths = [owner.path for owner in owners]
+    if not file.names:
+        keys = [key for key in file.values if key.isdigit()]
+        by_position = [n for n in places if n.kind not in OURS]
+        if len(keys) == len(places):
+            by_position = [*places]
+        if len(keys) != len(by_position):
+            raise ForeignStateError(
+                f"it has {len(by_position)} variables, the file {len(keys)} without "
+                "names"
+            )
+        values = {
+            name: file.values[key] for name, key in zip(by_position, keys, strict=True)
+        }
+        for key in file.values.keys() - {*keys}:
+            name = _clock_without_name(key, paths)
+            if name:
+                values[name] = file.values[key]
+        return values, False
+    theirs = [
+        Owner(name.path, file.values[key].shape)
+        for key, name in file.names.items()
+        if name.kind == "velocity"
+    ]
+    found, names_differ = aligned(theirs, owners, by_name=not file.in_model_order)
+    mine = {
+        owner.path: None if i is None else paths[i]
+        for owner, i in zip(theirs, found, strict=True)
+    }
+    values = {}
+    for key, (kind, path) in file.names.items():
+        to = mine.get(path) if path else ""
+        # What has no place here keeps its name, to be counted.
+        values[Name(kind, f"{path} (file)" if to is None else to)] = file.values[key]
+    return values, names_differ
+
+
+def _clock_without_name(key: str, paths: Sequence[str]) -> Name | None:
+    """Return what a key like `clock_3_last` of version 0.1.0 stands for."""
+    kind, index, what = [*key.split("_"), "", ""][:3]
+    if kind != "clock" or not index.isdigit() or int(index) >= len(paths):
+        return None
+    return Name(f"clock_{what}", paths[int(index)])
+
+
+def _first_misfit(
+    values: Mapping[Name, NDArray[Any]], places: Mapping[Name, Any]
+) -> str:
+    name = next(n for n in places if n.path)
+    received = [v.shape for n, v in values.items() if n.kind == name.kind]
+    return (
+        f"`{name.kind}` of {name.path!r}: expected shape {tuple(places[name].shape)}, "
+        f"received {', '.join(map(str, received[:3])) or 'nothing'}"
+    )
 
 
 def _counted(names: Iterable[Name]) -> str:
     kinds = Counter(name.kind for name in names)
     return ", ".join(f"{n} `{kind}`" for kind, n in sorted(kinds.items())) or "nothing"
-
-
-def _some(paths: Sequence[str]) -> str:
-    return f"{len(paths)} variables ({', '.join([*paths[:3], '...'][: len(paths)])})"

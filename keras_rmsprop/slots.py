@@ -1,350 +1,132 @@
-"""The variables an optimizer keeps for those of a model: made, saved, loaded, moved."""
+"""Which variables an optimizer keeps for those of a model: made, found, extended.
 
-import contextlib
-import random
-from collections.abc import Collection, Sequence
-from typing import Any
+A slot is found by its kind (`velocity`, `momentum`, ...) and by the model's variable
+that it belongs to. So when an optimizer is built anew for more variables, as after
+layers were unfrozen, each slot that there is serves again, in any subclass, too.
+"""
 
-import keras
-from keras import ops
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
-from keras_rmsprop import checks, rounding, rule, saving
-from keras_rmsprop.skipping import SkippingOptimizer
-from keras_rmsprop.state import State, matched
-
-if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop.tensorflow import rows
-    from keras_rmsprop.tensorflow.optimizer import (
-        TensorFlowOptimizer,
-        outside_functions,
-    )
-
-    Optimizer: Any = TensorFlowOptimizer
-else:
-    Optimizer, outside_functions = SkippingOptimizer, contextlib.nullcontext
-
-LISTS = {
-    "velocity": "_velocities",
-    "momentum": "_momentums",
-    "average_gradient": "_average_gradients",
-    "average": "_model_variables_moving_average",
-    "accumulator": "_accumulated_gradients",
-}
-"""The attributes with one variable for each of the model's, by what these are."""
-
-OWN = "clock_", "rounding_offset", "skipped_steps"
-"""What the built-in does not have, and a file need not."""
+SLOTS = ("velocity", "momentum", "average_gradient")
+"""The kinds of slots of the formula, in the order of `rule.Slots`."""
+WEIGHT_AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
+"""The kinds of slots that Keras makes: of `use_ema`, and to accumulate gradients."""
 
 
-class SlotOptimizer(Optimizer):
-    """What RMSprop has besides its arguments and its step: slots and other state.
+class Kept(NamedTuple):
+    """A variable of the optimizer, and what it is."""
 
-    `momentum`, `centered`, `initial_accumulator_value` and `slot_dtype`, which say what
-    there is, are the subclass'.
+    variable: Any
+    kind: str
+    owner: Any
+    """The model's variable that it belongs to; None if to no single one."""
+    start: Callable[..., Any]
+    """Keras' initializer: takes a shape and a dtype."""
+
+    def start_fresh(self) -> None:
+        """Give it the value that it starts with."""
+        if self.kind == WEIGHT_AVERAGE:
+            self.variable.assign(self.owner)
+        else:
+            self.variable.assign(self.start(self.variable.shape, self.variable.dtype))
+
+
+class Key(NamedTuple):
+    """By what a variable of the optimizer is found again."""
+
+    kind: str
+    owner: Hashable
+    """Something that stands for the model's variable, or None."""
+    number: int
+    """Which of this kind and owner it is: nearly always the first, 0."""
+
+
+class Keeper:
+    """The variables of an optimizer, by kind and owner.
+
+    Example:
+        >>> keeper = Keeper()
+        >>> for owners in ("b",), ("a", "b"):  # built, and built anew for one more
+        ...     keeper.begin()
+        ...     for owner in owners:
+        ...         _ = keeper.find_or_make(
+        ...             "velocity", owner, owner, lambda: object(), start=None
+        ...         )
+        >>> [kept.owner for kept in keeper.all()], len(keeper.made())
+        (['a', 'b'], 1)
     """
 
-    _slots_being_added = False
-    _file: saving.File | None = None
-    """What was loaded before there were variables to load it into."""
-    _before_file: Sequence[tuple[Any, Any]] = ()
-    """The variables that there were, and their values before that."""
-    _clocks: Any = ()
-    """By the index of the variable; the TensorFlow backend has some."""
+    def __init__(self) -> None:
+        self._by_key: dict[Key, Kept] = {}
+        self.begin()
 
-    def build(self, variables: list[Any]) -> None:
-        """Create the slots of `variables`: `velocity` and, where used, the others.
+    def begin(self) -> None:
+        """Say that the optimizer is built, for the first time or anew."""
+        self._built: list[Key] = []  # in the order of the last time it was built
+        self._made: list[Key] = []  # those of them that were new
+        self._count: Counter[tuple[str, Hashable]] = Counter()
 
-        Args:
-            variables: The variables that later steps may update.
-        """
-        if self.built:
-            return
-        if self._file is None:
-            self._build(variables)
-            return
-        early = self._named().keys() if self._file.names else ()
-        # A variable made inside a function would be initialized after it is loaded.
-        with outside_functions():
-            self._build(variables)
-            file, self._file = self._file, None
-            try:
-                self._load(file, except_keys=early)
-            except ValueError:
-                for variable, value in self._before_file:
-                    variable.assign(value)
-                raise
-            finally:
-                self._before_file = ()
-
-    def _build(self, variables: list[Any]) -> None:
-        super().build(variables)
-        for name, slots in self._new_slots(variables).items():
-            setattr(self, name, slots)
-        if self.slot_dtype == "bfloat16":
-            draw = keras.initializers.Constant(random.randrange(2**16))
-            self._offset = self.add_variable((), draw, "int32", name="rounding_offset")
-        if self.skip_nonfinite:
-            count = self.add_variable((), "zeros", "int32", name="skipped_steps")
-            self.skipped_steps = count
-
-    def _new_slots(self, variables: list[Any]) -> dict[str, list[Any]]:
-        """Return slots for variables, in lists by the attributes that hold them."""
-        # `Constant` has what it makes in memory twice.
-        value = self.initial_accumulator_value
-        start = keras.initializers.Constant(value) if value else "zeros"
-        new = self.add_optimizer_variables
-        self._slots_being_added = True
-        slots = {
-            "_velocities": new(variables, "velocity", start),
-            "_momentums": new(variables, "momentum") if self.momentum else [],
-            "_average_gradients": (
-                new(variables, "average_gradient") if self.centered else []
-            ),
-        }
-        self._slots_being_added = False
-        return slots
-
-    def add_variable(
-        self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
+    def find_or_make(
+        self,
+        kind: str,
+        owner_key: Hashable,
+        owner: Any,
+        make: Callable[[], Any],
+        start: Any,
     ) -> Any:
-        """Add a variable to the optimizer; a slot gets its own dtype.
+        """Return the variable of this kind and owner; make it if there is none.
 
         Args:
-            shape: Shape of the variable.
-            initializer: What it starts with.
-            dtype: Its dtype, by default `keras.config.floatx()`.
-            **kwargs: See `keras.optimizers.Optimizer.add_variable`.
+            kind: What it is.
+            owner_key: Something hashable that stands for its owner, or None.
+            owner: The model's variable that it belongs to, or None.
+            make: Makes it.
+            start: What it starts with.
         """
-        wide = keras.backend.result_type(dtype or "float32", "float32")
-        if self._slots_being_added:
-            dtype = self.slot_dtype or wide
-        elif str(kwargs.get("name")).endswith("gradient_accumulator"):
-            dtype = wide  # in bfloat16 a sum of 256 ones does not grow
-        return super().add_variable(shape, initializer, dtype, **kwargs)
+        key = Key(kind, owner_key, self._count[kind, owner_key])
+        self._count[kind, owner_key] += 1
+        if key not in self._by_key:
+            self._by_key[key] = Kept(make(), kind, owner, start)
+            self._made.append(key)
+        self._built.append(key)
+        return self._by_key[key].variable
 
-    def _slots_of(self, i: int) -> rule.Slots:
-        return rule.Slots(
-            self._velocities[i],
-            self._momentums[i] if self.momentum else None,
-            self._average_gradients[i] if self.centered else None,
-        )
+    def all(self) -> list[Kept]:
+        """Return what the optimizer was last built with, in that order."""
+        return [self._by_key[key] for key in self._built]
 
-    def _as_stored(self, slots: rule.Slots, i: int) -> rule.Slots:
-        """Return new slots of the variable with this index in the slots' dtype."""
-        dtype = self._velocities[i].dtype
+    def made(self) -> list[Kept]:
+        """Return those of them that were not there before."""
+        return [self._by_key[key] for key in self._made]
 
-        def stored(slot: int, x: Any) -> Any:
-            if dtype != "bfloat16":
-                return ops.cast(x, dtype)
-            return rounding.stochastically(x, self._offset, self.iterations, slot)
-
-        return rule.Slots(
-            *(None if x is None else stored(n, x) for n, x in enumerate(slots))
-        )
-
-    def save_own_variables(self, store: Any) -> None:
-        """Save the state, with names by which it is found again.
+    def in_order(self, variables: Sequence[Any]) -> list[Any]:
+        """Return variables in the order in which a new optimizer would have them.
 
         Args:
-            store: See `keras.optimizers.Optimizer`.
+            variables: All of the optimizer's; those it has kept go to the end.
         """
-        saving.write(store, self._named())
-
-    def load_own_variables(self, store: Any) -> None:
-        """Load the state; where the optimizer is not built yet, as soon as it is.
-
-        Values are matched by what they are and by the paths of the variables; in a file
-        of `keras.optimizers.RMSprop` by position. What the file does not have starts
-        fresh, with a warning.
-
-        Args:
-            store: See `keras.optimizers.Optimizer`.
-
-        Raises:
-            ValueError: The state does not fit; nothing is changed.
-        """
-        file = saving.read(store)
-        if self.built:
-            self._load(file)
-            return
-        # The learning rate may be changed before the first step: load it now, if it is
-        # one. A file without names may be that of any optimizer.
-        named = self._named()
-        self._before_file = [(v, v.numpy()) for _, v in named.values()]
-        for key, (name, variable) in named.items():
-            if file.names.get(key) == name:
-                variable.assign(file.values[key])
-        self._file = file if file.values else None
-
-    def _load(self, file: saving.File, except_keys: Collection[str] = ()) -> None:
-        paths, named = self._paths(), self._named()
-        if file.names:
-            values = saving.renamed(file, paths)
-        else:
-            by_position = {k: v for k, v in file.values.items() if k.isdigit()}
-            shared = [n for n, _ in named.values() if not n.kind.startswith(OWN)]
-            if len(by_position) not in (len(shared), len(self.variables)):
-                super().load_own_variables(by_position)  # warns, and loads nothing
-                return
-            values = {
-                named[k][0] if k in named else saving.clock_name(k, paths): v
-                for k, v in file.values.items()
-            }
-        make_clock = getattr(self._clocks, "make", None)
-        for name in values:
-            if make_clock and name.kind == "clock_updates" and name.path in paths:
-                make_clock(paths.index(name.path))
-        places = {}
-        for key, (name, variable) in self._named().items():
-            if key in except_keys:
-                values.pop(name, None)
-            elif name in values or not name.kind.startswith(OWN):
-                places[name] = variable
-        pairs, fresh = saving.matched(values, places)
-        # A table without a clock in the file has no silent rows.
-        for i in self._clocks:
-            self._clocks[i].reset()
-        if not isinstance(self.skipped_steps, int):
-            self.skipped_steps.assign(0)
-        for variable, value in pairs:
-            variable.assign(value)
-        for name, variable in fresh:
-            if name.kind == "average":
-                variable.assign(self._trainable_variables[paths.index(name.path)])
-            elif name.kind in LISTS:
-                start = self.initial_accumulator_value if name.kind == "velocity" else 0
-                variable.assign(ops.full(variable.shape, start, variable.dtype))
-
-    def _named(self) -> dict[str, tuple[saving.Name, Any]]:
-        """Return the variables of the state and their names, by the keys in a file."""
-        paths = self._paths()
-        owned = {
-            id(slot): saving.Name(kind, path)
-            for kind, attribute in LISTS.items()
-            for slot, path in zip(getattr(self, attribute, ()), paths, strict=False)
-        }
-        named = {
-            str(n): (owned.get(id(v), saving.Name(v.name, "")), v)
-            for n, v in enumerate(self.variables)
-        }
-        for i in self._clocks:
-            for kind, v in (
-                ("updates", self._clocks[i].updates),
-                ("last", self._clocks[i].last),
-            ):
-                named[f"clock_{i}_{kind}"] = saving.Name(f"clock_{kind}", paths[i]), v
-        return named
-
-    def _check_variables_are_known(self, variables: list[Any]) -> None:
-        known = self._trainable_variables_indices
-        unknown = [v for v in variables if self._var_key(v) not in known]
-        if not unknown:
-            return
-        # If some are known, layers were unfrozen. Of another model none is.
-        if len(unknown) == len(variables):
-            raise ValueError(
-                "Unknown variables: the optimizer was built with others. Make another "
-                f"optimizer for them. Received: {[v.name for v in unknown]}"
-            )
-        with outside_functions():
-            self._add(unknown)
-
-    def _add(self, variables: list[Any]) -> None:
-        """Make room for more variables than the optimizer was built with."""
-        slots = self._new_slots(variables)
-        if self.use_ema:
-            averages = self.add_optimizer_variables(variables, "average")
-            for average, variable in zip(averages, variables, strict=True):
-                average.assign(variable)
-            slots[LISTS["average"]] = averages
-        if self.gradient_accumulation_steps:
-            slots[LISTS["accumulator"]] = self.add_optimizer_variables(
-                variables, "gradient_accumulator"
-            )
-        for name, new in slots.items():
-            getattr(self, name).extend(new)
-        for variable in variables:
-            index = len(self._trainable_variables)
-            self._trainable_variables_indices[self._var_key(variable)] = index
-            self._trainable_variables.append(variable)
-
-    def finalize_variable_values(self, var_list: list[Any]) -> None:
-        """Give the variables their final values: with `use_ema` their averages.
-
-        Args:
-            var_list: The variables that the optimizer knows, in any order.
-        """
-        super().finalize_variable_values(
-            sorted(var_list, key=self._get_variable_index) if self.use_ema else var_list
-        )
-
-    def get_state(self) -> State:
-        """Return what the optimizer remembers of its variables, as NumPy arrays.
-
-        The averages of silent rows are brought up to date in it, and slots in bfloat16
-        are float32. Averages of the weights (`use_ema`) are not part of it.
-
-        Raises:
-            ValueError: The optimizer is not built.
-        """
-        self._check_built()
-        slots = []
-        for i in range(len(self._velocities)):
-            of_one = self._slots_of(i)
-            if i in self._clocks:
-                of_one = rows.caught_up(of_one, self._clocks[i], None, self.rho)
-            slots.append(of_one.map(_array))
-        return State(int(_array(self.iterations)), slots, self._paths())
-
-    def set_state(self, state: State) -> None:
-        """Take over a state, from `get_state` or made from another framework's.
-
-        Args:
-            state: One entry in `slots` for each variable that the optimizer was built
-                with, in that order. `paths` is not read.
-
-        Raises:
-            TypeError: It is no `State`.
-            ValueError: The optimizer is not built, or the state does not fit; then
-                nothing is changed, and the message says what does not.
-        """
-        self._check_built()
-        if not isinstance(state, State):
-            raise TypeError(
-                f"`state` must be a `State`, as of `get_state`. Received: {state!r}"
-            )
-        iterations = checks.integer("iterations", state.iterations, 0)
-        places = [self._slots_of(i) for i in range(len(self._velocities))]
-        pairs = [
-            (slot, ops.convert_to_tensor(array, slot.dtype))
-            for slot, array in matched(places, state.slots, self._paths())
-        ]
-        for slot, value in pairs:
-            slot.assign(value)
-        every = self.gradient_accumulation_steps or 1
-        self._iterations.assign(iterations * every)
-        for sums in self._accumulated_gradients if every > 1 else []:
-            sums.assign(ops.zeros_like(sums))
-        for i in self._clocks:
-            self._clocks[i].reset()
-
-    def _paths(self) -> list[str]:
-        """Return the paths of the variables; those of TensorFlow have but names."""
-        paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
-        if len({*paths}) < len(paths):
-            paths = [f"{path}#{i}" for i, path in enumerate(paths)]
-        return paths
-
-    def _check_built(self) -> None:
-        if not self.built:
-            raise ValueError(
-                "The optimizer must be built. Call `optimizer.build(variables)`, or "
-                "take a step, first."
-            )
+        ordered = [kept.variable for kept in self.all()]
+        ids = {id(variable) for variable in ordered}
+        return [v for v in variables if id(v) not in ids] + ordered
 
 
-def _array(x: Any) -> Any:
-    """Return a tensor as a NumPy array, bfloat16, which NumPy has not, as float32."""
-    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        x = ops.cast(x, "float32")
-    return ops.convert_to_numpy(x)
+def in_order_of(known: Sequence[Any], given: Sequence[Any], key: Any) -> list[Any]:
+    """Return all of the model's variables, old and new, in the model's order.
+
+    Args:
+        known: Those known so far.
+        given: Those of a step. If it has all that are known, its order is the model's;
+            else new ones come last.
+        key: Function from a variable to something that stands for it.
+
+    Example:
+        >>> in_order_of("bd", "abcd", key=str), in_order_of("bd", "ab", key=str)
+        (['a', 'b', 'c', 'd'], ['b', 'd', 'a'])
+    """
+    distinct = list({key(v): v for v in given}.values())
+    if {key(v) for v in known} <= {key(v) for v in distinct}:
+        return distinct
+    keys = {key(v) for v in known}
+    return [*known, *(v for v in distinct if key(v) not in keys)]

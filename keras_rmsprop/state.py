@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_rmsprop.rule import Slots
@@ -65,3 +66,10 @@ def matched(
     if wrong:
         raise ValueError("The state does not fit. " + "; ".join(wrong))
     return pairs
+
+
+def as_array(x: Any) -> Any:
+    """Return a tensor as a NumPy array, bfloat16, which NumPy has not, as float32."""
+    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
+        x = keras.ops.cast(x, "float32")
+    return keras.ops.convert_to_numpy(x)

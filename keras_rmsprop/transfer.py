@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from keras_rmsprop.mapping import Array, Axes, Entry, arranged, resolved, transposed
-from keras_rmsprop.rmsprop import RMSprop
+from keras_rmsprop.optimizer import RMSprop
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.state import State, matched
 

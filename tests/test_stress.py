@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from stepping import WAYS, arrays, assert_close, python
-from test_compiled import Counting
+from test_programs import Counting
 
 from keras_rmsprop import RMSprop
 
@@ -100,10 +100,10 @@ def test_memory_is_flat():
         import gc, itertools, os, warnings
         import keras, numpy as np, tensorflow as tf
         from keras_rmsprop import RMSprop
-        from keras_rmsprop.tensorflow import compiled
+        from keras_rmsprop.backends import programs
 
         warnings.simplefilter("ignore")
-        compiled.MOST_PROGRAMS = 8
+        programs.MOST_PROGRAMS = 8
 
         def used():
             gc.collect()

@@ -7,7 +7,7 @@ import tensorflow as tf
 from stepping import WAYS, arrays
 
 from keras_rmsprop import RMSprop
-from keras_rmsprop.rounding import stochastically
+from keras_rmsprop.codecs import stochastically
 
 
 def rounded(x, offset=0, t=0, slot=0):

@@ -7,22 +7,23 @@ import tensorflow as tf
 from stepping import assert_close
 
 from keras_rmsprop import RMSprop
-from keras_rmsprop.tensorflow import joined
+from keras_rmsprop.backends import layouts
+from keras_rmsprop.backends.tensorflow import XLA_EAGER_ELEMENTS
 
-SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (joined.SMALL + 1,)]
+SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (layouts.END_TO_END_ELEMENTS + 1,)]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The number of variables in each call of `joined.update`."""
+    """The number of variables in each call of `update_end_to_end`."""
     calls = []
-    update = joined.update
+    update = layouts.update_end_to_end
 
     def counted(gradients, variables, *args):
         calls.append(len(variables))
         update(gradients, variables, *args)
 
-    monkeypatch.setattr(joined, "update", counted)
+    monkeypatch.setattr(layouts, "update_end_to_end", counted)
     return calls
 
 
@@ -117,7 +118,7 @@ def test_xla_takes_one_by_one(calls):
 
 @pytest.mark.parametrize(
     ("shape", "jit_compile", "xla"),
-    [((4,), "auto", False), ((4,), True, True), ((joined.SMALL + 1,), "auto", True)],
+    [((4,), "auto", False), ((4,), True, True), ((XLA_EAGER_ELEMENTS + 1,), "auto", True)],
 )
 def test_eager_steps_of_small_variables_are_not_compiled(shape, jit_compile, xla):
     optimizer, variable = (
@@ -125,6 +126,6 @@ def test_eager_steps_of_small_variables_are_not_compiled(shape, jit_compile, xla
         keras.Variable(tf.ones(shape)),
     )
     optimizer.apply([tf.ones(shape)], [variable])
-    (program,) = optimizer._programs._programs.values()
+    (program,) = optimizer._runner._programs._programs.values()
     attributes = program.concrete.function_def.attr
     assert attributes["_XlaMustCompile"].b is xla

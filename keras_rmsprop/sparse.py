@@ -6,15 +6,19 @@ result as the whole dense gradient, whose other rows are 0.
 
 A row without gradient keeps its weights, and its averages only shrink: v <- rho * v.
 So a row that was silent for n updates needs v <- rho^n * v before its turn, and nothing
-in between. The `Clock` of a table knows n.
+in between. The `Clock` of a table knows n. Whoever reads the averages of a whole table
+brings all rows up to date first (`catch_up`), so a clock is never seen from outside.
+
+Imported only on the TensorFlow backend.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from keras_rmsprop.codecs import Draw, encoded, of
 from keras_rmsprop.rule import Slots
 
 
@@ -49,10 +53,14 @@ class Clocks(tf.Module):
 
     Checkpoints find a clock by that index. Keras does not count it among the
     optimizer's variables, which thus stay those of the built-in.
+
+    Attributes:
+        refused: Something that stands for each table that must not get a clock.
     """
 
     def __init__(self, tables: Callable[[], Sequence[Any]]) -> None:
         super().__init__()
+        self.refused: set[Any] = set()
         self._tables = tables
         self._being_made = False
 
@@ -71,8 +79,16 @@ class Clocks(tf.Module):
         return self[index]
 
     def __iter__(self) -> Iterator[int]:
-        names = (name for name in vars(self) if name.startswith("table_"))
+        names = [name for name in vars(self) if name.startswith("table_")]
         return (int(name.removeprefix("table_")) for name in names)
+
+    def move(self, places: Mapping[int, int]) -> None:
+        """Give the clocks other indices, as the variables got them."""
+        clocks = {places[i]: self[i] for i in self}
+        for i in self:
+            delattr(self, f"table_{i}")
+        for i, clock in clocks.items():
+            setattr(self, f"table_{i}", clock)
 
     def _lookup_dependency(self, name: str, *args: Any) -> Any:
         # This is how a checkpoint finds what to restore; it finds new clocks, too.
@@ -82,7 +98,15 @@ class Clocks(tf.Module):
         return super()._lookup_dependency(name, *args)
 
 
-def check(gradient: tf.IndexedSlices, variable: Any) -> Any:
+class Rows(NamedTuple):
+    """Which rows of a table a step updates."""
+
+    clock: Clock
+    ids: Any = None
+    """The distinct indices of the rows, or None: all rows."""
+
+
+def check_ids(gradient: tf.IndexedSlices, variable: Any) -> Any:
     """Fail where an index is outside the table; XLA drops this, and such rows."""
     ids = gradient.indices
     good = tf.reduce_all((ids >= 0) & (ids < variable.shape[0]))
@@ -126,52 +150,72 @@ def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
 def update(
     variable: Any,
     slots: Slots,
-    clock: Clock,
-    ids: Any,
-    rho: float,
-    step: Callable[[Slots, Any], tuple[Any, Slots]],
+    rows: Rows,
+    rho: Any,
+    draw: Draw,
+    step: Callable[[Any, Slots], tuple[Any, Slots]],
+    *,
+    reads_weights: bool,
 ) -> None:
     """Catch up with the silence of some rows of a table, then update them.
 
     Args:
         variable: The table.
         slots: Its slots.
-        clock: Its clock, which counts this update.
-        ids: The distinct indices of the rows, or None: all rows.
+        rows: The rows, and the table's clock, which counts this update.
         rho: Decay rate of the averages.
-        step: Function from the slots of the rows before the update, and `ids`, to what
-            it takes from their weights, and their slots after it.
+        draw: What random rounding depends on.
+        step: Function from the weights of the rows and their slots before the update
+            to what it takes from the weights, and the slots after it.
+        reads_weights: Whether that looks at the weights.
     """
-    taken, new = step(caught_up(slots, clock, ids, rho), ids)
-    for slot, value in zip(slots, new, strict=True):
-        if slot is not None:
-            write(slot, value, ids)
+    clock, ids = rows
+    weights = read(variable, ids) if reads_weights else None
+    taken, new = step(weights, caught_up(slots, rows, rho))
+    _write_slots(slots, new, ids, draw)
     subtract(variable, taken, ids)
     now = tf.convert_to_tensor(clock.updates.assign_add(1))
     write(clock.last, tf.fill(tf.shape(new.velocity)[:1], now), ids)
 
 
-def caught_up(slots: Slots, clock: Clock, ids: Any, rho: float) -> Slots:
+def catch_up(slots: Slots, clock: Clock, rho: Any, draw: Draw) -> None:
+    """Bring the averages of all rows of a table up to date, and reset its clock.
+
+    Args:
+        slots: The slots of the table.
+        clock: Its clock.
+        rho: Decay rate of the averages.
+        draw: What random rounding depends on.
+    """
+    new = caught_up(slots, Rows(clock), rho)
+    _write_slots(slots, new._replace(momentum=None), None, draw)
+    clock.reset()
+
+
+def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
     """Return some rows of slots as they are after the silent updates so far.
 
     Args:
         slots: The slots of a table.
-        clock: Its clock.
-        ids: The indices of the rows, or None: all rows.
+        rows: The rows, and the table's clock.
         rho: Decay rate of the averages.
     """
-    v, m, a = slots
-    v = read(v, ids)
-    m, a = (s if s is None else read(s, ids) for s in (m, a))
-    silence = clock.updates - read(clock.last, ids)
+    clock, ids = rows
+    kept = keras.backend.standardize_dtype(slots.velocity.dtype)
+    dtype = keras.backend.result_type(kept, "float32")
+    v, m, a = slots.map(lambda slot: of(slot).decode(read(slot, ids), dtype))
+    silence = tf.convert_to_tensor(clock.updates) - read(clock.last, ids)
     # The power of the rho that dense arithmetic would multiply by, again and again.
-    dtype = keras.backend.result_type(v.dtype.name, "float32")
-    base = tf.cast(tf.constant(rho, dtype), tf.float64)
+    base = tf.cast(keras.ops.cast(rho, dtype), tf.float64)
     factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
     factor = tf.reshape(factor, [-1] + [1] * (len(v.shape) - 1))
-    return Slots(
-        factor * tf.cast(v, dtype), m, a if a is None else factor * tf.cast(a, dtype)
-    )
+    return Slots(factor * v, m, a if a is None else factor * a)
+
+
+def _write_slots(slots: Slots, values: Slots, ids: Any, draw: Draw) -> None:
+    for slot, value in zip(slots, encoded(slots, values, draw), strict=True):
+        if value is not None:
+            write(slot, value, ids)
 
 
 def mean(values: Any, *, ids: Any, variable: Any) -> Any:

@@ -1,0 +1,14 @@
+"""What runs a step: one module a backend, each with the functions of `plain.py`."""
+
+from types import ModuleType
+
+import keras
+
+if keras.backend.backend() == "tensorflow":
+    from keras_rmsprop.backends import tensorflow
+
+    current: ModuleType = tensorflow
+else:
+    from keras_rmsprop.backends import plain
+
+    current = plain

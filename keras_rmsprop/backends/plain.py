@@ -1,0 +1,210 @@
+"""A step as data, and how it is taken on any backend of Keras, variable by variable."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_rmsprop import codecs, rule
+from keras_rmsprop.rule import Slots
+
+Taken = tuple[Any, Slots]
+"""What a step takes from the weights, and the new slots: tensors, before encoding."""
+
+
+class Update(NamedTuple):
+    """What a step does to one variable."""
+
+    variable: Any
+    gradient: Any
+    """A tensor of the variable's shape, or of its rows'."""
+    slots: Slots
+    """The variables that keep them."""
+    decay: Any = None
+    """The weight decay of this variable; None: none."""
+    rows: Any = None
+    """The rows of a table (`sparse.Rows`); None: it has no clock."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which it is computed."""
+        of_weights, kept = (
+            keras.backend.standardize_dtype(v.dtype)
+            for v in (self.variable, self.slots.velocity)
+        )
+        return str(keras.backend.result_type(of_weights, kept, "float32"))
+
+
+class Step(NamedTuple):
+    """What is the same for all variables of a step."""
+
+    options: rule.Options
+    learning_rate: Any
+    draw: codecs.Draw
+    """How many steps there were, and what random rounding depends on besides."""
+    decoupled_weight_decay: bool = True
+
+    def taken(
+        self,
+        gradient: Any,
+        weights: Any,
+        slots: Slots,
+        *,
+        dtype: str,
+        decay: Any = None,
+        mean: Callable[[Any], Any] = ops.mean,
+    ) -> Taken:
+        """Return what the step takes from the weights, and the new slots.
+
+        Args:
+            gradient: A tensor.
+            weights: A tensor of the same shape; read with weight decay only.
+            slots: Tensors or variables of the same shape.
+            dtype: The dtype in which to compute.
+            decay: The weight decay, or None.
+            mean: See `rule.step`.
+        """
+        rate = ops.cast(self.learning_rate, dtype)
+        weights = None if decay is None else ops.cast(weights, dtype)
+        l2 = decay is not None and not self.decoupled_weight_decay
+        corrects = self.options.bias_correction
+        taken, new = rule.step(
+            ops.cast(gradient, dtype),
+            slots.map(lambda slot: codecs.of(slot).decode(slot, dtype)),
+            rate,
+            self.options.cast(dtype),
+            # Traced for each variable, so only where it is read.
+            t=ops.cast(self.draw.step + 1, dtype) if corrects else None,
+            penalty=rule.cast(decay, dtype) * weights if l2 else None,
+            mean=mean,
+        )
+        if decay is not None and not l2:
+            # The constant in float32 first, as in Keras.
+            taken = taken + rate * ops.cast(decay, dtype) * weights
+        return taken, new
+
+
+class Request(NamedTuple):
+    """What a runner is to know of an optimizer's step."""
+
+    jit_compile: bool | str
+    attributes: Mapping[str, Any]
+    """The optimizer's, all of them."""
+    clocks: Sequence[int]
+    """Which tables have one."""
+    learning_rate: Callable[[], Any]
+    """Returns a variable, or the value of the moment of what is none."""
+    make_clocks: Callable[[], None]
+    """Makes the clocks of tables that get one with this step."""
+    prepare: Callable[[], Sequence[Any]]
+    """Checks the gradients, builds; returns the optimizer's variables."""
+
+
+class Way(NamedTuple):
+    """How a variable is updated, in words, and why so."""
+
+    name: str
+    why: str
+
+
+outside_functions = contextlib.nullcontext
+"""Context in which variables are made at once, not when a function has been traced."""
+
+
+def as_gradient(gradient: Any, variable: Any) -> Any:
+    """Return what was given for a gradient as one that the backend knows."""
+    return gradient
+
+
+def widened(gradient: Any) -> Any:
+    """Return a gradient in float32 at least.
+
+    In float16 norms overflow, and what was scaled up underflows.
+    """
+    dtype = keras.backend.standardize_dtype(gradient.dtype)
+    wide = keras.backend.result_type(dtype, "float32")
+    return gradient if dtype == wide else ops.cast(gradient, wide)
+
+
+def check(gradient: Any, variable: Any) -> None:
+    """Fail if a gradient does not fit its variable by its shape."""
+    expected = tuple(variable.shape)
+    received = tuple(getattr(gradient, "shape", expected))
+    if received != expected:
+        raise ValueError(
+            "A gradient must have the shape of its variable. Received: "
+            f"shape {received} for variable {variable.name!r} of shape {expected}"
+        )
+
+
+def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -> None:
+    """Take the step, one variable after the other."""
+    for one in updates:
+        update_one(one, step)
+
+
+def update_one(one: Update, step: Step) -> None:
+    """Take the step of one variable."""
+    variable, gradient, slots, decay, _ = one
+    taken, new = step.taken(gradient, variable, slots, dtype=one.dtype, decay=decay)
+    new = codecs.encoded(slots, new, step.draw)
+    for slot, value in zip(slots, new, strict=True):
+        if slot is not None:
+            slot.assign(value)
+    variable.assign_sub(ops.cast(taken, variable.dtype))
+
+
+def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
+    """Say how `update` updates a variable, and why so."""
+    return Way("on its own", "as on every backend but TensorFlow")
+
+
+class Runner:
+    """Takes an optimizer's steps, here and now."""
+
+    def forget_settings(self) -> None:
+        """Say that an attribute of the optimizer was assigned."""
+
+    def run(
+        self,
+        step: Callable[..., None],
+        grads: list[Any],
+        variables: Sequence[Any],
+        request: Request,
+    ) -> None:
+        """Take a step; see `tensorflow.Runner`."""
+        step(grads, variables)
+
+
+def as_taken(
+    grads: Sequence[Any], variables: Sequence[Any], clocks: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return gradients in float32 at least; see `tensorflow.as_taken`."""
+    return [g if g is None else widened(g) for g in grads], [None] * len(grads), []
+
+
+def after(operations: Sequence[Any]) -> Any:
+    """Return the context in which everything waits for operations: here all do."""
+    return contextlib.nullcontext()
+
+
+def inside_xla() -> bool:
+    """Whether the step is a part of what XLA compiles."""
+    return keras.backend.backend() == "jax"
+
+
+def has_slices(grads: Sequence[Any]) -> bool:
+    """Whether a gradient is a sparse one that the backend treats as such."""
+    return False
+
+
+def is_slices(gradient: Any) -> bool:
+    """Whether a gradient is such a one."""
+    return False
+
+
+def is_eager() -> bool:
+    """Whether this runs here and now, and is not being traced."""
+    return True

@@ -1,0 +1,261 @@
+"""A whole step - unscale, clip, decay, update, average - as one traced program.
+
+The program is the plain step, traced: there is no second way to do a step. Whatever a
+trace holds as a constant is in its key: the attributes of the optimizer, all of them,
+as `Settings` numbers them, and what the step is given.
+"""
+
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+MOST_PROGRAMS = 64
+"""How many programs an optimizer keeps: an option that changes at every step would
+otherwise fill the memory with traces."""
+EAGER_TRACES = 8
+"""How many sets of gradients and settings an optimizer traces when it first sees them.
+Later ones are traced when they are seen again: what never repeats is not worth it."""
+XLA_PROGRAMS = 64
+"""How many programs of a process XLA compiles. TensorFlow never frees what it
+compiled, some 5 MB each."""
+
+Step = Callable[[Sequence[Any], Sequence[Any], Any, bool], None]
+"""Takes a step, given the gradients, the variables, the learning rate, and whether it
+is traced for a program."""
+
+
+class Settings:
+    """The attributes of an object, as a number: equal where all of them are equal.
+
+    An attribute that is no plain value (a list, a layer, a function) is compared by
+    identity, so what changes inside it goes unseen.
+
+    Example:
+        >>> settings = Settings()
+        >>> [settings.number({"rho": rho}) for rho in (0.9, 0.5, 0.9)]
+        [0, 1, 0]
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._seen: list[Any] = []  # while they live, no other gets their ids
+
+    def number(self, attributes: Mapping[str, Any]) -> int:
+        """Return the number of these attributes.
+
+        Args:
+            attributes: As of `vars`.
+        """
+        key = tuple(
+            (name, *_comparable(x))
+            for name, x in attributes.items()
+            if not name.startswith("_self_")  # TensorFlow's notes for checkpoints
+        )
+        if key not in self._numbers:
+            self._numbers[key] = len(self._numbers)
+            self._seen.append([*attributes.values()])
+        return self._numbers[key]
+
+
+def _comparable(x: Any) -> tuple[type, Hashable]:
+    plain = x is None or isinstance(x, bool | int | float | str)
+    return type(x), x if plain else id(x)
+
+
+class Programs:
+    """The traced steps of one optimizer: one for each set of gradients."""
+
+    _compiled = 0
+
+    def __init__(self) -> None:
+        self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
+
+    def run(
+        self,
+        step: Step,
+        grads: list[Any],
+        variables: Sequence[Any],
+        *,
+        settings: Callable[[], Hashable],
+        learning_rate: Any,
+        prepare: Callable[[], Sequence[Any]],
+        xla: Callable[[], bool],
+    ) -> None:
+        """Take the step as one program; trace it first where it is worth it.
+
+        Args:
+            step: The plain step.
+            grads: A tensor, slices or None for each variable.
+            variables: The model's variables.
+            settings: Returns something that is equal where all is equal that a trace
+                of `step` holds as constants, besides what is given here.
+            learning_rate: A Keras variable, which is read inside the program; or
+                the value of the moment of anything else, which goes in as an argument.
+            prepare: Called before a trace; returns the optimizer's variables.
+            xla: Returns whether XLA should compile it.
+        """
+        tensors, kinds = flattened(grads)
+        is_variable = isinstance(learning_rate, keras.Variable)
+        if not is_variable:
+            tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
+        given = (
+            id(learning_rate) if is_variable else getattr(learning_rate, "dtype", None),
+            *map(id, variables),
+            *map(id, map(_constraint_of, variables)),
+            *kinds,
+        )
+        key = (settings(), *given)
+        program = self._programs.get(key)
+        if program is None:
+            if len(self._programs) >= EAGER_TRACES and key not in self._programs:
+                self._keep(key, None)
+                step(grads, variables, learning_rate, False)
+                return
+            traced = _trace(
+                step,
+                learning_rate if is_variable else None,
+                grads,
+                variables,
+                tensors,
+                prepare(),
+                xla=xla() and Programs._compiled < XLA_PROGRAMS,
+            )
+            Programs._compiled += traced.xla
+            program, key = traced, (settings(), *given)  # tracing may set attributes
+        self._keep(key, program)
+        program(tensors)
+
+    def _keep(self, key: Hashable, program: "_Program | None") -> None:
+        """Keep a program, or that it was asked for, as the last one to be dropped."""
+        self._programs[key] = program
+        self._programs.move_to_end(key)
+        if len(self._programs) > MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+
+
+def flattened(grads: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
+    """Return the tensors in gradients, and what a trace holds of each as constants.
+
+    A dtype is there by its id, as dtypes are slow to compare.
+    """
+    tensors: list[Any] = []
+    kinds: list[Hashable] = []
+    for g in grads:
+        if isinstance(g, tf.Tensor):
+            tensors.append(g)
+            kinds += quick_shape(g), id(g.dtype)
+        elif g is None:
+            kinds.append(g)
+        else:
+            tensors += [g.values, g.indices]
+            kinds.append((g.values.shape[1:], g.dtype, g.indices.dtype))
+    return tensors, kinds
+
+
+def quick_shape(tensor: Any) -> Any:
+    """Return a tensor's shape, to be compared with others of this function.
+
+    The public one takes 2 us for every new gradient, ten times as long as this, which
+    is not documented.
+    """
+    shape_of = getattr(tensor, "_shape_tuple", None)
+    return tensor.shape if shape_of is None else shape_of()
+
+
+_constraint_of = operator.attrgetter("constraint")
+
+
+class _Program(NamedTuple):
+    """A traced step."""
+
+    concrete: Any
+    """The `tf.types.experimental.ConcreteFunction`."""
+    captured: list[Any]
+    """The handles of the variables that it reads and writes."""
+    device: str | None
+    """Where these variables are, if in one place: XLA runs there and nowhere else."""
+    owners: Any
+    """The objects whose ids are its key: while it lives, no other gets these ids."""
+    xla: bool
+    """Whether XLA compiles it."""
+
+    def __call__(self, tensors: list[Any]) -> None:
+        """Run the step on the gradients (and the learning rate)."""
+        with tf.device(self.device):
+            if not self._call_inner(tensors):
+                self.concrete(*tensors)
+
+    def _call_inner(self, tensors: list[Any]) -> bool:
+        """Call the traced function directly, or return False where that cannot be.
+
+        `tf.function` spends some 10 us a tensor on checking arguments that the key
+        has checked already. This way in is not documented, so it stands here alone.
+        """
+        inner: Any = getattr(self.concrete, "inference_fn", None)
+        if not hasattr(inner, "call_flat") or not tf.executing_eagerly():
+            return False
+        inner.call_flat(*tensors, *self.captured)
+        return True
+
+
+def _trace(
+    step: Step,
+    rate_variable: Any,
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    tensors: Sequence[Any],
+    state: Sequence[Any],
+    *,
+    xla: bool,
+) -> _Program:
+    """Return the step as a program that takes tensors like these.
+
+    XLA does not compile it where it updates rows, as it would compile anew for each
+    number of them, nor where the variables are on several devices.
+    """
+    devices = {v.handle.device for v in [*variables, *state]}
+    xla = xla and len(devices) == 1 and not has_slices(grads)
+    specs = []
+    for g in grads:
+        if is_slices(g):
+            specs.append(tf.TensorSpec([None, *g.values.shape[1:]], g.dtype))
+            specs.append(tf.TensorSpec([None], g.indices.dtype))
+        elif g is not None:
+            specs.append(tf.TensorSpec(g.shape, g.dtype))
+    specs += [tf.TensorSpec(t.shape, t.dtype) for t in tensors[len(specs) :]]
+
+    def body(*tensors: Any) -> None:
+        arguments = iter(tensors)
+        traced = []
+        for g in grads:
+            if is_slices(g):
+                traced.append(tf.IndexedSlices(next(arguments), next(arguments)))
+            else:
+                traced.append(g if g is None else next(arguments))
+        step(traced, variables, next(arguments, rate_variable), True)
+
+    with tf.init_scope():
+        function = tf.function(body, autograph=False, jit_compile=xla)
+        concrete = function.get_concrete_function(*specs)
+    return _Program(
+        concrete,
+        concrete.captured_inputs,
+        devices.pop() if len(devices) == 1 else None,
+        (variables, [v.constraint for v in variables], rate_variable),
+        xla,
+    )
+
+
+def has_slices(grads: Sequence[Any]) -> bool:
+    """Whether a gradient is a sparse one."""
+    return any(map(is_slices, grads))
+
+
+def is_slices(gradient: Any) -> bool:
+    """Whether this gradient is a sparse one."""
+    # To ask whether it is slices takes four times as long.
+    return not (gradient is None or isinstance(gradient, tf.Tensor))

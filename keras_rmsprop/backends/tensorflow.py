@@ -1,0 +1,361 @@
+"""How a step is taken on TensorFlow: as a program, on all replicas, by rows."""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rmsprop import codecs, sparse
+from keras_rmsprop.backends import layouts, plain
+from keras_rmsprop.backends.plain import Request, Step, Taken, Update, Way
+from keras_rmsprop.backends.programs import Programs, Settings, has_slices
+from keras_rmsprop.backends.programs import is_slices as is_slices
+from keras_rmsprop.folding import folded
+from keras_rmsprop.options import is_tensor
+from keras_rmsprop.rule import Slots
+from keras_rmsprop.sparse import inside_xla as inside_xla
+from keras_rmsprop.sparse import native, widened
+
+XLA_IN_GRAPH_ELEMENTS = 2**20
+"""From this size on a variable gains from XLA in a graph that is not compiled."""
+XLA_EAGER_ELEMENTS = 2**12
+"""If no variable is larger, launching XLA takes as long as the step does."""
+
+outside_functions = tf.init_scope
+
+
+def as_gradient(gradient: Any, variable: Any) -> Any:
+    """Return a gradient as a tensor or as slices of tensors, None as it is."""
+    if isinstance(gradient, tf.Tensor) or gradient is None:
+        return gradient
+    if isinstance(gradient, tf.IndexedSlices):
+        values = as_gradient(gradient.values, variable)
+        others = (gradient.indices, gradient.dense_shape)
+        return tf.IndexedSlices(
+            values, *(None if x is None else tf.convert_to_tensor(x) for x in others)
+        )
+    if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
+        return tf.constant(gradient)  # to be refused; a cast would take the real part
+    return tf.convert_to_tensor(keras.ops.convert_to_tensor(gradient, variable.dtype))
+
+
+def check(gradient: Any, variable: Any) -> None:
+    """Fail if a gradient does not fit its variable by its shape or dtype."""
+    if gradient is None:
+        return
+    if not isinstance(variable, keras.Variable | tf.Variable):
+        raise TypeError(
+            f"Gradients must come with variables. Received: {type(variable).__name__}"
+        )
+    name, shape = variable.name, tuple(variable.shape)
+    if not gradient.dtype.is_floating:
+        raise TypeError(
+            "A gradient must be of floating point numbers. "
+            f"Received: {gradient.dtype.name} for variable {name!r}"
+        )
+    if not gradient.shape.is_compatible_with(shape):
+        raise ValueError(
+            "A gradient must have the shape of its variable. Received: "
+            f"shape {tuple(gradient.shape)} for variable {name!r} of shape {shape}"
+        )
+    if not isinstance(gradient, tf.IndexedSlices):
+        return
+    values, ids = gradient.values, gradient.indices
+    if (
+        ids.dtype not in (tf.int32, tf.int64)
+        or not ids.shape.is_compatible_with([None])
+        or not values.shape.is_compatible_with([*ids.shape[:1], *shape[1:]])
+        or not shape
+    ):
+        raise ValueError(
+            "A sparse gradient must have int32 or int64 indices, and for each a row as "
+            f"wide as the variable's. Received: {ids.dtype.name} indices of shape "
+            f"{tuple(ids.shape)} and values of shape {tuple(values.shape)} for "
+            f"variable {name!r} of shape {shape}"
+        )
+
+
+class Runner:
+    """Takes an optimizer's steps: here and now, as a program, or on all replicas."""
+
+    def __init__(self) -> None:
+        self._programs = Programs()
+        self._settings = Settings()
+        self._number: int | None = None
+
+    def forget_settings(self) -> None:
+        """Say that an attribute of the optimizer was assigned."""
+        self._number = None
+
+    def run(
+        self,
+        step: Callable[..., None],
+        grads: list[Any],
+        variables: Sequence[Any],
+        request: Request,
+    ) -> None:
+        """Take a step.
+
+        Args:
+            step: The plain step; see `programs.Step`. The last two may be left out.
+            grads: A tensor, slices or None for each variable.
+            variables: The model's variables.
+            request: What there is to know of the step.
+        """
+        if tf.distribute.has_strategy():
+            on_all_replicas(step, grads, variables, request.make_clocks)
+            return
+        request.make_clocks()
+        if not self.has_program(grads, variables, request.jit_compile):
+            step(grads, variables)
+            return
+
+        def settings() -> Hashable:
+            if self._number is None:
+                self._number = self._settings.number(request.attributes)
+            return self._number, *request.clocks
+
+        self._programs.run(
+            step,
+            grads,
+            variables,
+            settings=settings,
+            learning_rate=request.learning_rate(),
+            prepare=request.prepare,
+            xla=lambda: request.jit_compile is True or is_worth_xla(variables),
+        )
+
+    def has_program(
+        self, grads: Sequence[Any], variables: Sequence[Any], jit_compile: bool | str
+    ) -> bool:
+        """Whether a step taken here and now should be a program of its own."""
+        if jit_compile is False or tf.config.functions_run_eagerly() or is_watched():
+            return False
+        if tf.executing_eagerly():
+            return True
+        # In a graph only XLA gains, and XLA would compile for each number of rows.
+        return not has_slices(grads) and (jit_compile is True or is_large(variables))
+
+
+def is_worth_xla(variables: Sequence[Any]) -> bool:
+    """Whether XLA is faster for an eager step of these variables."""
+    return any(math.prod(v.shape) > XLA_EAGER_ELEMENTS for v in variables)
+
+
+def is_large(variables: Sequence[Any]) -> bool:
+    """Whether XLA is faster for the step of these variables in another's graph."""
+    return any(math.prod(v.shape) >= XLA_IN_GRAPH_ELEMENTS for v in variables)
+
+
+def is_watched() -> bool:
+    """Whether TensorFlow's debugging tools look at each operation, which XLA hides.
+
+    There is no public way to know. Without the private one the answer is no.
+    """
+    try:
+        from tensorflow.python.eager import context
+
+        return bool(context.context().op_callbacks)
+    except (ImportError, AttributeError):
+        return False
+
+
+def on_all_replicas(
+    step: Callable[..., None],
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    make_clocks: Callable[[], None],
+) -> None:
+    """Sum the gradients over the replicas; then each steps with its own copies.
+
+    Of sparse gradients the rows travel. After the sum all replicas know the same,
+    so nothing else has to travel, and a step is the plain one.
+    """
+    distribute = tf.__internal__.distribute
+    strategy = tf.distribute.get_strategy()
+    replica = tf.distribute.get_replica_context()
+    given = [g for g in grads if g is not None]
+    if replica and given:
+        summed = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, given))
+        grads = [g if g is None else next(summed) for g in grads]
+    if not replica:
+        make_clocks()
+    # Replicas that cannot meet, as XLA compiles them apart, make no clock: then the
+    # sum of slices becomes dense.
+    elif has_slices(grads) and not distribute.strategy_supports_no_merge_call():
+        replica.merge_call(lambda _: make_clocks())
+    strategy.extended.update(
+        native(variables[0]),
+        lambda _, *grads: step(grads, variables),
+        args=tuple(grads),
+        group=False,
+    )
+
+
+def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -> None:
+    """Take the step of all variables.
+
+    Args:
+        updates: What to do to each.
+        step: What is the same for all.
+        in_program: Whether this is traced for a program that holds nothing else.
+    """
+    together: dict[Hashable, list[Update]] = {}
+    count = len(updates)
+    one_each = len({id(native(one.variable)) for one in updates}) == count
+    for one in updates:
+        one = one._replace(variable=native(one.variable), slots=one.slots.map(native))
+        kind = way(one, step, in_program=in_program).name
+        if kind == ROWS:
+            _update_rows(one, step)
+        elif kind == ONE_AXIS:
+            layouts.update_on_one_axis(
+                one.gradient,
+                one.variable,
+                one.slots,
+                functools.partial(_kept, one, step),
+                step.draw.step >= 0,
+            )
+        elif kind == END_TO_END and one_each:
+            key = one.variable.dtype, one.slots.velocity.dtype, _same(one.decay)
+            together.setdefault(key, []).append(one)
+        else:
+            plain.update_one(one, step)
+    for several in together.values():
+        if len(several) == 1:
+            plain.update_one(several[0], step)
+        else:
+            layouts.update_end_to_end(
+                [one.gradient for one in several],
+                [one.variable for one in several],
+                [one.slots for one in several],
+                functools.partial(_kept, several[0], step),
+            )
+
+
+ROWS, ONE_AXIS, END_TO_END, ALONE = "rows", "one axis", "end to end", "on its own"
+
+
+def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
+    """Say how `update` updates a variable, and why so."""
+    xla = inside_xla()
+    if one.rows is not None:
+        return Way(ROWS, "sparse gradients: what a step costs, its rows do")
+    if xla and in_program and layouts.has_short_axis(one.variable):
+        return Way(ONE_AXIS, "its last axis is short, and XLA vectorises that alone")
+    if xla or not layouts.is_small(one.variable):
+        return Way(ALONE, "large enough, or fused by XLA")
+    if tf.distribute.has_strategy():
+        return Way(ALONE, "under `tf.distribute`")
+    if step.options.cautious:
+        return Way(ALONE, "`cautious` counts each variable's elements")
+    if not codecs.of(one.slots.velocity).elementwise:
+        return Way(ALONE, "`slot_dtype` draws by each element's place")
+    return Way(END_TO_END, "small: an operation costs more than what it computes")
+
+
+def _same(decay: Any) -> Hashable:
+    return id(decay) if is_tensor(decay) else decay
+
+
+def _kept(one: Update, step: Step, gradient: Any, weights: Any, slots: Slots) -> Taken:
+    """Return what a step like this one takes, and the new slots as they are kept."""
+    taken, new = step.taken(gradient, weights, slots, dtype=one.dtype, decay=one.decay)
+    return taken, codecs.encoded(one.slots, new, step.draw)
+
+
+def _update_rows(one: Update, step: Step) -> None:
+    ids = one.rows.ids
+    mean = functools.partial(sparse.mean, ids=ids, variable=one.variable)
+
+    def taken(weights: Any, slots: Slots) -> Taken:
+        return step.taken(
+            one.gradient,
+            weights,
+            slots,
+            dtype=one.dtype,
+            decay=one.decay,
+            mean=tf.reduce_mean if ids is None else mean,
+        )
+
+    sparse.update(
+        one.variable,
+        one.slots,
+        one.rows,
+        step.options.rho,
+        step.draw,
+        taken,
+        reads_weights=one.decay is not None,
+    )
+
+
+def clipped(
+    grads: Sequence[Any], norm: float | None, global_norm: float | None
+) -> list[Any]:
+    """Return gradients as Keras clips them, by norms that XLA takes on all threads.
+
+    Args:
+        grads: Tensors or None.
+        norm: The largest norm of one gradient, or None.
+        global_norm: If that is None, the largest norm of all together.
+    """
+    squares = [
+        [tf.reduce_sum(part) for part in folded(tf.square(g), tf.add)]
+        for g in grads
+        if g is not None
+    ]
+    if norm:
+        norms = iter([tf.sqrt(tf.add_n(sums)) for sums in squares])
+        return [
+            g if g is None else g * (norm / tf.maximum(next(norms), norm))
+            for g in grads
+        ]
+    most = global_norm
+    of_all = tf.sqrt(tf.add_n([s for sums in squares for s in sums]))
+    scale = most / tf.maximum(of_all, most) + (of_all - of_all)  # infinite: NaN
+    return [g if g is None else g * scale for g in grads]
+
+
+def as_taken(
+    grads: Sequence[Any], variables: Sequence[Any], clocks: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return gradients as Keras can treat them: tensors in float32 at least.
+
+    Args:
+        grads: A tensor, slices or None for each variable.
+        variables: The variables.
+        clocks: The clock of each table of which rows suffice, else None.
+
+    Returns:
+        The gradients; of each the distinct rows that it has left, or None; and what
+        fails if an index is outside its table.
+    """
+    tensors: list[Any] = []
+    rows: list[Any] = []
+    asserts = []
+    for gradient, variable, clock in zip(grads, variables, clocks, strict=True):
+        ids = None
+        if isinstance(gradient, tf.IndexedSlices):
+            asserts.append(sparse.check_ids(gradient, variable))
+            if clock is None:
+                gradient = sparse.dense(gradient, variable)
+            else:
+                gradient, ids = sparse.distinct(gradient, variable)
+        elif gradient is not None:
+            gradient = widened(gradient)
+        tensors.append(gradient)
+        rows.append(ids)
+    return tensors, rows, asserts
+
+
+after = tf.control_dependencies
+"""Context in which everything waits for the operations given."""
+
+
+def is_eager() -> bool:
+    """Whether this runs here and now, and is not being traced."""
+    return tf.executing_eagerly()

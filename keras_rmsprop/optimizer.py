@@ -1,0 +1,853 @@
+"""The optimizer: its arguments, what it keeps, its step and its configuration."""
+
+import functools
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any, Unpack
+
+import keras
+from keras import ops
+
+from keras_rmsprop import averages, checks, codecs, options, rule, saving, skipping
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.backends.plain import Request, Step, Update
+from keras_rmsprop.slots import ACCUMULATOR, SLOTS, WEIGHT_AVERAGE, Keeper, in_order_of
+from keras_rmsprop.state import State, as_array, matched
+
+on_tensorflow = keras.backend.backend() == "tensorflow"
+if on_tensorflow:
+    from keras_rmsprop import sparse
+
+
+class _Now:
+    """What holds while a step is taken, or while a slot is made."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Any] = {}
+        """By their index, the tables of which a step takes rows, and these rows."""
+        self.learning_rate: Any = None
+        """The learning rate, where it was given to the step."""
+        self.in_program = False
+        """Whether a program is traced, one that holds the step and nothing else."""
+        self.slot: tuple[str, Any, str] | None = None
+        """Kind, owner and dtype of the slot that is being made."""
+
+
+@keras.saving.register_keras_serializable(package="keras_rmsprop")
+class RMSprop(keras.optimizers.Optimizer):
+    r"""RMSprop: gradients divided by the root of their recent mean square.
+
+    A drop-in for `keras.optimizers.RMSprop`, whose positional arguments, defaults,
+    variables and results it shares. For each weight $w$ with gradient $g$, decay rate
+    $\rho$ = `rho`, learning rate $\eta$ = `learning_rate` and $\epsilon$ = `epsilon`:
+
+    $$v \leftarrow \rho v + (1 - \rho) g^2, \qquad
+      w \leftarrow w - \eta \frac{g}{\sqrt{v + \epsilon}}$$
+
+    What others call RMSprop differs from that in places (see
+    `keras_rmsprop.dialects`). With every option, step $t = 1, 2, \dots$ is:
+
+    $$\begin{aligned}
+      g &\leftarrow s\,g + \lambda w \\
+      v &\leftarrow \rho v + (1 - \rho) g^2, \qquad v_0 = \texttt{initial} \\
+      a &\leftarrow \rho a + (1 - \rho) g, \qquad a_0 = 0 \\
+      \hat v &= v / c_t, \quad \hat a = a / c_t,
+        \qquad c_t = 1 \text{ or } 1 - \rho^t \\
+      d &= \sqrt{\hat v - \hat a^2 + \epsilon}
+        \;\text{ or }\; \sqrt{\hat v - \hat a^2} + \epsilon \\
+      m &\leftarrow \mu m + \eta\,g / d, \qquad m_0 = 0 \\
+      u &= m \;\text{ or }\; \mu m + \eta\,g / d \\
+      w &\leftarrow (1 - \eta\,\omega)\,w - k \odot u
+    \end{aligned}$$
+
+    The slots $v$ (`velocity`), $m$ (`momentum`) and $a$ (`average_gradient`) have the
+    shape of their weight. Their dtype is the weight's, but never less than float32,
+    so that averages of float16 and bfloat16 weights do not stall (see `slot_dtype`).
+
+    On the TensorFlow backend a step taken eagerly - in a notebook or a custom training
+    loop - runs as one XLA program: unscaling, clipping, decay, update and averages (see
+    `jit_compile` for the exceptions). It is traced once for each set of gradients.
+    Whatever the learning rate is, a changed value takes effect with the next step and
+    without a new trace.
+
+    Args:
+        learning_rate: $\eta$, a number >= 0, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable without
+            arguments that returns a number. Defaults to `0.001`.
+        rho: $\rho$, the decay rate of $v$ and $a$, in [0, 1). About
+            $1 / (1 - \rho)$ steps are remembered. Defaults to `0.9`.
+        momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
+            Defaults to `0.0`.
+        epsilon: $\epsilon$ > 0, in units of the squared gradient where it stands inside
+            the root, else of the gradient. Defaults to `1e-7`.
+        centered: Whether to divide by the root of the variance, $v - a^2$; else there
+            is no $a$. Defaults to `False`.
+        weight_decay: Number or `None`: $\omega$, before the update each weight loses
+            `weight_decay * learning_rate` of itself; or $\lambda$, see
+            `decoupled_weight_decay`. `exclude_from_weight_decay` excepts variables.
+        clipnorm: Number or `None`: the largest norm one gradient may have.
+        clipvalue: Number or `None`: the largest magnitude an element of a gradient may
+            have.
+        global_clipnorm: Number or `None`: the largest norm all gradients together may
+            have.
+        use_ema: Whether to keep an exponential moving average of the weights.
+            Defaults to `False`.
+        ema_momentum: Decay rate of that average, in [0, 1]. Defaults to `0.99`.
+        ema_overwrite_frequency: Number of steps after which the average replaces the
+            weights, or `None`: only when training ends.
+        loss_scale_factor: Number or `None`: multiplies the loss and divides the
+            gradients, against underflow in float16.
+        gradient_accumulation_steps: Integer >= 2 or `None`: updates happen every so
+            many calls, with the mean gradient.
+        name: Name of the optimizer, the prefix of its variables' paths.
+        epsilon_inside_sqrt: Which $d$: `True` the first, `False` the second, where
+            epsilon is in units of the gradient. Defaults to `True`.
+        initial_accumulator_value: $v_0$ >= 0, in units of the squared gradient; 1
+            keeps the first steps short. Defaults to `0.0`.
+        bias_correction: Which $c_t$: `False` 1; `True` the second, so that $\hat v$ is
+            the mean square of the steps there were. Defaults to `False`.
+        nesterov: Which $u$: `False` the first; `True` the second, the sum of updates as
+            the next step would have it. Without momentum the same. Defaults to `False`.
+        lr_in_momentum: Whether $\eta$ enters the sum of updates, as above; else
+            $m \leftarrow \mu m + g / d$ and the update is $\eta\,k \odot u$, so that a
+            changed learning rate scales past updates, too. Defaults to `True`.
+        decoupled_weight_decay: Whether `weight_decay` is $\omega$, which leaves the
+            slots alone; else it is $\lambda$, the L2 penalty, added to the gradient
+            after clipping. Defaults to `True`.
+        maximize: Whether to go up the gradient: $s = -1$, else $s = 1$. Defaults to
+            `False`.
+        cautious: With momentum, whether to skip elements where the update would go
+            against the gradient and to enlarge the others instead:
+            $k = [u g > 0]$ over its mean in the variable (0.001 at least); else
+            $k = 1$. Defaults to `False`.
+        slot_dtype: Dtype of the slots: `None` as said above, `"float32"`, `"float64"`,
+            or `"bfloat16"`, which halves them: steps are computed in float32 and what
+            is kept is rounded stochastically, up or down at random, right on average.
+            What that depends on is drawn when the optimizer is built (see
+            `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
+            digits, too few for `centered` where gradients vary little. Defaults to
+            `None`.
+        skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
+            nothing - weights, slots, averages, accumulators, `iterations` - but
+            `skipped_steps`, which counts such steps. Else a NaN stays in weights and
+            slots for good. It looks at the gradients as they come in: a
+            `global_clipnorm` that overflows is not seen. A
+            `keras.optimizers.LossScaleOptimizer` around this one skips such steps
+            itself. Defaults to `False`.
+        sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
+            (of an embedding) does: `"exact"` gives the result of the same dense
+            gradient, at the cost of its rows where silent rows stay (no momentum, no
+            weight decay of that variable, no EMA, no accumulation). Averages of
+            silent rows then stand as they last were, until their turn. `"lazy"` updates
+            the rows only, whatever the options but accumulation. Defaults to `"exact"`.
+        jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
+            own: `"auto"` where that is faster (an eager step unless all variables are
+            small, and in a `tf.function` the step of a model with large ones), `True`
+            in every `tf.function` too, `False` never. Inside a function that XLA
+            compiles the step is part of that program. Steps with sparse gradients,
+            under `tf.distribute` or with variables on several devices are never
+            compiled on their own. `False` is also for constraints that compute outside
+            TensorFlow. Defaults to `"auto"`.
+        **kwargs: `lr`, the deprecated spelling of `learning_rate`.
+
+    Raises:
+        ValueError: An argument is out of its range, or unknown.
+        TypeError: An argument is not of its type.
+
+    Example:
+        >>> import keras
+        >>> from keras_rmsprop import RMSprop
+        >>> optimizer = RMSprop(learning_rate=0.1)
+        >>> weight = keras.Variable([1.0, 1.0])
+        >>> optimizer.apply([[2.0, -0.5]], [weight])
+        >>> [round(float(w), 4) for w in weight.numpy()]
+        [0.6838, 1.3162]
+
+        In a model:
+
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model.compile(optimizer=RMSprop(0.01, momentum=0.9), loss="mse")
+
+    Reference:
+        - [Hinton, 2012](
+          https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf),
+          slide 29; `centered` is from [Graves, 2013](https://arxiv.org/abs/1308.0850),
+          `cautious` from [Liang et al., 2024](https://arxiv.org/abs/2411.16085).
+    """
+
+    _file: saving.File | None = None
+    """What was loaded before there were variables to load it into."""
+    _before_file: Sequence[tuple[Any, Any]] = ()
+    """The variables that there were, and their values before that."""
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        rho: float = 0.9,
+        momentum: float = 0.0,
+        epsilon: float = 1e-7,
+        centered: bool = False,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+        **kwargs: Unpack[options.Dialect],
+    ) -> None:
+        given: dict[str, Any] = {**kwargs}
+        learning_rate = _one_of_both(learning_rate, given)
+        own = {name: given.pop(name) for name in options.DIALECT if name in given}
+        own |= {"rho": rho, "momentum": momentum, "epsilon": epsilon}
+        own = options.checked(own | {"centered": centered})
+        super().__init__(
+            learning_rate=checks.learning_rate(learning_rate),
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            name=name,
+            **options.checked_of_keras(
+                {
+                    "weight_decay": weight_decay,
+                    "clipnorm": clipnorm,
+                    "clipvalue": clipvalue,
+                    "global_clipnorm": global_clipnorm,
+                    "use_ema": use_ema,
+                    "ema_momentum": ema_momentum,
+                    "loss_scale_factor": loss_scale_factor,
+                    "gradient_accumulation_steps": gradient_accumulation_steps,
+                }
+            ),
+            **given,
+        )
+        for option, value in own.items():
+            setattr(self, option, value)
+        self.skipped_steps: Any = 0
+        self._keeper = Keeper()
+        self._now = _Now()
+        self._runner = backend.Runner()
+        self._clocks: Any = (
+            sparse.Clocks(lambda: self._trainable_variables) if on_tensorflow else ()
+        )
+        self._offset: Any = None
+
+    # What it keeps for each variable of the model.
+
+    def build(self, variables: list[Any]) -> None:
+        """Create the slots of `variables`: `velocity` and, where used, the others.
+
+        Args:
+            variables: The variables that later steps may update.
+        """
+        if self.built:
+            return
+        if self._file is None:
+            self._build(variables)
+            return
+        early = [name for name, _ in self._named()]
+        # A variable made inside a function would be initialized after it is loaded.
+        with backend.outside_functions():
+            self._build(variables)
+            file, self._file = self._file, None
+            try:
+                self._load(file, keep=early if file.names else [])
+            except ValueError as error:
+                self._skip_file(error)
+                for variable, value in self._before_file:
+                    variable.assign(value)
+            finally:
+                self._before_file = ()
+
+    def _build(self, variables: list[Any]) -> None:
+        super().build(variables)
+        make = functools.partial(self.add_optimizer_variables, variables)
+        value = float(self.initial_accumulator_value)
+        # `Constant` has what it makes in memory twice.
+        start = keras.initializers.Constant(value) if value else "zeros"
+        self._velocities = make("velocity", start)
+        has_momentum = options.is_on(self.momentum)
+        self._momentums = make("momentum") if has_momentum else []
+        self._average_gradients = make("average_gradient") if self.centered else []
+        for name, draw in codecs.named(self.slot_dtype).extra.items():
+            drawn = keras.initializers.Constant(draw())
+            self._offset = self.add_variable((), drawn, "int32", name=name)
+        if self.skip_nonfinite:
+            self.skipped_steps = self.add_variable(
+                (), "zeros", "int32", name="skipped_steps"
+            )
+
+    def add_variable_from_reference(
+        self,
+        reference_variable: Any,
+        name: str | None = None,
+        initializer: Any = "zeros",
+    ) -> Any:
+        """Add a slot of a variable, or return the one that it has.
+
+        Args:
+            reference_variable: The model's variable.
+            name: What the slot is; it is found again by that.
+            initializer: What it starts with.
+        """
+        dtype = keras.backend.standardize_dtype(reference_variable.dtype)
+        if name in SLOTS:
+            dtype = codecs.named(self.slot_dtype).dtype(dtype)
+        elif name == ACCUMULATOR:
+            # In bfloat16 a sum of 256 ones does not grow.
+            dtype = keras.backend.result_type(dtype, "float32")
+        self._now.slot = name or "var", reference_variable, dtype
+        try:
+            return super().add_variable_from_reference(
+                reference_variable, name=name, initializer=initializer
+            )
+        finally:
+            self._now.slot = None
+
+    def add_variable(
+        self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        """Add a variable to the optimizer; see `keras.optimizers.Optimizer`.
+
+        When it is built anew, as after layers were unfrozen, return the one there is.
+        """
+        kind, owner, dtype = self._now.slot or (kwargs.get("name"), None, dtype)
+        make = functools.partial(
+            super().add_variable, shape, initializer, dtype, **kwargs
+        )
+        key = None if owner is None else self._var_key(owner)
+        start = keras.initializers.get(initializer)
+        return self._keeper.find_or_make(str(kind), key, owner, make, start)
+
+    def _check_variables_are_known(self, variables: list[Any]) -> None:
+        known = self._trainable_variables_indices
+        unknown = [v for v in variables if self._var_key(v) not in known]
+        if not unknown:
+            return
+        # If some are known, layers were unfrozen. Of another model none is.
+        if len(unknown) == len(variables):
+            raise ValueError(
+                "Unknown variables: the optimizer was built with others. Make another "
+                f"optimizer for them. Received: {[v.name for v in unknown]}"
+            )
+        with backend.outside_functions():
+            self._build_anew(
+                in_order_of(self._trainable_variables, variables, self._var_key)
+            )
+
+    def _build_anew(self, variables: list[Any]) -> None:
+        """Build for more variables; what there is for the others serves again."""
+        before = self._trainable_variables
+        self._keeper.begin()
+        self.built = False
+        try:
+            self.build(variables)
+        finally:
+            self.built = True
+        for kept in self._keeper.made():
+            if kept.kind == WEIGHT_AVERAGE:
+                kept.variable.assign(kept.owner)
+        self._put_in_order()
+        if self._clocks:
+            self._clocks.move(
+                {i: self._get_variable_index(v) for i, v in enumerate(before)}
+            )
+
+    def _put_in_order(self) -> None:
+        """Order `variables` as a new optimizer would. Keras has no public way to."""
+        tracker = vars(self).pop("_tracker")  # without it a list is not tracked again
+        self._variables = self._keeper.in_order(self._variables)
+        self._tracker = tracker
+        is_variable, _ = tracker.config["variables"]
+        tracker.config["variables"] = is_variable, self._variables
+
+    # A step.
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Update the variables, one step down their gradients.
+
+        Args:
+            grads: One gradient for each variable, of its shape; `None` leaves the
+                variable as it is. A `tf.IndexedSlices` counts as the dense gradient
+                that it stands for: the slices of a row are summed first.
+            trainable_variables: The variables. Not needed once the optimizer is
+                built; then they are those it was built with, in that order.
+
+        Raises:
+            ValueError: The gradients do not fit the variables, or all are `None`.
+            TypeError: A gradient is not of floating point numbers.
+        """
+        variables = trainable_variables
+        if len(grads) == 0 or (variables is None and not self.built):
+            return super().apply(grads, variables)  # no step, or Keras' own error
+        variables = self._trainable_variables if variables is None else list(variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "There must be one gradient, or None, for each variable. "
+                f"Received: {len(grads)} gradients for {len(variables)} variables"
+            )
+        grads = list(map(backend.as_gradient, grads, variables))
+        if not self.built or backend.has_slices(grads):
+            self._prepare(grads, variables)
+        tables = self._tables_to_be(grads, variables)
+        request = Request(
+            jit_compile=self._jit_compile(),
+            attributes=vars(self),
+            clocks=[*self._clocks],
+            learning_rate=lambda: self.learning_rate,
+            make_clocks=lambda: [self._clocks.make(i) for i in sorted(tables)],
+            prepare=functools.partial(self._prepare, grads, variables),
+        )
+        return self._runner.run(self._take, grads, variables, request)
+
+    def _jit_compile(self) -> bool | str:
+        """Return the option; with "auto" a subclass' step runs as Keras runs it."""
+        own_step = self.jit_compile == "auto" and self._has_own_step()
+        return False if own_step else self.jit_compile
+
+    def _has_own_step(self) -> bool:
+        """Whether a subclass, or this instance, takes steps in its own way."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not method
+            for name, method in _STEP_METHODS.items()
+        )
+
+    def _prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """Check gradients; only then make slots for variables that have none."""
+        for gradient, variable in zip(grads, variables, strict=True):
+            backend.check(gradient, variable)
+        if not self.built:
+            self.build(list(variables))
+        self._check_variables_are_known(list(variables))
+        return self._variables
+
+    def _tables_to_be(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
+        """Return the tables that get a clock with this step, by their index.
+
+        A table that a graph of others updates without a clock gets none later: that
+        graph would not know of it.
+        """
+        found = set()
+        for gradient, variable in zip(grads, variables, strict=True):
+            if not backend.is_slices(gradient):
+                continue
+            index = self._get_variable_index(variable)
+            if index not in self._clocks and self._rows_suffice(variable):
+                sparse.check_ids(gradient, variable)
+                found.add(index)
+        if not backend.is_eager():
+            places = self._trainable_variables_indices
+            for gradient, variable in zip(grads, variables, strict=True):
+                key = self._var_key(variable)
+                has_clock = places.get(key) in found.union(self._clocks)
+                if not (gradient is None or has_clock):
+                    self._clocks.refused.add(key)
+        return found
+
+    def _rows_suffice(self, variable: Any) -> bool:
+        """Whether a step may leave out the rows of a table that have no gradient."""
+        if (
+            self.gradient_accumulation_steps
+            or self._has_own_step()
+            or self._var_key(variable) in self._clocks.refused
+        ):
+            return False
+        return self.sparse_update == "lazy" or not (
+            options.is_on(self.momentum)
+            or self.use_ema
+            or self._decay_of(variable) is not None
+        )
+
+    def _take(
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        learning_rate: Any = None,
+        in_program: bool = False,
+    ) -> None:
+        """Take a step as Keras does, sparse gradients as those of their rows.
+
+        Args:
+            grads: A tensor, slices or None for each variable.
+            variables: The variables.
+            learning_rate: The learning rate, or None: that of the moment.
+            in_program: Whether this is traced for a program of its own.
+        """
+        self._prepare(grads, variables)
+        if self.skip_nonfinite and isinstance(self.skipped_steps, int):
+            raise ValueError(
+                "`skip_nonfinite` must be given when the optimizer is made, or before "
+                "it is built. Received: skip_nonfinite=True later"
+            )
+        clocks = self._clocks_in_step(grads, variables)
+        grads, rows, asserts = backend.as_taken(grads, variables, clocks)
+        now = self._now
+        now.learning_rate, now.in_program = learning_rate, in_program
+        now.rows = {
+            self._get_variable_index(v): ids
+            for v, ids in zip(variables, rows, strict=True)
+            if ids is not None
+        }
+        step = functools.partial(super().apply, grads, variables)
+        given = [g for g in grads if g is not None]
+        try:
+            # Nothing is written before all indices are known to be good.
+            with backend.after(asserts):
+                if not (self.skip_nonfinite and given):
+                    step()
+                    return
+                finite = skipping.all_finite(given, fold=backend.inside_xla())
+                state = [*self._trainable_variables, *self._variables]
+                skipping.unless_bad(step, finite, state)
+                # Not in a branch: XLA leaves a condition alone only if one is empty.
+                self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
+        finally:
+            now.learning_rate, now.in_program, now.rows = None, False, {}
+
+    def _clocks_in_step(
+        self, grads: Sequence[Any], variables: Sequence[Any]
+    ) -> list[Any]:
+        """Return the clock of each table of which a step takes the rows, else None."""
+        indices = [self._get_variable_index(v) for v in variables]
+        if self._has_own_step():
+            for i in {*indices} & {*self._clocks}:
+                self._catch_up(i)  # as such a step knows no clock
+        return [
+            self._clocks[i]
+            if backend.is_slices(gradient)
+            and i in self._clocks
+            and indices.count(i) == 1
+            and self._rows_suffice(variable)
+            else None
+            for gradient, variable, i in zip(grads, variables, indices, strict=True)
+        ]
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update one variable and its slots by `rule.step`.
+
+        A subclass may override it, as in Keras: it gets the whole gradient of one
+        variable after the other. Unless `jit_compile=True`, an eager step then runs
+        operation by operation, as Keras' own does.
+
+        Args:
+            gradient: The gradient, after clipping.
+            variable: The variable.
+            learning_rate: The learning rate, a scalar.
+        """
+        self._update([gradient], [variable], learning_rate)
+
+    # Keras' own of these would go through `tf.distribute` again, and know no rows.
+
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
+    ) -> None:
+        if self._has_own_step():
+            for gradient, variable in zip(grads, trainable_variables, strict=True):
+                self.update_step(gradient, variable, rate)
+        else:
+            self._update(grads, trainable_variables, rate)
+
+    def _update(
+        self, grads: Sequence[Any], variables: Sequence[Any], rate: Any
+    ) -> None:
+        updates = list(map(self._update_of, grads, variables))
+        backend.update(updates, self._step(rate), in_program=self._now.in_program)
+
+    def _update_of(self, gradient: Any, variable: Any) -> Update:
+        """Return what a step does to a variable."""
+        i = self._get_variable_index(variable)
+        rows = None
+        if i in self._clocks:
+            rows = sparse.Rows(self._clocks[i], self._now.rows.get(i))
+        slots = self._slots_of(i)
+        return Update(variable, gradient, slots, self._decay_of(variable), rows)
+
+    def _slots_of(self, i: int) -> rule.Slots:
+        return rule.Slots(
+            self._velocities[i],
+            self._momentums[i] if options.is_on(self.momentum) else None,
+            self._average_gradients[i] if self.centered else None,
+        )
+
+    def _decay_of(self, variable: Any) -> Any:
+        decays = options.is_on(self.weight_decay) and self._use_weight_decay(variable)
+        return self.weight_decay if decays else None
+
+    def _step(self, learning_rate: Any) -> Step:
+        """Return what is the same for all variables of a step."""
+        constants = (getattr(self, name) for name in rule.Options._fields)
+        return Step(
+            rule.Options(*constants),
+            learning_rate,
+            self._draw(),
+            self.decoupled_weight_decay,
+        )
+
+    def _draw(self) -> codecs.Draw:
+        return codecs.Draw(self._offset, self.iterations)
+
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        """Do nothing: it is part of the update."""
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
+        norm, global_norm = self.clipnorm, self.global_clipnorm
+        if on_tensorflow and (norm or global_norm) and backend.inside_xla():
+            return backend.clipped(grads, norm, global_norm)
+        return super()._clip_gradients(grads)
+
+    def _backend_increment_gradient_accumulators(
+        self, grads: Sequence[Any], acc_grads: Sequence[Any]
+    ) -> None:
+        for gradient, accumulator in zip(grads, acc_grads, strict=True):
+            accumulator.assign_add(gradient)
+
+    def _update_model_variables_moving_average(
+        self, trainable_variables: Sequence[Any]
+    ) -> None:
+        averages.follow(
+            trainable_variables,
+            self._model_variables_moving_average,
+            self._now.rows,
+            self.iterations,
+            self.ema_momentum,
+        )
+
+    def _overwrite_model_variables_with_average_value(
+        self, trainable_variables: Sequence[Any]
+    ) -> None:
+        places = self._trainable_variables_indices
+        known = [v for v in trainable_variables if self._var_key(v) in places]
+        indices = map(self._get_variable_index, known)
+        of_each = [self._model_variables_moving_average[i] for i in indices]
+        averages.replace(known, of_each)
+
+    # Its state: every door leads through `variables` or `get_state`.
+
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's variables: those of the built-in, in its order.
+
+        Asked for outside a function, the averages of all rows are up to date in them.
+        """
+        if backend.is_eager():
+            for i in self._clocks:
+                self._catch_up(i)
+        return super().variables
+
+    def _catch_up(self, i: int) -> None:
+        """Bring the averages of all rows of a table up to date."""
+        clock = self._clocks[i]
+        if not backend.is_eager() or int(clock.updates):
+            sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
+        _ = self.variables  # up to date, they need no clock
+        super().set_weights(weights)
+
+    def _named(self) -> list[tuple[saving.Name, Any]]:
+        """Return the optimizer's variables, and what each is."""
+        paths = self._paths()
+        kept = {id(k.variable): k for k in self._keeper.all()}
+
+        def name(variable: Any) -> saving.Name:
+            it = kept.get(id(variable))
+            if it is None or it.owner is None:
+                return saving.Name(variable.name, "")
+            return saving.Name(it.kind, paths[self._get_variable_index(it.owner)])
+
+        return [(name(v), v) for v in self._variables]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the state, with names by which it is found again.
+
+        Args:
+            store: See `keras.optimizers.Optimizer`.
+        """
+        _ = self.variables  # up to date
+        saved = [(name, v.numpy()) for name, v in self._named()]
+        if self._file is not None and not self.built:
+            saved = saving.updated(self._file, saved)
+        saving.write(store, saved)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the state; where the optimizer is not built yet, as soon as it is.
+
+        Values are matched by their place among the model's variables, with names as a
+        check. What the file does not have starts fresh, and a warning says so.
+
+        Args:
+            store: See `keras.optimizers.Optimizer`.
+
+        Raises:
+            ValueError: No value has the shape of its place; nothing is changed.
+        """
+        file = saving.read(store)
+        if self.built:
+            self._load(file)
+            return
+        # The learning rate may be changed before the first step: load it now, if it is
+        # one. A file without names may be that of any optimizer.
+        named = self._named()
+        self._before_file = [(v, v.numpy()) for _, v in named]
+        by_name = {name: file.values[key] for key, name in file.names.items()}
+        for name, variable in named:
+            if name in by_name:
+                variable.assign(by_name[name])
+        self._file = file if file.values else None
+
+    def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
+        """Load a file, but for variables to keep."""
+        paths = self._paths()
+        shapes = [tuple(v.shape) for v in self._trainable_variables]
+        owners = list(map(saving.Owner, paths, shapes))
+        places = dict(self._named())
+        try:
+            plan = saving.plan(file, places, owners)
+        except saving.ForeignStateError as error:
+            self._skip_file(error)
+            return
+        if plan.warning:
+            warnings.warn(plan.warning, stacklevel=2)
+        kept = {id(k.variable): k for k in self._keeper.all()}
+        for name, variable in places.items():
+            if name in plan.values and name not in keep:
+                variable.assign(plan.values[name])
+            elif name in plan.fresh and id(variable) in kept:
+                kept[id(variable)].start_fresh()
+        # A table without a clock in the file has no silent rows.
+        for i in self._clocks:
+            self._clocks[i].reset()
+        for (kind, path), value in plan.clocks.items():
+            if on_tensorflow and path in paths:
+                clock = self._clocks.make(paths.index(path))
+                getattr(clock, kind.removeprefix("clock_")).assign(value)
+
+    def _skip_file(self, error: Exception) -> None:
+        warnings.warn(
+            f"Skipping variable loading for optimizer {self.name!r}: {error}.",
+            stacklevel=2,
+        )
+
+    def get_state(self) -> State:
+        """Return what the optimizer remembers of its variables, as NumPy arrays.
+
+        The averages of silent rows are brought up to date in it, and slots in bfloat16
+        are float32. Averages of the weights (`use_ema`) are not part of it.
+
+        Raises:
+            ValueError: The optimizer is not built.
+        """
+        self._check_built()
+        found = []
+        for i in range(len(self._velocities)):
+            slots = self._slots_of(i)
+            if i in self._clocks:
+                slots = sparse.caught_up(slots, sparse.Rows(self._clocks[i]), self.rho)
+            found.append(slots.map(as_array))
+        return State(int(as_array(self.iterations)), found, self._paths())
+
+    def set_state(self, state: State) -> None:
+        """Take over a state, from `get_state` or made from another framework's.
+
+        Args:
+            state: One entry in `slots` for each variable that the optimizer was built
+                with, in that order. `paths` is not read.
+
+        Raises:
+            TypeError: It is no `State`.
+            ValueError: The optimizer is not built, or the state does not fit; then
+                nothing is changed, and the message says what does not.
+        """
+        self._check_built()
+        if not isinstance(state, State):
+            raise TypeError(
+                f"`state` must be a `State`, as of `get_state`. Received: {state!r}"
+            )
+        iterations = checks.integer("iterations", state.iterations, 0)
+        places = [self._slots_of(i) for i in range(len(self._velocities))]
+        pairs = [
+            (slot, ops.convert_to_tensor(array, slot.dtype))
+            for slot, array in matched(places, state.slots, self._paths())
+        ]
+        for slot, value in pairs:
+            slot.assign(value)
+        every = self.gradient_accumulation_steps or 1
+        self._iterations.assign(iterations * every)
+        for sums in self._accumulated_gradients if every > 1 else []:
+            sums.assign(ops.zeros_like(sums))
+        for i in self._clocks:
+            self._clocks[i].reset()
+
+    def _paths(self) -> list[str]:
+        """Return the paths of the variables; those of TensorFlow have but names."""
+        paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
+        if len({*paths}) < len(paths):
+            paths = [f"{path}#{i}" for i, path in enumerate(paths)]
+        return paths
+
+    def _check_built(self) -> None:
+        if not self.built:
+            raise ValueError(
+                "The optimizer must be built. Call `optimizer.build(variables)`, or "
+                "take a step, first."
+            )
+
+    # Its configuration.
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the moment; a number can be assigned at any time."""
+        return super().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        inherited: Any = keras.optimizers.Optimizer.learning_rate
+        inherited.fset(self, checks.learning_rate(learning_rate))
+
+    def _get_current_learning_rate(self) -> Any:
+        if self._now.learning_rate is not None:
+            return self._now.learning_rate
+        return checks.learning_rate(super()._get_current_learning_rate())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; programs that hold another value of it serve no longer."""
+        super().__setattr__(name, value)
+        is_property = isinstance(getattr(type(self), name, None), property)
+        if not is_property and "_runner" in vars(self):
+            self._runner.forget_settings()
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make an equal optimizer, without its state."""
+        config = super().get_config()
+        config |= {name: getattr(self, name) for name in options.OPTIONS}
+        return {k: float(x) if options.is_tensor(x) else x for k, x in config.items()}
+
+
+_STEP_METHODS = {
+    name: getattr(RMSprop, name)
+    for name in ("update_step", "assign", "assign_add", "assign_sub")
+}
+"""What a subclass overrides to take steps in its own way."""
+
+_signature = options.signature(RMSprop.__init__)
+RMSprop.__init__.__signature__ = _signature  # type: ignore[attr-defined]
+
+
+def _one_of_both(learning_rate: Any, given: dict[str, Any]) -> Any:
+    """Return the learning rate; take its deprecated spelling out of the arguments."""
+    if "lr" not in given:
+        return learning_rate
+    lr = given.pop("lr")
+    if learning_rate != 0.001:
+        raise ValueError(
+            "`lr` is the deprecated spelling of `learning_rate`: give one of them. "
+            f"Received: learning_rate={learning_rate}, lr={lr}"
+        )
+    warnings.warn(
+        "The `lr` argument is deprecated, use `learning_rate` instead.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return lr

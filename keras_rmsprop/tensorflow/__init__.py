@@ -1,1 +1,0 @@
-"""What only the TensorFlow backend needs; imported only under it."""
