@@ -253,7 +253,7 @@ class RMSprop(keras.optimizers.Optimizer):
             file, self._file = self._file, None
             try:
                 self._load(file, keep=early if file.names else [])
-            except ValueError as error:
+            except (ValueError, saving.ForeignStateError) as error:
                 self._skip_file(error)
                 for variable, value in self._before_file:
                     variable.assign(value)
@@ -394,7 +394,7 @@ class RMSprop(keras.optimizers.Optimizer):
         request = Request(
             jit_compile=self._jit_compile(),
             attributes=vars(self),
-            clocks=[*self._clocks],
+            clocks=self._clocks,
             learning_rate=lambda: self.learning_rate,
             make_clocks=lambda: [self._clocks.make(i) for i in sorted(tables)],
             prepare=functools.partial(self._prepare, grads, variables),
@@ -685,7 +685,10 @@ class RMSprop(keras.optimizers.Optimizer):
         """
         file = saving.read(store)
         if self.built:
-            self._load(file)
+            try:
+                self._load(file)
+            except saving.ForeignStateError as error:
+                self._skip_file(error)
             return
         # The learning rate may be changed before the first step: load it now, if it is
         # one. A file without names may be that of any optimizer.
@@ -703,11 +706,7 @@ class RMSprop(keras.optimizers.Optimizer):
         shapes = [tuple(v.shape) for v in self._trainable_variables]
         owners = list(map(saving.Owner, paths, shapes))
         places = dict(self._named())
-        try:
-            plan = saving.plan(file, places, owners)
-        except saving.ForeignStateError as error:
-            self._skip_file(error)
-            return
+        plan = saving.plan(file, places, owners)
         if plan.warning:
             warnings.warn(plan.warning, stacklevel=2)
         kept = {id(k.variable): k for k in self._keeper.all()}

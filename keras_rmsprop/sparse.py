@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from keras_rmsprop.codecs import Draw, encoded, of
-from keras_rmsprop.rule import Slots
+from keras_rmsprop.rule import Slots, cast
 
 
 class Clock(tf.Module):
@@ -206,7 +206,7 @@ def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
     v, m, a = slots.map(lambda slot: of(slot).decode(read(slot, ids), dtype))
     silence = tf.convert_to_tensor(clock.updates) - read(clock.last, ids)
     # The power of the rho that dense arithmetic would multiply by, again and again.
-    base = tf.cast(keras.ops.cast(rho, dtype), tf.float64)
+    base = tf.cast(tf.convert_to_tensor(cast(rho, dtype), dtype), tf.float64)
     factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
     factor = tf.reshape(factor, [-1] + [1] * (len(v.shape) - 1))
     return Slots(factor * v, m, a if a is None else factor * a)

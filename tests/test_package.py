@@ -1,6 +1,5 @@
 """The package as its users get it: the wheel, other backends, the files' order."""
 
-import ast
 import os
 import re
 import shutil
@@ -149,24 +148,3 @@ def test_readme_names_the_versions_tested():
 def test_changelog_names_the_version():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(rf"^## {re.escape(keras_rmsprop.__version__)}\b", changelog, re.M)
-
-
-def test_arrows_run_one_way():
-    def imports(path):
-        return {
-            node.module if isinstance(node, ast.ImportFrom) else name.name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in node.names
-        }
-
-    package = ROOT / "keras_rmsprop"
-    for name in ("rule.py", "rounding.py", "checks.py"):
-        used = imports(package / name)
-        if name == "rounding.py":
-            used.remove("tensorflow")  # needed for Keras before 3.12
-        assert not [n for n in used if n.startswith(("keras_rmsprop", "tensorflow"))]
-    for path in package.rglob("*.py"):
-        assert "keras_rmsprop.reference" not in imports(path)
-    for path in (package / "tensorflow").glob("*.py"):
-        assert not {"keras_rmsprop.rmsprop", "keras_rmsprop.slots"} & imports(path)

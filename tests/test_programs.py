@@ -13,15 +13,23 @@ from keras_rmsprop.backends import programs
 from keras_rmsprop.backends.tensorflow import XLA_IN_GRAPH_ELEMENTS
 
 
+class Traces:
+    count = 0
+
+
 class Counting(RMSprop):
     """Counts how often a step is traced."""
 
+    @property
+    def traces(self):
+        return self._traced.count
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.traces = 0
+        self._traced = Traces()  # what changes inside it is no new attribute
 
     def _apply_weight_decay(self, variables):  # Keras does it once a step
-        vars(self)["traces"] += 1  # no attribute of the optimizer, to programs
+        self._traced.count += 1
         super()._apply_weight_decay(variables)
 
 

@@ -84,7 +84,7 @@ RUNS = {
 
 
 def state(model):
-    """Return all that training changes, the clocks of tables included."""
+    """Return all that training changes."""
     found = {}
     model.optimizer.save_own_variables(found)
     return found | {f"model_{n}": v.numpy() for n, v in enumerate(model.variables)}
@@ -173,13 +173,6 @@ def fit(model, **options):
     model.fit(x, y, batch_size=16, shuffle=False, verbose=0, **options)
 
 
-@functools.cache
-def undisturbed(make):
-    model = made(make)
-    fit(model, epochs=4)
-    return state(model)
-
-
 def from_a_backup(make, path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -192,27 +185,33 @@ def from_a_backup(make, path):
     backup = functools.partial(keras.callbacks.BackupAndRestore, path)
     with pytest.raises(KeyboardInterrupt):
         fit(made(make), epochs=4, callbacks=[backup(), Stop()])
-    model = made(make)
+    model, undisturbed = made(make), made(make)
     fit(model, epochs=4, callbacks=[backup()])
-    return model
+    other = keras.callbacks.BackupAndRestore(path / "other")
+    fit(undisturbed, epochs=4, callbacks=[other])
+    return model, undisturbed
 
 
 def from_weights(make, path):
     path = path / "m.weights.h5"
     save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
-    fit(made(make), epochs=2, callbacks=[save])
+    undisturbed = made(make)
+    fit(undisturbed, epochs=2, callbacks=[save])
     model = made(make)
     model.load_weights(path)
-    fit(model, epochs=4, initial_epoch=2)
-    return model
+    for each in (model, undisturbed):
+        fit(each, epochs=4, initial_epoch=2)
+    return model, undisturbed
 
 
 def from_a_keras_file(make, path):
     path = path / "m.keras"
-    fit(made(make), epochs=2, callbacks=[keras.callbacks.ModelCheckpoint(path)])
+    undisturbed = made(make)
+    fit(undisturbed, epochs=2, callbacks=[keras.callbacks.ModelCheckpoint(path)])
     model = keras.models.load_model(path)
-    fit(model, epochs=4, initial_epoch=2)
-    return model
+    for each in (model, undisturbed):
+        fit(each, epochs=4, initial_epoch=2)
+    return model, undisturbed
 
 
 @pytest.mark.parametrize(
@@ -228,4 +227,7 @@ def from_a_keras_file(make, path):
 )
 @pytest.mark.parametrize("resumed", [from_a_backup, from_weights, from_a_keras_file])
 def test_stopped_runs_end_with_the_same_bits(make, resumed, tmp_path):
-    assert_same_bits(state(resumed(make, tmp_path)), undisturbed(make))
+    # Saving brings the rows of tables up to date, which rounds: the undisturbed run
+    # saves as well.
+    model, undisturbed = resumed(make, tmp_path)
+    assert_same_bits(state(model), state(undisturbed))
