@@ -11,9 +11,9 @@ ROWS = 12
 """The rows of the tables."""
 
 
-def compiled(optimizer, inputs, layers, frozen=()):
+def compiled(optimizer, inputs, layers, frozen=(), name=None):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([inputs, *layers])
+    model = keras.Sequential([inputs, *layers], name=name)
     for layer in model.layers:
         layer.trainable = layer.name not in frozen
     model.compile(optimizer, "mse", jit_compile=False)
@@ -35,7 +35,8 @@ def table_model(optimizer):
         keras.layers.GlobalAveragePooling1D(),
         keras.layers.Dense(1, name="head"),
     ]
-    return compiled(optimizer, keras.Input((4,), dtype="int32"), layers)
+    # State trees go by paths, which begin with this name.
+    return compiled(optimizer, keras.Input((4,), dtype="int32"), layers, name="model")
 
 
 def numbers(model, batch=8):
@@ -58,7 +59,8 @@ def gradient(model, variable, step, sparse=True):
         return tf.constant(rng.normal(size=variable.shape), "float32")
     ids = rng.permutation(ROWS)[[0, 1, 2, 0]]
     values = rng.normal(size=(4, *variable.shape[1:])).astype("float32")
-    slices = tf.IndexedSlices(tf.constant(values), tf.constant(ids), [ROWS, 2])
+    shape = tf.constant([ROWS, 2])
+    slices = tf.IndexedSlices(tf.constant(values), tf.constant(ids), shape)
     return slices if sparse else tf.convert_to_tensor(slices)
 
 
