@@ -75,8 +75,8 @@ def take_steps(model, steps, sparse=True):
 class OneBuiltInEach:
     """The built-in on each weight of a model alone: no order can mislead it."""
 
-    def __init__(self, model, **options):
-        self.options = options
+    def __init__(self, model, make=None, **options):
+        self.make = make or (lambda: keras.optimizers.RMSprop(**options))
         self.weights = [keras.Variable(v.numpy()) for v in model.weights]
         self.optimizers = {}
 
@@ -88,11 +88,10 @@ class OneBuiltInEach:
         for step in steps:
             for position, variable in enumerate(model.weights):
                 if trainable[position]:
-                    optimizer = self.optimizers.setdefault(
-                        position, keras.optimizers.RMSprop(**self.options)
-                    )
+                    if position not in self.optimizers:
+                        self.optimizers[position] = self.make()
                     dense = gradient(model, variable, step, sparse=False)
-                    optimizer.apply([dense], [self.weights[position]])
+                    self.optimizers[position].apply([dense], [self.weights[position]])
 
     def start_anew(self, model, position):
         """Take over the weight at a position, and forget what was known of it."""
