@@ -13,7 +13,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest lint bench bench-quick examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest test-keras lint bench bench-quick examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
 
 test-oldest: $(OLDEST)/.ready  ## the everyday tests with the oldest Keras and TensorFlow
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
+test-keras: $(READY)  ## Keras' own tests with this and the built-in; ARGS=--quick: part of them
+	$(BIN)/python tests/run_keras_suite.py $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
