@@ -1,5 +1,6 @@
 """The optimizer: its arguments, what it keeps, its step and its configuration."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Collection, Sequence
@@ -177,7 +178,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     _file: saving.File | None = None
     """What was loaded before there were variables to load it into."""
-    _before_file: Sequence[tuple[Any, Any]] = ()
+    _before_file: Sequence[tuple[saving.Name, Any, Any]] = ()
     """The variables that there were, and their values before that."""
 
     def __init__(
@@ -229,7 +230,9 @@ class RMSprop(keras.optimizers.Optimizer):
         self._now = _Now()
         self._runner = backend.Runner()
         self._clocks: Any = (
-            sparse.Clocks(lambda: self._trainable_variables) if on_tensorflow else ()
+            sparse.Clocks(lambda: self._trainable_variables, self._catch_up_all)
+            if on_tensorflow
+            else ()
         )
         self._offset: Any = None
 
@@ -243,22 +246,12 @@ class RMSprop(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        if self._file is None:
-            self._build(variables)
-            return
-        early = [name for name, _ in self._named()]
+        is_to_load = self._file is not None
         # A variable made inside a function would be initialized after it is loaded.
-        with backend.outside_functions():
+        with backend.outside_functions() if is_to_load else contextlib.nullcontext():
             self._build(variables)
-            file, self._file = self._file, None
-            try:
-                self._load(file, keep=early if file.names else [])
-            except (ValueError, saving.ForeignStateError) as error:
-                self._skip_file(error)
-                for variable, value in self._before_file:
-                    variable.assign(value)
-            finally:
-                self._before_file = ()
+        if type(self).build is RMSprop.build:  # else a subclass has more to make
+            self._load_what_waits()
 
     def _build(self, variables: list[Any]) -> None:
         super().build(variables)
@@ -419,6 +412,7 @@ class RMSprop(keras.optimizers.Optimizer):
             backend.check(gradient, variable)
         if not self.built:
             self.build(list(variables))
+        self._load_what_waits()
         self._check_variables_are_known(list(variables))
         return self._variables
 
@@ -450,6 +444,7 @@ class RMSprop(keras.optimizers.Optimizer):
         if (
             self.gradient_accumulation_steps
             or self._has_own_step()
+            or options.is_tensor(self.rho)  # which may change while rows are silent
             or self._var_key(variable) in self._clocks.refused
         ):
             return False
@@ -617,7 +612,11 @@ class RMSprop(keras.optimizers.Optimizer):
         self, trainable_variables: Sequence[Any]
     ) -> None:
         places = self._trainable_variables_indices
-        known = [v for v in trainable_variables if self._var_key(v) in places]
+        known = [
+            v
+            for v in trainable_variables
+            if self._var_key(v) in places and getattr(v, "trainable", True)
+        ]
         indices = map(self._get_variable_index, known)
         of_each = [self._model_variables_moving_average[i] for i in indices]
         averages.replace(known, of_each)
@@ -630,10 +629,15 @@ class RMSprop(keras.optimizers.Optimizer):
 
         Asked for outside a function, the averages of all rows are up to date in them.
         """
-        if backend.is_eager():
-            for i in self._clocks:
-                self._catch_up(i)
+        if backend.is_eager() and not saving.is_walking():
+            self._load_what_waits()
+            self._catch_up_all()
         return super().variables
+
+    def _catch_up_all(self) -> None:
+        """Bring the averages of all rows of all tables up to date."""
+        for i in self._clocks:
+            self._catch_up(i)
 
     def _catch_up(self, i: int) -> None:
         """Bring the averages of all rows of a table up to date."""
@@ -681,7 +685,7 @@ class RMSprop(keras.optimizers.Optimizer):
             store: See `keras.optimizers.Optimizer`.
 
         Raises:
-            ValueError: No value has the shape of its place; nothing is changed.
+            ValueError: What should be numbers is not; nothing is changed.
         """
         file = saving.read(store)
         if self.built:
@@ -693,12 +697,26 @@ class RMSprop(keras.optimizers.Optimizer):
         # The learning rate may be changed before the first step: load it now, if it is
         # one. A file without names may be that of any optimizer.
         named = self._named()
-        self._before_file = [(v, v.numpy()) for _, v in named]
+        self._before_file = [(name, v, v.numpy()) for name, v in named]
         by_name = {name: file.values[key] for key, name in file.names.items()}
         for name, variable in named:
             if name in by_name:
                 variable.assign(by_name[name])
         self._file = file if file.values else None
+
+    def _load_what_waits(self) -> None:
+        """Load the file that came before there were variables, now that there are."""
+        if self._file is None or not self.built:
+            return
+        file, self._file = self._file, None
+        before, self._before_file = self._before_file, ()
+        with backend.outside_functions():
+            try:
+                self._load(file, [name for name, *_ in before] if file.names else ())
+            except (ValueError, saving.ForeignStateError) as error:
+                self._skip_file(error)
+                for _, variable, value in before:
+                    variable.assign(value)
 
     def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
         """Load a file, but for variables to keep."""
@@ -739,6 +757,7 @@ class RMSprop(keras.optimizers.Optimizer):
             ValueError: The optimizer is not built.
         """
         self._check_built()
+        self._load_what_waits()
         found = []
         for i in range(len(self._velocities)):
             slots = self._slots_of(i)
@@ -764,6 +783,7 @@ class RMSprop(keras.optimizers.Optimizer):
             raise TypeError(
                 f"`state` must be a `State`, as of `get_state`. Received: {state!r}"
             )
+        self._load_what_waits()
         iterations = checks.integer("iterations", state.iterations, 0)
         places = [self._slots_of(i) for i in range(len(self._velocities))]
         pairs = [
@@ -812,6 +832,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; programs that hold another value of it serve no longer."""
+        if name == "rho" and backend.is_eager() and "_clocks" in vars(self):
+            self._catch_up_all()  # silent rows have decayed by the old one so far
         super().__setattr__(name, value)
         is_property = isinstance(getattr(type(self), name, None), property)
         if not is_property and "_runner" in vars(self):

@@ -58,10 +58,13 @@ class Clocks(tf.Module):
         refused: Something that stands for each table that must not get a clock.
     """
 
-    def __init__(self, tables: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self, tables: Callable[[], Sequence[Any]], catch_up_all: Callable[[], None]
+    ) -> None:
         super().__init__()
         self.refused: set[Any] = set()
         self._tables = tables
+        self._catch_up_all = catch_up_all
         self._being_made = False
 
     def __contains__(self, index: int) -> bool:
@@ -89,6 +92,13 @@ class Clocks(tf.Module):
             delattr(self, f"table_{i}")
         for i, clock in clocks.items():
             setattr(self, f"table_{i}", clock)
+
+    def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
+        # A checkpoint that is written asks for what to write, and says that it does.
+        if save_type == "checkpoint" and tf.executing_eagerly():
+            self._catch_up_all()
+        given = () if save_type is None else (save_type,)
+        return super()._trackable_children(*given, **kwargs)
 
     def _lookup_dependency(self, name: str, *args: Any) -> Any:
         # This is how a checkpoint finds what to restore; it finds new clocks, too.

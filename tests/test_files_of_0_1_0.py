@@ -62,15 +62,10 @@ def test_a_model_is_loaded(name):
     compare(model, name)
 
 
-# In a checkpoint TensorFlow matches by position: the one of the run with layers
-# unfrozen in its middle belongs to a model that has the same history.
-@pytest.mark.parametrize(
-    ("name", "fresh_model"),
-    [
-        *((n, model) for n in make.RUNS for model in MODELS if n != "unfrozen"),
-        ("unfrozen", with_a_past),
-    ],
-)
+# In a checkpoint TensorFlow matches by position, and where layers were unfrozen 0.1.0
+# had them in another order.
+@pytest.mark.parametrize("name", [name for name in make.RUNS if name != "unfrozen"])
+@pytest.mark.parametrize("fresh_model", MODELS)
 def test_a_checkpoint_is_restored(name, fresh_model):
     model = fresh_model(name)
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)

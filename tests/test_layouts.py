@@ -118,7 +118,11 @@ def test_xla_takes_one_by_one(calls):
 
 @pytest.mark.parametrize(
     ("shape", "jit_compile", "xla"),
-    [((4,), "auto", False), ((4,), True, True), ((XLA_EAGER_ELEMENTS + 1,), "auto", True)],
+    [
+        ((4,), "auto", False),
+        ((4,), True, True),
+        ((XLA_EAGER_ELEMENTS + 1,), "auto", True),
+    ],
 )
 def test_eager_steps_of_small_variables_are_not_compiled(shape, jit_compile, xla):
     optimizer, variable = (

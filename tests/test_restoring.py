@@ -4,6 +4,8 @@ The oracle is the built-in on each weight alone (`OneBuiltInEach`): what was kno
 weight goes on, what was not starts fresh.
 """
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -71,7 +73,8 @@ class TestOtherLayersAreTrained:
             loaded(other, tmp_path / file, built)
             take_steps(other, range(3, 6))
         assert len(warned) == 1
-        assert int(other.optimizer.iterations) == 6
+        something_fits = (before, after) != (["body"], ["head"])
+        assert int(other.optimizer.iterations) == (6 if something_fits else 3)
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
 
@@ -161,7 +164,11 @@ class TestUnfrozenInTheMiddle:
             loaded(other, tmp_path / file, built=True)
         assert not warned
         ours, theirs = model.optimizer.variables, other.optimizer.variables
-        names = [[v.path.split("/")[-1] for v in each] for each in (ours, theirs)]
+        names = [
+            [re.sub(r".*/sequential(_\d+)?_", "", v.path) for v in each]
+            for each in (ours, theirs)
+        ]
+        names = [[name.split("/")[-1] for name in each] for each in names]
         assert names[0] == names[1]
         slots = {
             path.split("/", 1)[-1]: s for path, s in zip(*expected[:0:-1], strict=True)

@@ -321,9 +321,9 @@ class TestRestoring:
         other.build([keras.Variable(np.ones((4, 5), "float32"))])
         other.apply([np.ones((4, 5), "float32")])
         other.save_own_variables(store)
-        with pytest.raises(ValueError, match=r"shape \(4, 3\), received \(4, 5\)"):
+        with pytest.warns(UserWarning, match=r"shape \(4, 3\), received \(4, 5\)"):
             optimizer.load_own_variables(store)
-        assert optimizer.iterations.numpy() == 0
+        assert not optimizer.variables[2].numpy().any()
 
     @pytest.mark.parametrize("jit_compile", [False, True])
     @pytest.mark.parametrize(
