@@ -57,7 +57,13 @@ def assert_equals_dense(optimizer, table, shape, kinds, **options):
         np.testing.assert_allclose(got[:8], want, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("kinds", [DENSE_FIRST, SPARSE_FIRST], ids=lambda k: k[0])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(DENSE_FIRST, id="dense first"),
+        pytest.param(SPARSE_FIRST, id="sparse first", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("jit_compile", ["auto", True])
 @pytest.mark.parametrize(("dense", "sparse"), itertools.product(WAYS, WAYS))
 def test_each_way_with_each(dense, sparse, jit_compile, kinds):

@@ -111,6 +111,7 @@ OPTIMIZERS = {
 def test_the_run_goes_on_to_the_same_bits(tmp_path, name, door, past):
     model, other = (table_model(OPTIMIZERS[name]()) for _ in range(2))
     for each in (model, other):
+        # The first step would do it, but Keras' wrapper then makes other paths.
         each.optimizer.build(each.trainable_variables)
     take_steps(model, range(5))
     if past:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import SHAPES, arrays, assert_close, python, train
+from stepping import arrays, assert_close, python, train
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.backends import programs

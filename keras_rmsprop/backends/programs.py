@@ -16,7 +16,7 @@ import tensorflow as tf
 MOST_PROGRAMS = 64
 """How many programs an optimizer keeps: an option that changes at every step would
 otherwise fill the memory with traces."""
-EAGER_TRACES = 8
+EAGER_TRACES = 4
 """How many sets of gradients and settings an optimizer traces when it first sees them.
 Later ones are traced when they are seen again: what never repeats is not worth it."""
 XLA_PROGRAMS = 64
