@@ -37,7 +37,7 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cases; writes nothing")
     add("--only", choices=PARTS, help="measure this part; keep the others")
-    add("--rounds", type=int, help="how often each is timed (default: 5; quick: 2)")
+    add("--rounds", type=int, help="how often each is timed (quick: 2; else: 5)")
     add("--seconds", type=float, default=0.3, help="of a round (default: %(default)s)")
     text = 'folder of another keras_rmsprop, which competes as "before"; writes nothing'
     add("--against", type=Path, metavar="CHECKOUT", help=text)
@@ -57,7 +57,8 @@ def main() -> None:
         parser.error(f"there is no keras_rmsprop in {options.against}")
 
     harness.fix_threads()
-    options.rounds = options.rounds or (2 if options.quick else 5)
+    few = options.quick and not options.against
+    options.rounds = options.rounds or (2 if few else 5)
     machine = harness.machine(*PEERS) | {"rounds": options.rounds}
     if options.against:
         machine["before"] = harness.commit(options.against)
@@ -135,21 +136,23 @@ def peaks(options: argparse.Namespace) -> list[Plan]:
 
 def embeddings(options: argparse.Namespace) -> list[Plan]:
     """Return the plans of embeddings: the times, and the memory."""
-    room = harness.memory("MemAvailable") / (2 * sum(fit.KEPT.values()))
-    tables = [name for name, task in fit.TABLES.items() if not task.rows > room]
+    rows = {name: task.rows for name, task in fit.TABLES.items()}
+    room = harness.memory("MemAvailable") / fit.ROW  # the built-in takes 6 tables
+    tables = [name for name in rows if not rows[name] > room / 8]
     if options.quick:
         tables = [name for name in tables if name in (fit.SMALL, fit.LARGE)]
-    large = fit.TABLES[fit.LARGE].rows
-    compared = [t for t in tables if t == fit.SMALL or fit.TABLES[t].rows >= large]
+    compared = [t for t in tables if t == fit.SMALL or rows[t] >= rows[fit.LARGE]]
     plans = []
     for way in fit.TABLE_JIT:
         # PyTorch has no XLA.
         whos = [who for who in fit.KEPT if who != fit.TORCH or way == "without XLA"]
         hows = [f"{kind} ids, {way}" for kind in ("uniform", "zipf")]
-        times = Plan("fit.py", whos, tables, hows, options.rounds, 2 * options.seconds)
-        memory = peak("fit.py", whos, compared, [way])
-        malloc = peak("fit.py", ["this"], compared, [f"malloc, {way}"], **MALLOC)
-        plans += [times, memory, malloc]
+        for fresh in (False, True):
+            some = [name for name in tables if (rows[name] > room / 32) is fresh]
+            plan = Plan("fit.py", whos, some, hows, options.rounds, fresh=fresh)
+            plans.append(plan._replace(seconds=2 * options.seconds))
+        plans.append(peak("fit.py", whos, compared, [way]))
+        plans.append(peak("fit.py", ["this"], compared, [f"malloc, {way}"], **MALLOC))
     return plans
 
 

@@ -158,14 +158,9 @@ def _target(
     least: bool = False,
     beside: Ratios | None = None,
 ) -> list[str]:
-    """Return a row of the table of targets.
+    """Return a row: what is aimed at, the worst case with the built-in's, the verdict.
 
-    Args:
-        text: What is aimed at.
-        ratios: What was measured; the cells are empty if nothing was.
-        bound: Which none of the ratios may exceed; None if there is nothing to hold.
-        least: Whether none may fall below the bound instead.
-        beside: The built-in's ratios.
+    The bound is the highest ratio that holds, or the least; None if any does.
     """
     seen = {name: ratio for name, ratio in ratios.items() if ratio}
     cells = [f"failed: {name}" for name in ratios if name not in seen]

@@ -12,16 +12,13 @@ fits into the GPU's cache can be faster than the copy. TensorFlow takes no part.
 """
 
 import argparse
-import importlib.util
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -32,17 +29,15 @@ from figures import Part, spread
 from update import Step
 
 MILLION = 2**20
-COMPETITORS = {
-    "jax": ("this", "Keras", "optax"),
-    "torch": ("this", "Keras", "foreach", "compiled"),
-}
 OPTAX = "jax: optax"
+JAX = ["jax: this", "jax: Keras", OPTAX]
+TORCH = ["torch: this", "torch: Keras", "torch: foreach", "torch: compiled"]
 GOAL, GOAL_FROM = 90, 100
 """Percent of the copy's bandwidth, and from how many millions of parameters on."""
 LEAST, AMPLE = 16, 40
 """Bytes a parameter: with less room there is no try; with more, none gets too tight."""
 WARM_UP = 3
-NO_GPU = """Nothing to measure: neither JAX nor PyTorch sees a GPU here.
+NO_GPU = """Nothing to measure: nvidia-smi tells of no GPU here.
 On a machine that has one install `jax[cuda13]` and optax, or PyTorch for CUDA, or both,
 and run this again. With --cpu it runs here: to try the program, not to measure."""
 
@@ -75,24 +70,17 @@ def main() -> None:
     if options.cpu:
         os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     harness.fix_threads()
-    machine = harness.machine("jax", "optax", "torch") | {"driver": driver()}
-    whos = []
-    for framework, names in COMPETITORS.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            about = pool.submit(device, framework).result()  # and lets go of the GPU
-        if about or (options.cpu and machine[framework]):
-            machine |= about
-            whos += [f"{framework}: {name}" for name in names]
-        else:
-            print(f"Without {framework}: it is not installed or sees no GPU")
-    if not whos:
+    found = {} if options.cpu else gpu()
+    if not (found or options.cpu):
         print(NO_GPU)
         return
+    machine = harness.machine("jax", "optax", "torch") | found
     print(harness.sentence(machine))
     print(f"The goal: {GOAL} % of the copy from {GOAL_FROM} M parameters on\n")
 
-    memory = 2**30 * machine.get("gpu_gib", math.inf)
+    memory = 2**20 * float(machine.get("gpu_mib", math.inf))
     how, seconds = ("4 M copied", 0.02) if options.cpu else ("64 M copied", 0.3)
+    whos = [*JAX, *TORCH]
     for what in list(SETS)[: 2 if options.cpu else None]:
         if parameters(what) * LEAST > memory:
             print(f"{what}: left out, the GPU has no room for them\n")
@@ -136,31 +124,14 @@ def table(part: Part, what: str, how: str) -> report.Rows:
     return rows
 
 
-def driver() -> str | None:
-    """Return the version of NVIDIA's driver, if there is one."""
+def gpu() -> dict[str, str]:
+    """Return what the figures depend on, or nothing where there is no GPU."""
     if not (smi := shutil.which("nvidia-smi")):
-        return None
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-
-
-def device(framework: str) -> dict[str, Any]:
-    """Return the GPU that a framework sees, and its GiB; empty if there is none."""
-    if not importlib.util.find_spec(framework):
         return {}
-    if framework == "jax":
-        import jax
-
-        if (first := jax.devices()[0]).platform != "gpu":
-            return {}
-        gpu, room = first.device_kind, first.memory_stats()["bytes_limit"]
-    else:
-        import torch
-
-        if not torch.cuda.is_available():
-            return {}
-        gpu, room = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
-    return {"gpu": gpu, "gpu_gib": room / 2**30}
+    query = [smi, "--query-gpu=name,memory.total,driver_version"]
+    query.append("--format=csv,noheader,nounits")
+    first = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    return dict(zip(("gpu", "gpu_mib", "driver"), first.split(", "), strict=False))
 
 
 def setup(who: str, what: str, how: str) -> harness.Ready:
@@ -182,6 +153,8 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
         peer = "optax, jit" if framework == "jax" else f"torch, {name}"
         step, _ = update.COMPETITORS[peer](case)
     copy, wait = (jax_copy if framework == "jax" else torch_copy)(source)
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and "cpu" in str(source.device).lower():
+        raise RuntimeError(f"{framework} sees no GPU")
 
     def timed(step: Step, steps: int) -> float:
         start = time.perf_counter()

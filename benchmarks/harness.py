@@ -150,8 +150,7 @@ class Worker:
         return json.loads(answer)
 
     def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
+        """Let the process end, as it does when nothing more can be asked."""
         self._process.communicate()
         self._complaints.close()
 

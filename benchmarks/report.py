@@ -8,18 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from figures import (
-    EAGER,
-    LARGEST_BYTES,
-    PARTS,
-    PEERS,
-    WAYS,
-    Figure,
-    Part,
-    short,
-    spread,
-    targets,
-)
+import figures
+from figures import PARTS, WAYS, Figure, Part, short, spread
 from fit import KEPT, LARGE, SMALL, TABLE_JIT, TABLES, WIDTH
 from harness import sentence
 from matplotlib.figure import Figure as Picture
@@ -34,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 FRAME = "<!-- of `make bench` -->\n", "<!-- end -->\n"
 """What stands around the tables in pages that are not written as a whole."""
+PEERS = "best of torch foreach, optax"
 TIMES = {"time": "Milliseconds a step", "first": "Seconds to first step"}
 COLORS = {"this": "#2a78d6", "Keras": "#e8710a", "torch": "#1a9076"}
 GREY = "#6b6a66"
@@ -60,10 +51,12 @@ Pages = dict[str, Rows]
 
 def tables(parts: Mapping[str, Part]) -> Pages:
     """Return tables of what was measured, without empty rows and columns."""
-    pages = {"Targets": targets(parts)} | _before(parts)
+    pages = {"Targets": figures.targets(parts)}
     makers = {"update": _updates, "fit": _fits, "memory": _peaks}
     for name, part in parts.items():
         pages |= makers.get(name, _embeddings)(part)
+    for name, part in parts.items():
+        pages |= _before(name, part)
     tidied = {title: _tidy(*table) for title, table in pages.items()}
     return {title: table for title, table in tidied.items() if len(table) > 1}
 
@@ -74,34 +67,32 @@ def _tidy(headings: list[str], *rows: list[str]) -> Rows:
     return [[row[i] for i in columns] for row in (headings, *full)]
 
 
-def _before(parts: Mapping[str, Part]) -> Pages:
+def _before(name: str, part: Part) -> Pages:
     """Return tables of this package beside that of another checkout."""
     pages: Pages = {}
-    for (name, part), of in product(parts.items(), TIMES):
+    for of, title in TIMES.items():
         table = [["", "before", "this", "before / this", "in all rounds"]]
         for case in part.figures:
-            now = case[0].replace("before", "this"), *case[1:]
-            if case != now:
-                ratio = part.ratio(case, now, of)
-                faster, slower = ratio and ratio.low > 1, ratio and ratio.high < 1
-                change = "faster" if faster else "slower" if slower else ""
-                cells = part.text(case, of), part.text(now, of), str(ratio or "")
-                table.append([", ".join((*now[1:], now[0])), *cells, change])
-        pages[f"{TIMES[of]}, {name}: before, and this"] = table
+            this = case[0].replace("before", "this"), *case[1:]
+            ratio = part.ratio(case, this, of)
+            if case != this and ratio:
+                changes = {"faster": ratio.low > 1, "slower": ratio.high < 1}
+                change = ", ".join(word for word, true in changes.items() if true)
+                cells = part.text(case, of), part.text(this, of), str(ratio)
+                table.append([", ".join((*this[1:], this[0])), *cells, change])
+        pages[f"{title}, {name}: before, and this"] = table
     return pages
 
 
 def _updates(update: Part) -> Pages:
     pages: Pages = {}
     for how in update.hows:
-        keras = [f"Keras, {way}" for way in WAYS]
-        table = [["", *keras, "best of torch foreach, optax", "torch compiled"]]
+        table = [["", *(f"Keras, {way}" for way in WAYS), PEERS, "torch compiled"]]
         for what in update.whats:
-            others = [*keras, update.fastest(PEERS, what, how), "torch, compiled"]
-            ratios = (
-                update.ratio((who, what, how), (f"this, {way}", what, how))
-                for who, way in zip(others, (*WAYS, "eager", "eager"), strict=True)
-            )
+            others = update.fastest(figures.PEERS, what, how), "torch, compiled"
+            pairs = [(f"Keras, {way}", f"this, {way}") for way in WAYS]
+            pairs += [(who, "this, eager") for who in others]
+            ratios = (update.ratio((a, what, how), (b, what, how)) for a, b in pairs)
             table.append([what, *(str(ratio or "") for ratio in ratios)])
         title = f"One update, {how}: times of others over this; torch, optax over eager"
         pages[title] = table
@@ -144,7 +135,7 @@ def _peaks(memory: Part) -> Pages:
         for how in memory.hows:
             peak = memory.values((who, what, how), "peak") or [math.nan]
             row.append(memory.text((who, what, how), "state"))
-            row += [short(peak[0] / size) for size in (2**20, LARGEST_BYTES)]
+            row += [short(peak[0] / size) for size in (2**20, figures.LARGEST_BYTES)]
         table.append(row)
     return {f"State a parameter, and memory that a step adds, {what}": table}
 
@@ -153,13 +144,10 @@ def _embeddings(part: Part) -> Pages:
     pages: Pages = {}
     compared = [["", "Keras / this", f"this / itself at {SMALL}"]]
     for how in part.hows:
-        pages[f"Milliseconds a step, {how}"] = [
-            ["", *part.whos],
-            *(
-                [what, *(part.text((w, what, how)) for w in part.whos)]
-                for what in part.whats
-            ),
-        ]
+        table = [["", *part.whos]]
+        for what in part.whats:
+            table.append([what, *(part.text((who, what, how)) for who in part.whos)])
+        pages[f"Milliseconds a step, {how}"] = table
         this = "this", LARGE, how
         faster = part.ratio(("Keras", LARGE, how), this)
         slower = part.ratio(this, ("this", SMALL, how))
@@ -188,14 +176,13 @@ def _share(part: Part, who: str, what: str, how: str) -> float | None:
     return (large.median - small.median) / (rows * kept)
 
 
-def show(pages: Pages, width: int = 128) -> None:
+def show(pages: Pages) -> None:
     """Print tables."""
-    console = Console(width=width)
+    console = Console(width=128)
     for title, (headings, *rows) in pages.items():
         table = Table(box=box.SIMPLE_HEAD)
         for i, heading in enumerate(headings):
-            right = i and title != "Targets"
-            justify: Any = "right" if right else "left"
+            justify: Any = "right" if i and title != "Targets" else "left"
             table.add_column(heading, justify=justify, no_wrap=i == 0)
         for row in rows:
             table.add_row(*(cell.replace("**", "") for cell in row))
@@ -206,11 +193,10 @@ def markdown(pages: Pages) -> str:
     """Return tables as they are on a page."""
     text = ""
     for title, (headings, *rows) in pages.items():
-        right = ":--" if title == "Targets" else "--:"
-        rule = [":--", *[right] * (len(headings) - 1)]
-        lines = (f"| {' | '.join(cells)} |\n" for cells in (headings, rule, *rows))
-        mark = "## " if title == "Targets" else ""
-        text += f"\n{mark}{title}\n\n" * bool(title) + "".join(lines)
+        rule = [":--", *[":--" if title == "Targets" else "--:"] * (len(headings) - 1)]
+        text += f"\n{'## ' * (title == 'Targets')}{title}\n\n" if title else ""
+        for cells in (headings, rule, *rows):
+            text += f"| {' | '.join(cells)} |\n"
     return text
 
 
@@ -218,21 +204,9 @@ def save(path: Path, name: str, part: Part) -> None:
     """Write the figures of a part, in place of those of an earlier run."""
     path.parent.mkdir(exist_ok=True, parents=True)
     report = json.loads(path.read_text()) if path.exists() else {}
-    figures = [dataclasses.asdict(figure) for figure in part.figures.values()]
-    report[name] = {"machine": part.machine, "figures": figures}
+    measured = [dataclasses.asdict(figure) for figure in part.figures.values()]
+    report[name] = {"machine": part.machine, "figures": measured}
     path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def load(path: Path) -> dict[str, Part]:
-    """Return the parts that were saved."""
-    report = json.loads(path.read_text())
-    return {
-        name: Part(
-            report[name]["machine"], [Figure(**f) for f in report[name]["figures"]]
-        )
-        for name in PARTS
-        if name in report
-    }
 
 
 def publish(folder: Path) -> dict[str, Part]:
@@ -249,20 +223,25 @@ def publish(folder: Path) -> dict[str, Part]:
         before, _, rest = page.read_text().partition(FRAME[0])
         write(page, before + text.join(FRAME) + rest.partition(FRAME[1])[2])
 
-    parts = load(folder / FIGURES)
+    report = json.loads((folder / FIGURES).read_text())
+    parts = {
+        name: Part(of["machine"], [Figure(**figure) for figure in of["figures"]])
+        for name, of in sorted(report.items(), key=lambda item: PARTS.index(item[0]))
+    }
     rest = dict(parts)
     if embedding := rest.pop("embedding", None):
         draw_embeddings(folder / "embedding.png", embedding)
         text = f"Measured on: {sentence(embedding.machine)}.\n"
-        text += markdown(tables({"embedding": embedding}))
-        insert(DOCS / "embeddings.md", text)
+        insert(
+            DOCS / "embeddings.md", text + markdown(tables({"embedding": embedding}))
+        )
     if "update" in rest:
         draw_updates(folder / "bench.png", rest["update"])
         insert(DOCS.parent / "README.md", markdown({"": _eager(rest["update"])}))
-    where = (f"- {name}: {sentence(part.machine)}\n" for name, part in rest.items())
-    write(
-        DOCS / "benchmarks.md", "".join((INTRODUCTION, *where)) + markdown(tables(rest))
-    )
+    text = INTRODUCTION
+    for name, part in rest.items():
+        text += f"- {name}: {sentence(part.machine)}\n"
+    write(DOCS / "benchmarks.md", text + PICTURE + markdown(tables(rest)))
     return parts
 
 
@@ -271,7 +250,7 @@ def _eager(update: Part) -> Rows:
     whos = "Keras, eager", "this, eager", "torch, foreach", "optax, jit"
     names = "Keras", "this", "times faster (range)", "torch foreach", "optax, jitted"
     table = [["variables", *names]]
-    for what in (what for sets in EAGER.values() for what in sets):
+    for what in (what for sets in figures.EAGER.values() for what in sets):
         cases = [(who, what, "plain") for who in whos]
         times = [spread(update.values(case)) for case in cases]
         cells = [f"{short(x.median)} ms" if x else "failed" for x in times]
