@@ -68,10 +68,10 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BENCH)  ## time this optimizer and its peers: half an hour on a quiet machine
+bench: $(BENCH)  ## time this optimizer and its peers: an hour on a quiet machine
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-quick: $(BENCH)  ## the same in three minutes, of less
+bench-quick: $(BENCH)  ## the same in three minutes, of less; ARGS='--against ../other'
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
 examples: $(READY)  ## run the short example programs

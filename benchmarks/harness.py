@@ -1,121 +1,135 @@
-"""What the benchmarks share: processes that take turns, and what the machine is."""
+"""The harness of all benchmarks: competitors in processes of their own take turns.
 
+A program of competitors calls `serve` with a function `setup(who, what, how)`. It
+returns what is `Ready` to be measured. A `Plan` says who is measured on what, and how
+often; `measure` carries it out.
+"""
+
+import gc
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from rich import progress
+from figures import Figure
 
-Key = TypeVar("Key")
+HERE = Path(__file__).parent
 PACKAGES = ("keras_rmsprop", "keras", "tensorflow", "numpy")
 
 
-class Spread(NamedTuple):
-    """What several rounds measured."""
+class Ready(NamedTuple):
+    """A competitor that is set up for a case, and warmed up."""
 
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return the median and, in brackets, how far the rounds lie apart."""
-        low, median, high = map(short, (self.low, self.median, self.high))
-        return median if low == high else f"{median} ({low}-{high})"
+    facts: dict[str, float]
+    """What is known already, such as the seconds of the first step."""
+    measures: Mapping[str, Callable[[float], float | None]]
+    """What can be measured, each in about so many seconds."""
 
 
-def short(value: float) -> str:
-    """Return a number in about three digits.
+class Plan(NamedTuple):
+    """Competitors that are measured on some cases."""
 
-    Args:
-        value: The number.
-    """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    program: str
+    """The file of their `setup`."""
+    whos: Sequence[str]
+    whats: Sequence[str]
+    hows: Sequence[str]
+    rounds: int
+    seconds: float = 0.3
+    """About how long one is measured in one round."""
+    setups: int = 1
+    """How often each one is set up before all are measured in turns."""
+    measures: Sequence[str] = ("time",)
+    fresh: bool = False
+    """Whether each one is set up and measured by a process that starts anew."""
+    environment: Mapping[str, str] = {}
+    """Of the processes."""
 
-
-def spread(values: Sequence[float]) -> Spread:
-    """Return median, least and most of some values.
-
-    Args:
-        values: One value a round.
-    """
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-def in_turns(
-    commands: Mapping[Key, Sequence[str]], rounds: int
-) -> dict[Key, list[Any]]:
-    """Run each command in each round, one at a time, and return what they print.
-
-    Args:
-        commands: Command lines that print one JSON value as their last line.
-        rounds: How often every command runs. As they take turns, whatever else the
-            machine does meanwhile befalls all of them.
-
-    Returns:
-        Under each key a value a round.
-
-    Raises:
-        RuntimeError: A command failed; the message ends with what it complained of.
-    """
-    results: dict[Key, list[Any]] = {key: [] for key in commands}
-    turns = [key for _ in range(rounds) for key in commands]
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=len(turns))
-        for key in turns:
-            bar.update(task, description=str(key))
-            results[key].append(printed(commands[key]))
-            bar.advance(task)
-    return results
+    def turns(self) -> Iterator[tuple[Figure, list[dict[str, Any]]]]:
+        """Yield figures, and what is asked of their competitors next."""
+        measure = {"measures": self.measures, "seconds": self.seconds}
+        for what, how in product(self.whats, self.hows):
+            figures = [Figure(who, what, how) for who in self.whos]
+            for f in in_order(figures, self.rounds if self.fresh else self.setups):
+                setup = {"what": f.what, "how": f.how}
+                yield f, [setup, measure] if self.fresh else [setup]
+            for f in in_order(figures, 0 if self.fresh else self.rounds):
+                yield f, [measure]
 
 
-def printed(command: Sequence[str]) -> Any:
-    """Run a command and return the JSON value that it prints as its last line.
+def in_order(figures: list[Figure], rounds: int) -> Iterator[Figure]:
+    """Yield all figures in each round, in turns from the first and from the last."""
+    for r in range(rounds):
+        yield from figures[:: -1 if r % 2 else 1]
+
+
+def measure(
+    plans: Sequence[Plan], match: str = "", before: Path | None = None
+) -> list[Figure]:
+    """Carry out plans, one after the other, and return what was measured.
 
     Args:
-        command: The command line.
-
-    Raises:
-        RuntimeError: It failed; the message ends with what it complained of.
+        plans: Who is measured on what.
+        match: Measure only what has this regular expression in its name.
+        before: Another checkout, of which competitors named "before" take the package.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command!r} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    from rich import progress  # here, as a worker times an import
+
+    turns = [
+        (plan, [turn for turn in plan.turns() if re.search(match, str(turn[0]))])
+        for plan in plans
+    ]
+    with progress.Progress(transient=True, speed_estimate_period=600) as bar:
+        task = bar.add_task("", total=sum(len(of_plan) for _, of_plan in turns))
+        for plan, of_plan in turns:
+            workers: dict[str, Worker] = {}
+            for figure, requests in of_plan:
+                bar.update(task, description=f"{figure!s:<50}")
+                who, failed = figure.who, figure.values is None
+                try:
+                    for request in [] if failed else requests:
+                        if who not in workers:
+                            workers[who] = Worker(plan, who, before)
+                        figure.add(workers[who].ask(request))
+                except RuntimeError as error:
+                    figure.values = None
+                    bar.console.print(f"{figure}: {error}", markup=False)
+                if who in workers and (plan.fresh or figure.values is None):
+                    workers.pop(who).stop()
+                bar.advance(task)
+            for worker in workers.values():
+                worker.stop()
+    return list({id(f): f for _, of_plan in turns for f, _ in of_plan}.values())
 
 
 class Worker:
-    """A process that measures when asked, so that many can take turns by the second.
+    """The process of one competitor. It ends when this one does."""
 
-    It runs a program that calls `serve`; what it complains of is kept for `ask`.
-    """
-
-    def __init__(self, command: Sequence[str], **environment: str) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    def __init__(self, plan: Plan, who: str, before: Path | None) -> None:
+        package = before if before and who.startswith("before") else HERE.parent
+        paths = (str(package.resolve()), os.environ.get("PYTHONPATH"))
+        path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, HERE / plan.program, who.replace("before", "this")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=self._complaints,
             text=True,
-            env=os.environ | environment,
+            env={**os.environ, **path, **plan.environment},
         )
 
-    def ask(self, **request: Any) -> Any:
-        """Return the answer to a request; both are anything that JSON can say.
+    def ask(self, request: Mapping[str, Any]) -> dict[str, float | None]:
+        """Return the answer to a request; see `serve`.
 
         Raises:
             RuntimeError: The process has ended; the message ends with its complaint.
@@ -131,45 +145,71 @@ class Worker:
             answer = ""
         if not answer:
             self._process.wait()
-            self._errors.seek(0)
-            complaint = self._errors.read()[-2000:]
-            raise RuntimeError(f"{self._process.args!r} failed:\n{complaint}")
+            self._complaints.seek(0)
+            raise RuntimeError(f"failed:\n{self._complaints.read()[-2000:]}")
         return json.loads(answer)
 
     def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
+        """Let the process end, as it does when nothing more can be asked."""
         self._process.communicate()
-        self._errors.close()
+        self._complaints.close()
 
 
-def serve(answer: Callable[..., Any]) -> None:
-    """Answer the requests of a `Worker` until it stops asking.
+def serve(setup: Callable[[str, str, str], Ready]) -> None:
+    """Be the process of a `Worker`, for the competitor that the command line names.
 
     Args:
-        answer: Takes what was asked as keyword arguments and returns the answer.
+        setup: Takes who, what and how; the last that it returned is measured.
     """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes where errors go
-    for request in sys.stdin:
-        print(json.dumps(answer(**json.loads(request))), file=answers, flush=True)
+    ready = Ready({}, {})
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, float | None]
+        if "measures" in request:
+            names, seconds = request["measures"], request["seconds"]
+            answer = {name: ready.measures[name](seconds) for name in names}
+        else:
+            ready = Ready({}, {})  # its memory is free for the next
+            gc.collect()
+            ready = setup(sys.argv[1], request["what"], request["how"])
+            answer = {**ready.facts}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
+def milliseconds(step: Callable[[], Any], seconds: float, least: int) -> list[float]:
+    """Return how long each step took, of at least so many and for about so long."""
+    times: list[float] = []
+    while len(times) < least or sum(times) < 1e3 * seconds:
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+class Memory:
+    """How far the memory of this process has grown since this was made, in bytes."""
+
+    def __init__(self) -> None:
+        self._before = _memory_of_process("VmRSS")
+
+    def forget_peak(self) -> None:
+        """Begin anew: `peak` is to be the highest that memory stands from now on."""
+        if self._before:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float | None:
+        """Return the highest growth, or None on a system that does not tell."""
+        return _memory_of_process("VmHWM") - self._before if self._before else None
+
+
+def fix_threads() -> None:
+    """Let the processes that this one starts use a thread for each of its cores."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def fix_threads(threads: int) -> None:
-    """Let this process and those it starts use this many threads, on as many cores.
-
-    Args:
-        threads: At most the number of cores.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        cores = len(os.sched_getaffinity(0))
     for name in (
         "OMP_NUM_THREADS",
         "NUMBA_NUM_THREADS",
@@ -177,7 +217,7 @@ def fix_threads(threads: int) -> None:
         "TF_NUM_INTEROP_THREADS",
         "NPROC",  # of XLA in JAX
     ):
-        os.environ[name] = str(threads)
+        os.environ[name] = str(cores)
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -188,37 +228,31 @@ def machine(*packages: str) -> dict[str, Any]:
             one that is not there is None.
     """
     found = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    cpu = _proc("cpuinfo", "model name", platform.processor() or platform.machine())
     return {
-        "cpu": _cpu(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gib": round(memory("MemTotal") / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: found.get(name) for name in (*PACKAGES, *packages)},
-        "commit": _commit(),
+        "commit": commit(HERE),
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
     }
 
 
 def sentence(machine: dict[str, Any]) -> str:
-    """Return a description of the machine in one line.
-
-    Args:
-        machine: What `machine` returned.
-    """
+    """Return a description of the machine in one line."""
     return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items() if v)
 
 
 def memory(what: str) -> float:
-    """Return a number of bytes from `/proc/meminfo`, NaN where there is none.
-
-    Args:
-        what: `"MemTotal"` or `"MemAvailable"`.
-    """
+    """Return the bytes of `MemTotal` or `MemAvailable`, NaN where none tells."""
     return 1024 * float(_proc("meminfo", what, "nan").split()[0])
 
 
-def _cpu() -> str:
-    return _proc("cpuinfo", "model name", platform.processor() or platform.machine())
+def _memory_of_process(what: str) -> int:
+    return 1024 * int(_proc("self/status", what, "0").split()[0])
 
 
 def _proc(file: str, name: str, default: str) -> str:
@@ -231,10 +265,9 @@ def _proc(file: str, name: str, default: str) -> str:
     return default
 
 
-def _commit() -> str:
-    """Return the commit of this checkout, with a + where files differ from it."""
-    here = str(Path(__file__).parent)
-    git = ["git", "--no-optional-locks", "-C", here]
+def commit(folder: Path) -> str:
+    """Return the commit of a checkout, with a + where files differ from it."""
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
     describe = [*git, "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
         out = subprocess.check_output(describe, stderr=subprocess.DEVNULL, text=True)

@@ -1,4 +1,4 @@
-"""What `bench.py` measured, and which targets hold."""
+"""What was measured: figures, their ratios, and which targets hold."""
 
 import dataclasses
 import math
@@ -7,15 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from bench_fit import MODELS
-from bench_update import OPTIONS, SETS
-from harness import Spread, spread
-
-PARTS = "update", "fit", "memory"
+PARTS = "update", "fit", "memory", "embedding"
 WAYS = "eager", "tf.function", "XLA"
 LARGEST = "4 x 4096 x 4096"
-"""The set whose memory is measured."""
-LARGEST_BYTES = 4 * max(math.prod(shape) for shape in SETS[LARGEST])
+"""The set of variables whose memory is measured."""
+LARGEST_BYTES = 4 * 4096 * 4096
+"""Of one of its variables."""
 TWINS = "axes as they come", "axes flattened"
 PEERS = "torch, foreach", "optax, jit"
 """Of these the faster one counts."""
@@ -32,8 +29,37 @@ LIMIT = {1.6: ["16 M", LARGEST], 2.5: ["1 M"]}
 
 Case = tuple[str, str, str]
 """Who, what and how; see `Figure`."""
+
+
+class Spread(NamedTuple):
+    """What several rounds measured."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return the median and, in brackets, how far the rounds lie apart."""
+        low, median, high = map(short, (self.low, self.median, self.high))
+        return median if low == high else f"{median} ({low}-{high})"
+
+
 Ratios = dict[str, Spread | None]
 """Ratios by the names of cases; None where one of the two failed."""
+
+
+def short(value: float | None) -> str:
+    """Return a number in about three digits, and nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Return median, least and most of one value a round, if there are any."""
+    if not values:
+        return None
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 @dataclasses.dataclass
@@ -42,7 +68,7 @@ class Figure:
 
     who: str
     what: str
-    """A set of variables, a model, or `"import"`."""
+    """A set of variables, a model, the rows of a table, or `"import"`."""
     how: str
     """The options of the optimizer, or those of `compile`."""
     values: dict[str, list[float]] | None = dataclasses.field(default_factory=dict)
@@ -76,19 +102,20 @@ class Part:
         figure = self.figures.get(case)
         return figure.values.get(of, []) if figure and figure.values else []
 
+    def text(self, case: Case, of: str = "time") -> str:
+        """Return what was measured for people, empty if it was not to be."""
+        failed = case in self.figures and self.figures[case].values is None
+        return "failed" if failed else str(spread(self.values(case, of)) or "")
+
     def fastest(self, whos: Iterable[str], what: str, how: str) -> str:
         """Return who has the least median."""
-
-        def median(who: str) -> float:
-            return statistics.median(self.values((who, what, how)) or [math.inf])
-
-        return min(whos, key=median)
+        medians = {who: spread(self.values((who, what, how))) for who in whos}
+        return min(medians, key=lambda who: medians[who] or Spread(math.inf, 0, 0))
 
     def ratio(self, a: Case, b: Case, of: str = "time") -> Spread | None:
         """Return how many times `b` the figure `a` is, round by round."""
         pairs = zip(self.values(a, of), self.values(b, of), strict=False)
-        ratios = [x / y for x, y in pairs]
-        return spread(ratios) if ratios else None
+        return spread([x / y for x, y in pairs])
 
     def growth(self, who: str, what: str) -> Spread | None:
         """Return how many times as long an update takes with everything on."""
@@ -98,8 +125,8 @@ class Part:
         self,
         a: str,
         b: str,
-        whats: Sequence[str] = (),
-        hows: Sequence[str] = (),
+        whats: Sequence[str] | None = None,
+        hows: Sequence[str] | None = None,
         of: str = "time",
     ) -> Ratios:
         """Return the ratios of two competitors in these cases, or in all there are."""
@@ -107,106 +134,106 @@ class Part:
             ", ".join(dict.fromkeys((what, how))): self.ratio(
                 (a, what, how), (b, what, how), of
             )
-            for what, how in product(whats or self.whats, hows or self.hows)
+            for what in (self.whats if whats is None else whats)
+            for how in (self.hows if hows is None else hows)
             if (a, what, how) in self.figures and (b, what, how) in self.figures
         }
 
 
-class Target(NamedTuple):
-    """What the issue "Speed" aims at."""
-
-    text: str
-    ratios: Ratios
-    bound: float | None
-    """Which none of the ratios may pass; None if there is nothing to hold."""
-    most: bool = True
-    """Whether the bound is the highest value that holds, not the least."""
-    beside: Ratios | None = None
-    """The built-in's ratios."""
-
-    def row(self) -> list[str]:
-        """Return the row of a table: the text, the worst case, whether it holds."""
-        seen = {name: x for name, x in self.ratios.items() if x}
-        if not self.ratios:
-            return [self.text, "not measured", ""]
-        failed = [f"failed: {name}" for name in self.ratios if name not in seen]
-        if not seen:
-            return [self.text, "; ".join(failed), "no"]
-        worst = (max if self.most else min)(seen, key=lambda name: seen[name].median)
-        cells = [f"{seen[worst]} on {worst}"]
-        if beside := (self.beside or {}).get(worst):
-            cells.append(f"Keras {beside}")
-        text = "; ".join([*cells, *failed])
-        if self.bound is None:
-            return [self.text, text, ""]
-        margin = self.bound - seen[worst].median
-        holds = not failed and (margin >= 0 if self.most else margin <= 0)
-        return [self.text, text, "yes" if holds else "**no**"]
-
-
-def targets(results: dict[str, Part]) -> list[list[str]]:
+def targets(parts: Mapping[str, Part]) -> list[list[str]]:
     """Return a table of what was aimed at, the worst case seen, and whether it holds.
 
     Args:
-        results: The parts, as far as they were measured.
+        parts: What was measured, as far as it was.
     """
-    update, fit, memory = (results.get(part, Part({}, [])) for part in PARTS)
-    of_all = (*_eager(update), *_compiled(update, fit), *_cost(update, fit, memory))
-    return [["target", "worst case", "holds"], *(target.row() for target in of_all)]
+    update, fit, memory = (parts.get(part, Part({}, [])) for part in PARTS[:3])
+    rows = (*_eager(update), *_compiled(update, fit), *_cost(update, fit, memory))
+    return [["target", "worst case", "holds"], *rows]
 
 
-def _eager(update: Part) -> Iterator[Target]:
-    for how, (times, sets) in product(OPTIONS, EAGER.items()):
+def _target(
+    text: str,
+    ratios: Ratios,
+    bound: float | None,
+    least: bool = False,
+    beside: Ratios | None = None,
+) -> list[str]:
+    """Return a row: what is aimed at, the worst case with the built-in's, the verdict.
+
+    The bound is the highest ratio that holds, or the least; None if any does.
+    """
+    seen = {name: ratio for name, ratio in ratios.items() if ratio}
+    cells = [f"failed: {name}" for name in ratios if name not in seen]
+    holds = not cells
+    if seen:
+        worst = (min if least else max)(seen, key=lambda name: seen[name].median)
+        if keras := (beside or {}).get(worst):
+            cells.insert(0, f"Keras {keras}")
+        cells.insert(0, f"{seen[worst]} on {worst}")
+        if bound is not None:
+            margin = bound - seen[worst].median
+            holds = holds and (margin <= 0 if least else margin >= 0)
+    verdict = "" if bound is None or not ratios else "yes" if holds else "**no**"
+    return [text, "; ".join(cells), verdict]
+
+
+Targets = Iterator[list[str]]
+
+
+def _eager(update: Part) -> Targets:
+    for how, (times, sets) in product(update.hows, EAGER.items()):
         text = f"eager, {how}: {times} x as fast as Keras ({', '.join(sets)})"
         ratios = update.ratios("Keras, eager", "this, eager", sets, [how])
-        yield Target(text, ratios, times, most=False)
+        yield _target(text, ratios, times, least=True)
     against: dict[str, tuple[Sequence[str], float | None]] = {
         "not slower than the better of torch foreach and optax": (PEERS, NOISE),
         "the row to beat next, time over torch compiled": (["torch, compiled"], None),
     }
-    for how, (text, (peers, bound)) in product(OPTIONS, against.items()):
+    for how, (text, (peers, bound)) in product(update.hows, against.items()):
         ratios = {}
         for what in update.whats:
             peer = update.fastest(peers, what, how)
             ratios |= update.ratios("this, eager", peer, [what], [how])
-        yield Target(f"eager, {how}: {text}", ratios, bound)
+        yield _target(f"eager, {how}: {text}", ratios, bound)
 
 
-def _compiled(update: Part, fit: Part) -> Iterator[Target]:
+def _compiled(update: Part, fit: Part) -> Targets:
     for way, jit in (("tf.function", "default"), ("XLA", "jit_compile=True")):
         ratios = update.ratios(f"this, {way}", f"Keras, {way}")
-        yield Target(f"{way}: not slower than Keras", ratios, NOISE)
+        yield _target(f"{way}: not slower than Keras", ratios, NOISE)
         ratios = fit.ratios("this", "Keras", hows=[jit])
-        yield Target(f"fit, {jit}: not slower than Keras", ratios, NOISE)
+        yield _target(f"fit, {jit}: not slower than Keras", ratios, NOISE)
     ratios = fit.ratios("Keras", "this", ["wide"], ["default"])
-    yield Target("fit, default: 1.3 x as fast as Keras (wide)", ratios, 1.3, False)
+    yield _target("fit, default: 1.3 x as fast as Keras (wide)", ratios, 1.3, True)
     ratios = update.ratios("Keras, tf.function", "this, tf.function", [LARGEST])
     text = f"tf.function: 2.5 x as fast as Keras ({LARGEST})"
-    yield Target(text, ratios, 2.5, most=False)
+    yield _target(text, ratios, 2.5, least=True)
     mine = [f for f in update.figures if f[:2] == ("this, XLA", TWINS[0])]
     ratios = {how: update.ratio((w, s, how), (w, TWINS[1], how)) for w, s, how in mine}
-    yield Target("XLA: no axis order slower than its flattened twin", ratios, NOISE)
+    yield _target("XLA: no axis order slower than its flattened twin", ratios, NOISE)
 
 
-def _cost(update: Part, fit: Part, memory: Part) -> Iterator[Target]:
+def _cost(update: Part, fit: Part, memory: Part) -> Targets:
     for way, (times, sets) in product(WAYS, LIMIT.items()):
         text = f"{way}: within {times} x the limit ({', '.join(sets)})"
-        yield Target(text, update.ratios(f"this, {way}", "limit", sets), times)
+        yield _target(text, update.ratios(f"this, {way}", "limit", sets), times)
     whats = update.whats if len(update.hows) > 1 else []
     for way in WAYS:
-        ratios, theirs = (
+        mine, theirs = (
             {what: update.growth(f"{who}, {way}", what) for what in whats}
             for who in ("this", "Keras")
         )
         text = f"{way}: everything at most 2.5 x plain"
-        yield Target(text, ratios, 2.5, beside=theirs)
-    for text, whats in (("first step of fit", list(MODELS)), ("import", ["import"])):
+        yield _target(text, mine, 2.5, beside=theirs)
+    models = [what for what in fit.whats if what != "import"]
+    for text, whats in (("first step of fit", models), ("import", ["import"])):
         ratios = fit.ratios("this", "Keras", whats, of="first")
-        yield Target(f"{text}: at most 1.2 x Keras", ratios, 1.2)
+        yield _target(f"{text}: at most 1.2 x Keras", ratios, 1.2)
     ratios = {
-        f"{who}, {how}": spread([x / LARGEST_BYTES for x in peak]) if peak else None
-        for who, what, how in memory.figures
-        if who.startswith("this")
-        for peak in [memory.values((who, what, how), "peak")]
+        f"{case[0]}, {case[2]}": spread(
+            [peak / LARGEST_BYTES for peak in memory.values(case, "peak")]
+        )
+        for case in memory.figures
+        if case[0].startswith("this")
     }
-    yield Target("a step allocates one largest variable at most", ratios, 1)
+    yield _target("a step allocates one largest variable at most", ratios, 1)

@@ -1,0 +1,338 @@
+"""What `bench.py` prints, draws and writes: tables, pictures and JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import figures
+from figures import PARTS, WAYS, Figure, Part, short, spread
+from fit import KEPT, LARGE, SMALL, TABLE_JIT, TABLES, WIDTH
+from harness import sentence
+from matplotlib.figure import Figure as Picture
+from matplotlib.lines import Line2D
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from update import SETS, numbers
+
+FIGURES = "bench.json"
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+FRAME = "<!-- of `make bench` -->\n", "<!-- end -->\n"
+"""What stands around the tables in pages that are not written as a whole."""
+PEERS = "best of torch foreach, optax"
+TIMES = {"time": "Milliseconds a step", "first": "Seconds to first step"}
+COLORS = {"this": "#2a78d6", "Keras": "#e8710a", "torch": "#1a9076"}
+GREY = "#6b6a66"
+INTRODUCTION = """\
+# Benchmarks
+
+`python benchmarks/bench.py` measured the figures of this page and wrote all of it: edit
+the script, not the page. Each competitor runs in a process of its own, warmed up, with
+as many threads as the others, and all take turns, round by round. A round gives the
+median of its steps; a figure is the median of the rounds, with their range in brackets.
+A ratio is taken within each round first. "This" is keras_rmsprop, "the limit" a fused
+loop over the same numbers at the speed of memory, in numba; "everything" is momentum,
+centering, clipping by the global norm and weight decay together. Two within 5 % of
+each other count as equally fast; all other targets must hold as the figures stand.
+
+"""
+PICTURE = "\n![Times of one update](../benchmarks/results/bench.png)\n"
+
+Rows = list[list[str]]
+"""A table: the headings, then the rows."""
+Pages = dict[str, Rows]
+"""Tables under their titles."""
+
+
+def tables(parts: Mapping[str, Part]) -> Pages:
+    """Return tables of what was measured, without empty rows and columns."""
+    pages = {"Targets": figures.targets(parts)}
+    makers = {"update": _updates, "fit": _fits, "memory": _peaks}
+    for name, part in parts.items():
+        pages |= makers.get(name, _embeddings)(part)
+    for name, part in parts.items():
+        pages |= _before(name, part)
+    tidied = {title: _tidy(*table) for title, table in pages.items()}
+    return {title: table for title, table in tidied.items() if len(table) > 1}
+
+
+def _tidy(headings: list[str], *rows: list[str]) -> Rows:
+    full = [row for row in rows if any(row[1:])]
+    columns = [i for i in range(len(headings)) if not i or any(row[i] for row in full)]
+    return [[row[i] for i in columns] for row in (headings, *full)]
+
+
+def _before(name: str, part: Part) -> Pages:
+    """Return tables of this package beside that of another checkout."""
+    pages: Pages = {}
+    for of, title in TIMES.items():
+        table = [["", "before", "this", "before / this", "in all rounds"]]
+        for case in part.figures:
+            this = case[0].replace("before", "this"), *case[1:]
+            ratio = part.ratio(case, this, of)
+            if case != this and ratio:
+                changes = {"faster": ratio.low > 1, "slower": ratio.high < 1}
+                change = ", ".join(word for word, true in changes.items() if true)
+                cells = part.text(case, of), part.text(this, of), str(ratio)
+                table.append([", ".join((*this[1:], this[0])), *cells, change])
+        pages[f"{title}, {name}: before, and this"] = table
+    return pages
+
+
+def _updates(update: Part) -> Pages:
+    pages: Pages = {}
+    for how in update.hows:
+        table = [["", *(f"Keras, {way}" for way in WAYS), PEERS, "torch compiled"]]
+        for what in update.whats:
+            others = update.fastest(figures.PEERS, what, how), "torch, compiled"
+            pairs = [(f"Keras, {way}", f"this, {way}") for way in WAYS]
+            pairs += [(who, "this, eager") for who in others]
+            ratios = (update.ratio((a, what, how), (b, what, how)) for a, b in pairs)
+            table.append([what, *(str(ratio or "") for ratio in ratios)])
+        title = f"One update, {how}: times of others over this; torch, optax over eager"
+        pages[title] = table
+    for what in update.whats:
+        table = [["", *(h for how in update.hows for h in (f"{how}, ms", "x limit"))]]
+        table[0] += ["everything / plain", "first step, s"]
+        for who in update.whos:
+            row = [who]
+            for how in update.hows:
+                times = update.ratio((who, what, how), ("limit", what, how))
+                row += [update.text((who, what, how)), short(times and times.median)]
+            grown = update.growth(who, what)
+            first = update.text((who, what, update.hows[0]), "first")
+            table.append([*row, short(grown and grown.median), first])
+        size = f"{len(SETS[what])} variables, {numbers(what):,} numbers"
+        pages[f"One update of {what}: {size}"] = table
+    return pages
+
+
+def _fits(fit: Part) -> Pages:
+    pages: Pages = {}
+    for (of, title), how in product(TIMES.items(), fit.hows):
+        table = [["", *fit.whos, "this / Keras"]]
+        for what in fit.whats:
+            cells = [fit.text((who, what, how), of) for who in fit.whos]
+            ratio = fit.ratio(("this", what, how), ("Keras", what, how), of)
+            table.append([what, *cells, str(ratio or "")])
+        of_what = "import" if how == "import" else f"fit, {how}"
+        pages[f"{title} of {of_what}"] = table
+    return pages
+
+
+def _peaks(memory: Part) -> Pages:
+    table = [[""]]
+    [what] = memory.whats
+    for how in memory.hows:
+        table[0] += [f"{how}: state, bytes", "peak, MiB", "x largest variable"]
+    for who in memory.whos:
+        row = [who]
+        for how in memory.hows:
+            peak = memory.values((who, what, how), "peak") or [math.nan]
+            row.append(memory.text((who, what, how), "state"))
+            row += [short(peak[0] / size) for size in (2**20, figures.LARGEST_BYTES)]
+        table.append(row)
+    return {f"State a parameter, and memory that a step adds, {what}": table}
+
+
+def _embeddings(part: Part) -> Pages:
+    pages: Pages = {}
+    compared = [["", "Keras / this", f"this / itself at {SMALL}"]]
+    for how in part.hows:
+        table = [["", *part.whos]]
+        for what in part.whats:
+            table.append([what, *(part.text((who, what, how)) for who in part.whos)])
+        pages[f"Milliseconds a step, {how}"] = table
+        this = "this", LARGE, how
+        faster = part.ratio(("Keras", LARGE, how), this)
+        slower = part.ratio(this, ("this", SMALL, how))
+        compared.append([how, str(faster or ""), str(slower or "")])
+    pages[f"Times at {LARGE}, as ratios"] = compared
+    large = [what for what in part.whats if TABLES[what].rows >= TABLES[LARGE].rows]
+    table = [["", *large]]
+    for who, what, how in part.figures:
+        if what == LARGE and part.values((who, what, how), "peak"):
+            shares = (_share(part, who, what, how) for what in large)
+            table.append([f"{who}, {how}", *map(short, shares)])
+    return pages | {"Peak memory for the rows, over what is kept of them": table}
+
+
+def _share(part: Part, who: str, what: str, how: str) -> float | None:
+    """Return the memory that rows take, over what is kept of them.
+
+    The rows are those beyond the small table's, and so is the memory: the program
+    and the batches need some, too.
+    """
+    small, large = (spread(part.values((who, w, how), "peak")) for w in (SMALL, what))
+    if not (small and large):
+        return None
+    rows = TABLES[what].rows - TABLES[SMALL].rows
+    kept = KEPT[who.replace("before", "this")]
+    return (large.median - small.median) / (rows * kept)
+
+
+def show(pages: Pages) -> None:
+    """Print tables."""
+    console = Console(width=128)
+    for title, (headings, *rows) in pages.items():
+        table = Table(box=box.SIMPLE_HEAD)
+        for i, heading in enumerate(headings):
+            justify: Any = "right" if i and title != "Targets" else "left"
+            table.add_column(heading, justify=justify, no_wrap=i == 0)
+        for row in rows:
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(f"[bold]{title}[/]", table)
+
+
+def markdown(pages: Pages) -> str:
+    """Return tables as they are on a page."""
+    text = ""
+    for title, (headings, *rows) in pages.items():
+        rule = [":--", *[":--" if title == "Targets" else "--:"] * (len(headings) - 1)]
+        text += f"\n{'## ' * (title == 'Targets')}{title}\n\n" if title else ""
+        for cells in (headings, rule, *rows):
+            text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def save(path: Path, name: str, part: Part) -> None:
+    """Write the figures of a part, in place of those of an earlier run."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    measured = [dataclasses.asdict(figure) for figure in part.figures.values()]
+    report[name] = {"machine": part.machine, "figures": measured}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def publish(folder: Path) -> dict[str, Part]:
+    """Draw the pictures and write the pages; return the figures that they show.
+
+    Args:
+        folder: Where the figures are; any but the usual one gets the pages, too.
+    """
+
+    def write(page: Path, text: str) -> None:
+        (page if folder == RESULTS else folder / page.name).write_text(text)
+
+    def insert(page: Path, text: str) -> None:
+        before, _, rest = page.read_text().partition(FRAME[0])
+        write(page, before + text.join(FRAME) + rest.partition(FRAME[1])[2])
+
+    report = json.loads((folder / FIGURES).read_text())
+    parts = {
+        name: Part(of["machine"], [Figure(**figure) for figure in of["figures"]])
+        for name, of in sorted(report.items(), key=lambda item: PARTS.index(item[0]))
+    }
+    rest = dict(parts)
+    if embedding := rest.pop("embedding", None):
+        draw_embeddings(folder / "embedding.png", embedding)
+        text = f"Measured on: {sentence(embedding.machine)}.\n"
+        insert(
+            DOCS / "embeddings.md", text + markdown(tables({"embedding": embedding}))
+        )
+    if "update" in rest:
+        draw_updates(folder / "bench.png", rest["update"])
+        insert(DOCS.parent / "README.md", markdown({"": _eager(rest["update"])}))
+    text = INTRODUCTION
+    for name, part in rest.items():
+        text += f"- {name}: {sentence(part.machine)}\n"
+    write(DOCS / "benchmarks.md", text + PICTURE + markdown(tables(rest)))
+    return parts
+
+
+def _eager(update: Part) -> Rows:
+    """Return the table of the README."""
+    whos = "Keras, eager", "this, eager", "torch, foreach", "optax, jit"
+    names = "Keras", "this", "times faster (range)", "torch foreach", "optax, jitted"
+    table = [["variables", *names]]
+    for what in (what for sets in figures.EAGER.values() for what in sets):
+        cases = [(who, what, "plain") for who in whos]
+        times = [spread(update.values(case)) for case in cases]
+        cells = [f"{short(x.median)} ms" if x else "failed" for x in times]
+        cells.insert(2, str(update.ratio(cases[0], cases[1]) or ""))
+        table.append([what, *cells])
+    return table
+
+
+def draw_updates(path: Path, update: Part) -> None:
+    """Draw the times of one update, a panel for each set."""
+    whos = [who for who in update.whos if who != "limit"][::-1]
+    rows = math.ceil(len(update.whats) / 3)
+    picture = Picture(figsize=(11, 0.9 + 2.7 * rows), layout="constrained")
+    panels = list(picture.subplots(rows, 3, sharey=True, squeeze=False).flat)
+    for axes in panels[len(update.whats) :]:
+        axes.remove()
+    for axes, what in zip(panels, update.whats, strict=False):
+        _style(axes, what)
+        axes.axvline(1, color=GREY, lw=1)
+        for (y, who), how in product(enumerate(whos), update.hows):
+            if times := update.ratio((who, what, how), ("limit", what, how)):
+                face = _color(who) if how == update.hows[0] else "white"
+                axes.plot(times[1:], (y, y), color=_color(who))
+                axes.plot(times.median, y, "o", color=_color(who), mfc=face)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(whos)), whos)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        for label in axes.get_yticklabels():
+            label.set_color(_color(label.get_text()))
+            label.set_weight("bold" if label.get_text().startswith("this") else None)
+    dots = [
+        Line2D([], [], ls="", marker="o", color=GREY, mfc=face, label=how)
+        for how, face in zip(update.hows, (GREY, "white"), strict=False)
+    ]
+    _save(picture, path, "Time of one update, as a multiple of the limit", dots)
+
+
+def draw_embeddings(path: Path, part: Part) -> None:
+    """Draw the time of a step over the rows of the table."""
+    picture = Picture(figsize=(11, 5.4), layout="constrained")
+    styles = {"uniform ids": "-", "zipf ids": "--"}
+    for axes, way in zip(picture.subplots(1, 2, sharey=True), TABLE_JIT, strict=True):
+        _style(axes, way)
+        for who, (kind, style) in product(part.whos, styles.items()):
+            times = {
+                TABLES[what].rows: spread(part.values((who, what, f"{kind}, {way}")))
+                for what in part.whats
+            }
+            rows = [size for size, x in times.items() if x]
+            if not rows:
+                continue
+            medians, lows, highs = zip(*filter(None, times.values()), strict=True)
+            dot = {"marker": "o", "ms": 4} if style == "-" else {}
+            axes.loglog(rows, medians, style, color=_color(who), lw=1.8, **dot)
+            axes.fill_between(rows, lows, highs, color=_color(who), alpha=0.15, lw=0)
+            if style == "-":
+                at = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+                axes.annotate(
+                    who, (rows[-1], medians[-1]), **at, color=_color(who), weight="bold"
+                )
+        axes.set_xlabel("rows of the table")
+    picture.axes[0].set_ylabel("milliseconds a step")
+    lines = [
+        Line2D([], [], color=GREY, ls=style, label=kind)
+        for kind, style in styles.items()
+    ]
+    _save(picture, path, f"Embedding(rows, {WIDTH}) in `fit`", lines)
+
+
+def _color(who: str) -> str:
+    return COLORS.get(who.replace(",", "").split()[0], GREY)
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", size=11)
+    axes.grid(color="#e4e3df")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(picture: Picture, path: Path, title: str, legend: list[Line2D]) -> None:
+    picture.suptitle(title, x=0.015, ha="left", size=15)
+    picture.legend(handles=legend, loc="outside upper right", ncols=2, frameon=False)
+    picture.savefig(path, dpi=150)
