@@ -3,15 +3,17 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 import keras
 from keras import ops
 
 from keras_rmsprop import averages, checks, codecs, options, rule, saving, skipping
+from keras_rmsprop.alignment import Owner
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.backends.plain import Request, Step, Update
+from keras_rmsprop.backends.plain import Request, Step, Update, Way
+from keras_rmsprop.explaining import explained
 from keras_rmsprop.slots import ACCUMULATOR, SLOTS, WEIGHT_AVERAGE, Keeper, in_order_of
 from keras_rmsprop.state import State, as_array, matched
 
@@ -349,8 +351,9 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _put_in_order(self) -> None:
         """Order `variables` as a new optimizer would. Keras has no public way to."""
-        tracker = vars(self).pop("_tracker")  # without it a list is not tracked again
-        self._variables = self._keeper.in_order(self._variables)
+        own: Any = vars(self)
+        tracker = own.pop("_tracker")  # without it a list is not tracked again
+        self._variables: Any = self._keeper.in_order(own["_variables"])
         self._tracker = tracker
         is_variable, _ = tracker.config["variables"]
         tracker.config["variables"] = is_variable, self._variables
@@ -389,10 +392,14 @@ class RMSprop(keras.optimizers.Optimizer):
             attributes=vars(self),
             clocks=self._clocks,
             learning_rate=lambda: self.learning_rate,
-            make_clocks=lambda: [self._clocks.make(i) for i in sorted(tables)],
+            make_clocks=lambda: self._make_clocks(tables),
             prepare=functools.partial(self._prepare, grads, variables),
         )
         return self._runner.run(self._take, grads, variables, request)
+
+    def _make_clocks(self, tables: Iterable[int]) -> None:
+        for i in sorted(tables):
+            self._clocks.make(i)
 
     def _jit_compile(self) -> bool | str:
         """Return the option; with "auto" a subclass' step runs as Keras runs it."""
@@ -441,18 +448,26 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _rows_suffice(self, variable: Any) -> bool:
         """Whether a step may leave out the rows of a table that have no gradient."""
-        if (
-            self.gradient_accumulation_steps
-            or self._has_own_step()
-            or options.is_tensor(self.rho)  # which may change while rows are silent
-            or self._var_key(variable) in self._clocks.refused
-        ):
-            return False
-        return self.sparse_update == "lazy" or not (
-            options.is_on(self.momentum)
-            or self.use_ema
-            or self._decay_of(variable) is not None
-        )
+        return not self._why_all_rows(variable)
+
+    def _why_all_rows(self, variable: Any) -> str:
+        """Return why a step must not leave out rows without gradient; else nothing."""
+        reasons = {
+            "`gradient_accumulation_steps` sums all": self.gradient_accumulation_steps,
+            "`update_step` is a subclass'": self._has_own_step(),
+            "`rho` may change unseen": options.is_tensor(self.rho),
+            "a graph updates the table densely": (
+                self._var_key(variable) in self._clocks.refused
+            ),
+        }
+        if self.sparse_update != "lazy":
+            reasons |= {
+                "`momentum` moves silent rows": options.is_on(self.momentum),
+                "`use_ema` averages silent rows": self.use_ema,
+                "`weight_decay` moves silent rows": self._decay_of(variable)
+                is not None,
+            }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _take(
         self,
@@ -621,6 +636,45 @@ class RMSprop(keras.optimizers.Optimizer):
         of_each = [self._model_variables_moving_average[i] for i in indices]
         averages.replace(known, of_each)
 
+    def explain(self) -> str:
+        """Say which way each variable's update goes, and why.
+
+        Raises:
+            ValueError: The optimizer is not built.
+
+        Example:
+            >>> import keras
+            >>> from keras_rmsprop import RMSprop
+            >>> optimizer = RMSprop()
+            >>> optimizer.build([keras.Variable([1.0, 2.0], name="bias")])
+            >>> print(optimizer.explain())
+            An eager step is one program without XLA, as no variable has more than 4096
+            elements:
+              1 end to end with others (small, so operations cost more than what they
+                compute): bias (2,)
+            In `fit` and in a `tf.function` a step is part of that graph:
+              1 end to end with others (small, so operations cost more than what they
+                compute): bias (2,)
+        """
+        self._check_built()
+        variables = self._trainable_variables
+        updates = list(map(self._update_of, [None] * len(variables), variables))
+        jit_compile, step = self._jit_compile(), self._step(0.0)
+        steps = {}
+        for text, context in backend.kinds_of_steps(variables, jit_compile).items():
+            steps[text] = [self._way(one, step, context) for one in updates]
+        shapes = [tuple(v.shape) for v in variables]
+        names = [f"{p} {s}" for p, s in zip(self._paths(), shapes, strict=True)]
+        return explained(steps, names)
+
+    def _way(self, one: Update, step: Step, context: Mapping[str, bool]) -> Way:
+        if self._has_own_step():
+            return Way("by its own `update_step`", "as Keras would")
+        why = self._why_all_rows(one.variable)
+        if one.rows is not None and why:
+            return Way("by all rows", f"sparse gradients, but {why}")
+        return backend.way(one, step, **context)
+
     # Its state: every door leads through `variables` or `get_state`.
 
     @property
@@ -722,7 +776,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """Load a file, but for variables to keep."""
         paths = self._paths()
         shapes = [tuple(v.shape) for v in self._trainable_variables]
-        owners = list(map(saving.Owner, paths, shapes))
+        owners = list(map(Owner, paths, shapes))
         places = dict(self._named())
         plan = saving.plan(file, places, owners)
         if plan.warning:

@@ -65,6 +65,7 @@ def test_imports_run_one_way():
         ("options", {"checks"}),
         ("alignment", set()),
         ("skipping", {"folding"}),
+        ("explaining", {"backends.plain"}),
         ("backends.plain", {"codecs", "rule"}),
     ],
 )

@@ -161,6 +161,13 @@ def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
     return Way("on its own", "as on every backend but TensorFlow")
 
 
+def kinds_of_steps(
+    variables: Sequence[Any], jit_compile: bool | str
+) -> dict[str, dict[str, bool]]:
+    """Return what kinds of steps there are, in words, and what `way` is to know."""
+    return {"A step is part of what Keras' backend makes of it:": {}}
+
+
 class Runner:
     """Takes an optimizer's steps, here and now."""
 

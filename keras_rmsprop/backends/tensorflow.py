@@ -205,8 +205,7 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
         in_program: Whether this is traced for a program that holds nothing else.
     """
     together: dict[Hashable, list[Update]] = {}
-    count = len(updates)
-    one_each = len({id(native(one.variable)) for one in updates}) == count
+    one_each = len({id(native(one.variable)) for one in updates}) == len(updates)
     for one in updates:
         one = one._replace(variable=native(one.variable), slots=one.slots.map(native))
         kind = way(one, step, in_program=in_program).name
@@ -237,25 +236,62 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
             )
 
 
-ROWS, ONE_AXIS, END_TO_END, ALONE = "rows", "one axis", "end to end", "on its own"
+ROWS, ONE_AXIS = "by rows", "on one axis"
+END_TO_END, ALONE = "end to end with others", "on its own"
 
 
-def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
-    """Say how `update` updates a variable, and why so."""
-    xla = inside_xla()
+def way(
+    one: Update, step: Step, *, in_program: bool = False, xla: bool | None = None
+) -> Way:
+    """Say how `update` updates a variable, and why so.
+
+    Args:
+        one: The update.
+        step: The step.
+        in_program: See `update`.
+        xla: Whether XLA compiles it; None: look.
+    """
     if one.rows is not None:
-        return Way(ROWS, "sparse gradients: what a step costs, its rows do")
+        return Way(ROWS, "sparse gradients: the rows of the batch")
+    xla = inside_xla() if xla is None else xla
     if xla and in_program and layouts.has_short_axis(one.variable):
-        return Way(ONE_AXIS, "its last axis is short, and XLA vectorises that alone")
-    if xla or not layouts.is_small(one.variable):
-        return Way(ALONE, "large enough, or fused by XLA")
+        return Way(ONE_AXIS, "its last axis is short, and XLA vectorises no other")
+    if xla:
+        return Way(ALONE, "XLA makes one loop of its operations")
+    if not layouts.is_small(one.variable):
+        return Way(ALONE, f"more than {layouts.END_TO_END_ELEMENTS} elements")
     if tf.distribute.has_strategy():
         return Way(ALONE, "under `tf.distribute`")
     if step.options.cautious:
         return Way(ALONE, "`cautious` counts each variable's elements")
     if not codecs.of(one.slots.velocity).elementwise:
         return Way(ALONE, "`slot_dtype` draws by each element's place")
-    return Way(END_TO_END, "small: an operation costs more than what it computes")
+    return Way(END_TO_END, "small, so operations cost more than what they compute")
+
+
+def kinds_of_steps(
+    variables: Sequence[Any], jit_compile: bool | str
+) -> dict[str, dict[str, bool]]:
+    """Return what kinds of steps there are, in words, and what `way` is to know."""
+    in_graph = {"in_program": False, "xla": False}
+    in_program = {"in_program": True, "xla": True}
+    if jit_compile is False:
+        eager = {"An eager step runs operation by operation:": in_graph}
+    elif jit_compile is True or is_worth_xla(variables):
+        text = (
+            "An eager step is one program, compiled by XLA unless gradients are sparse:"
+        )
+        eager = {text: in_program}
+    else:
+        text = (
+            "An eager step is one program without XLA, as no variable has more than "
+            f"{XLA_EAGER_ELEMENTS} elements:"
+        )
+        eager = {text: in_graph}
+    graph = "In `fit` and in a `tf.function` a step is"
+    if jit_compile is True or (jit_compile == "auto" and is_large(variables)):
+        return eager | {f"{graph} a program of its own, compiled by XLA:": in_program}
+    return eager | {f"{graph} part of that graph:": in_graph}
 
 
 def _same(decay: Any) -> Hashable:
