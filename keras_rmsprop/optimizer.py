@@ -384,9 +384,12 @@ class RMSprop(keras.optimizers.Optimizer):
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
         grads = list(map(backend.as_gradient, grads, variables))
-        if not self.built or backend.has_slices(grads):
+        is_sparse = backend.has_slices(grads)
+        if not self.built or is_sparse:
             self._prepare(grads, variables)
-        tables = self._tables_to_be(grads, variables)
+        tables: set[int] = set()
+        if is_sparse or not backend.is_eager():
+            tables = self._tables_to_be(grads, variables)
         request = Request(
             jit_compile=self._jit_compile(),
             attributes=vars(self),

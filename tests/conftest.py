@@ -6,12 +6,16 @@ import keras
 import pytest
 from hypothesis import settings
 
+from keras_rmsprop.backends.programs import Programs
+
 # Compiling takes as long as it takes, and an example found is an example kept.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def _reproducible():
+def _reproducible(monkeypatch):
+    # XLA compiles for one test whatever it compiled for others.
+    monkeypatch.setattr(Programs, "compiled", 0)
     keras.utils.clear_session(free_memory=False)  # its garbage collection takes 0.4 s
     keras.utils.set_random_seed(0)

@@ -19,9 +19,9 @@ otherwise fill the memory with traces."""
 EAGER_TRACES = 4
 """How many sets of gradients and settings an optimizer traces when it first sees them.
 Later ones are traced when they are seen again: what never repeats is not worth it."""
-XLA_PROGRAMS = 64
-"""How many programs of a process XLA compiles. TensorFlow never frees what it
-compiled, some 5 MB each."""
+XLA_PROGRAMS = 16
+"""How many programs of a process XLA compiles unless it is told to. TensorFlow never
+frees what XLA compiled, some 3 to 5 MB each; what comes later runs without XLA."""
 
 Step = Callable[[Sequence[Any], Sequence[Any], Any, bool], None]
 """Takes a step, given the gradients, the variables, the learning rate, and whether it
@@ -69,7 +69,8 @@ def _comparable(x: Any) -> tuple[type, Hashable]:
 class Programs:
     """The traced steps of one optimizer: one for each set of gradients."""
 
-    _compiled = 0
+    compiled = 0
+    """How many of a process XLA has compiled."""
 
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
@@ -122,9 +123,9 @@ class Programs:
                 variables,
                 tensors,
                 prepare(),
-                xla=xla() and Programs._compiled < XLA_PROGRAMS,
+                xla=xla(),
             )
-            Programs._compiled += traced.xla
+            Programs.compiled += traced.xla
             program, key = traced, (settings(), *given)  # tracing may set attributes
         self._keep(key, program)
         program(tensors)

@@ -12,7 +12,12 @@ import tensorflow as tf
 from keras_rmsprop import codecs, sparse
 from keras_rmsprop.backends import layouts, plain
 from keras_rmsprop.backends.plain import Request, Step, Taken, Update, Way
-from keras_rmsprop.backends.programs import Programs, Settings, has_slices
+from keras_rmsprop.backends.programs import (
+    XLA_PROGRAMS,
+    Programs,
+    Settings,
+    has_slices,
+)
 from keras_rmsprop.backends.programs import is_slices as is_slices
 from keras_rmsprop.folding import folded
 from keras_rmsprop.options import is_tensor
@@ -126,7 +131,10 @@ class Runner:
             settings=settings,
             learning_rate=request.learning_rate(),
             prepare=request.prepare,
-            xla=lambda: request.jit_compile is True or is_worth_xla(variables),
+            xla=lambda: (
+                request.jit_compile is True
+                or (is_worth_xla(variables) and is_xla_left())
+            ),
         )
 
     def has_program(
@@ -144,6 +152,11 @@ class Runner:
 def is_worth_xla(variables: Sequence[Any]) -> bool:
     """Whether XLA is faster for an eager step of these variables."""
     return any(math.prod(v.shape) > XLA_EAGER_ELEMENTS for v in variables)
+
+
+def is_xla_left() -> bool:
+    """Whether XLA may compile one more program without being told to."""
+    return Programs.compiled < XLA_PROGRAMS
 
 
 def is_large(variables: Sequence[Any]) -> bool:
@@ -277,11 +290,17 @@ def kinds_of_steps(
     in_program = {"in_program": True, "xla": True}
     if jit_compile is False:
         eager = {"An eager step runs operation by operation:": in_graph}
-    elif jit_compile is True or is_worth_xla(variables):
+    elif jit_compile is True or (is_worth_xla(variables) and is_xla_left()):
         text = (
             "An eager step is one program, compiled by XLA unless gradients are sparse:"
         )
         eager = {text: in_program}
+    elif is_worth_xla(variables):
+        text = (
+            "An eager step that is new now is one program without XLA, which has "
+            f"compiled {XLA_PROGRAMS} in this process and frees none:"
+        )
+        eager = {text: in_graph}
     else:
         text = (
             "An eager step is one program without XLA, as no variable has more than "
