@@ -5,4 +5,4 @@ from keras_rmsprop.dialects import documents as rmsprop_optimizer
 from keras_rmsprop.optimizer import RMSprop
 
 __all__ = ["RMSprop", "dialects", "rmsprop_optimizer", "transfer"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -70,8 +70,10 @@ class RMSprop(keras.optimizers.Optimizer):
     On the TensorFlow backend a step taken eagerly - in a notebook or a custom training
     loop - runs as one XLA program: unscaling, clipping, decay, update and averages (see
     `jit_compile` for the exceptions). It is traced once for each set of gradients.
-    Whatever the learning rate is, a changed value takes effect with the next step and
-    without a new trace.
+    An attribute assigned between two eager steps takes effect with the next. A new
+    learning rate needs no new trace, be it a number, a schedule or a callable. (In
+    `fit` and in a `tf.function`, as with Keras' optimizers, what was traced stays:
+    a callable is called once, and options are those of the trace.)
 
     Args:
         learning_rate: $\eta$, a number >= 0, a
@@ -141,16 +143,17 @@ class RMSprop(keras.optimizers.Optimizer):
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
             weight decay of that variable, no EMA, no accumulation). Averages of
-            silent rows then stand as they last were, until their turn. `"lazy"` updates
+            silent rows are brought up to date when they are read. `"lazy"` updates
             the rows only, whatever the options but accumulation. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
             own: `"auto"` where that is faster (an eager step unless all variables are
             small, and in a `tf.function` the step of a model with large ones), `True`
-            in every `tf.function` too, `False` never. Inside a function that XLA
+            in every `tf.function` and in subclasses with an `update_step` of their
+            own, too, `False` never. Inside a function that XLA
             compiles the step is part of that program. Steps with sparse gradients,
             under `tf.distribute` or with variables on several devices are never
             compiled on their own. `False` is also for constraints that compute outside
-            TensorFlow. Defaults to `"auto"`.
+            TensorFlow. `explain` says what happens. Defaults to `"auto"`.
         **kwargs: `lr`, the deprecated spelling of `learning_rate`.
 
     Raises:
