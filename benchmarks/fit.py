@@ -119,8 +119,19 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
         times = [1e3 * (b - a) for a, b in itertools.pairwise(ends)]
         return statistics.median(times[WARM_UP - 1 :])
 
-    measures = {"time": step, "peak": lambda seconds: memory.peak()}
-    return harness.Ready({"first": first}, measures)
+    return ready(first, step, memory)
+
+
+def ready(
+    first: float, step: Callable[[float], float], memory: harness.Memory
+) -> harness.Ready:
+    """Return what is ready, given the seconds of the first step and how to time."""
+
+    def peak(seconds: float) -> float | None:
+        step(seconds)  # as it may be one step of many that takes more
+        return memory.peak()
+
+    return harness.Ready({"first": first}, {"time": step, "peak": peak})
 
 
 @functools.cache
@@ -236,13 +247,11 @@ def with_torch(task: Task, how: str) -> harness.Ready:
 
     [first] = harness.milliseconds(step, seconds=0, least=1)
     harness.milliseconds(step, seconds=0, least=2 * WARM_UP)
-    return harness.Ready(
-        {"first": first / 1e3},
-        {
-            "time": lambda s: statistics.median(harness.milliseconds(step, s, WARM_UP)),
-            "peak": lambda s: memory.peak(),
-        },
-    )
+
+    def timed(seconds: float) -> float:
+        return statistics.median(harness.milliseconds(step, seconds, WARM_UP))
+
+    return ready(first / 1e3, timed, memory)
 
 
 if __name__ == "__main__":

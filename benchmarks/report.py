@@ -77,9 +77,11 @@ def _before(name: str, part: Part) -> Pages:
             ratio = part.ratio(case, this, of)
             if case != this and ratio:
                 changes = {"faster": ratio.low > 1, "slower": ratio.high < 1}
-                change = ", ".join(word for word, true in changes.items() if true)
+                several = ratio.low < ratio.high
+                change = "".join(word for word, true in changes.items() if true)
                 cells = part.text(case, of), part.text(this, of), str(ratio)
-                table.append([", ".join((*this[1:], this[0])), *cells, change])
+                row = [", ".join((*this[1:], this[0])), *cells, change * several]
+                table.append(row)
         pages[f"{title}, {name}: before, and this"] = table
     return pages
 
