@@ -12,6 +12,7 @@ from keras import ops
 from keras_rmsprop import averages, checks, codecs, options, rule, saving, skipping
 from keras_rmsprop.alignment import Owner
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.backends import plain
 from keras_rmsprop.backends.plain import Request, Step, Update, Way
 from keras_rmsprop.explaining import explained
 from keras_rmsprop.slots import ACCUMULATOR, SLOTS, WEIGHT_AVERAGE, Keeper, in_order_of
@@ -551,7 +552,12 @@ class RMSprop(keras.optimizers.Optimizer):
             variable: The variable.
             learning_rate: The learning rate, a scalar.
         """
-        self._update([gradient], [variable], learning_rate)
+        if not self._has_own_step():
+            self._update([gradient], [variable], learning_rate)
+            return
+        # No rows, and through the methods that a subclass may have overridden.
+        one = self._update_of(gradient, variable)._replace(rows=None)
+        plain.update_one(one, self._step(learning_rate), self.assign, self.assign_sub)
 
     # Keras' own of these would go through `tf.distribute` again, and know no rows.
 

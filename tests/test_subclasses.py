@@ -362,3 +362,28 @@ class TestOwnSlots:
         assert len(warned) == 1
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
+
+
+def test_an_overridden_assign_is_called_as_by_the_built_in():
+    def noting(kind):
+        class Noting(kind):
+            def assign(self, variable, value):
+                calls.append(("assign", tuple(variable.shape)))
+                super().assign(variable, value)
+
+            def assign_sub(self, variable, value):
+                calls.append(("assign_sub", tuple(variable.shape)))
+                super().assign_sub(variable, value)
+
+        calls = []
+        variables = [keras.Variable([1.0, 2.0]), keras.Variable([[3.0]])]
+        optimizer = Noting(0.1, momentum=0.5)
+        optimizer.build(variables)
+        for _ in range(2):
+            optimizer.apply([tf.constant([1.0, -1.0]), tf.constant([[2.0]])])
+        return calls, [v.numpy() for v in variables]
+
+    calls, weights = noting(RMSprop)
+    expected_calls, expected = noting(keras.optimizers.RMSprop)
+    assert calls == expected_calls
+    assert_close(weights, expected, 1e-6)

@@ -145,15 +145,31 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
         update_one(one, step)
 
 
-def update_one(one: Update, step: Step) -> None:
-    """Take the step of one variable."""
+def update_one(
+    one: Update,
+    step: Step,
+    assign: Callable[[Any, Any], None] | None = None,
+    assign_sub: Callable[[Any, Any], None] | None = None,
+) -> None:
+    """Take the step of one variable.
+
+    Args:
+        one: The update.
+        step: The step.
+        assign: Sets a slot to a value; None: by its own `assign`.
+        assign_sub: Subtracts from the variable; None: by its own `assign_sub`.
+    """
     variable, gradient, slots, decay, _ = one
     taken, new = step.taken(gradient, variable, slots, dtype=one.dtype, decay=decay)
     new = codecs.encoded(slots, new, step.draw)
     for slot, value in zip(slots, new, strict=True):
         if slot is not None:
-            slot.assign(value)
-    variable.assign_sub(ops.cast(taken, variable.dtype))
+            slot.assign(value) if assign is None else assign(slot, value)
+    taken = ops.cast(taken, variable.dtype)
+    if assign_sub is None:
+        variable.assign_sub(taken)
+    else:
+        assign_sub(variable, taken)
 
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
