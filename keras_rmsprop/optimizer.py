@@ -186,6 +186,7 @@ class RMSprop(keras.optimizers.Optimizer):
     """What was loaded before there were variables to load it into."""
     _before_file: Sequence[tuple[saving.Name, Any, Any]] = ()
     """The variables that there were, and their values before that."""
+    _checkpoints_before_file: Any = None
 
     def __init__(
         self,
@@ -397,12 +398,18 @@ class RMSprop(keras.optimizers.Optimizer):
         request = Request(
             jit_compile=self._jit_compile(),
             attributes=vars(self),
-            clocks=self._clocks,
+            also=self._also_baked_in,
             learning_rate=lambda: self.learning_rate,
             make_clocks=lambda: self._make_clocks(tables),
             prepare=functools.partial(self._prepare, grads, variables),
         )
         return self._runner.run(self._take, grads, variables, request)
+
+    def _also_baked_in(self) -> tuple[Any, ...]:
+        """Return what a trace holds as constants that is no attribute of this."""
+        if not (self.use_ema and self.ema_overwrite_frequency):
+            return (*self._clocks,)
+        return *self._clocks, *map(_is_trainable, self._trainable_variables)
 
     def _make_clocks(self, tables: Iterable[int]) -> None:
         for i in sorted(tables):
@@ -642,7 +649,7 @@ class RMSprop(keras.optimizers.Optimizer):
         known = [
             v
             for v in trainable_variables
-            if self._var_key(v) in places and getattr(v, "trainable", True)
+            if self._var_key(v) in places and _is_trainable(v)
         ]
         indices = map(self._get_variable_index, known)
         of_each = [self._model_variables_moving_average[i] for i in indices]
@@ -682,6 +689,8 @@ class RMSprop(keras.optimizers.Optimizer):
     def _way(self, one: Update, step: Step, context: Mapping[str, bool]) -> Way:
         if self._has_own_step():
             return Way("by its own `update_step`", "as Keras would")
+        if one.slots.velocity is None:
+            return Way("replaced by its gradient", "as of float8 training")
         why = self._why_all_rows(one.variable)
         if one.rows is not None and why:
             return Way("by all rows", f"sparse gradients, but {why}")
@@ -708,7 +717,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def _catch_up(self, i: int) -> None:
         """Bring the averages of all rows of a table up to date."""
         clock = self._clocks[i]
-        if not backend.is_eager() or int(clock.updates):
+        if not backend.is_eager() or clock.is_behind():
             sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -723,8 +732,10 @@ class RMSprop(keras.optimizers.Optimizer):
 
         def name(variable: Any) -> saving.Name:
             it = kept.get(id(variable))
-            if it is None or it.owner is None:
+            if it is None:
                 return saving.Name(variable.name, "")
+            if it.owner is None:
+                return saving.Name(it.kind, "")
             return saving.Name(it.kind, paths[self._get_variable_index(it.owner)])
 
         return [(name(v), v) for v in self._variables]
@@ -754,6 +765,8 @@ class RMSprop(keras.optimizers.Optimizer):
             ValueError: What should be numbers is not; nothing is changed.
         """
         file = saving.read(store)
+        self._file, self._before_file = None, ()
+        self._checkpoints_before_file = self._checkpoints()
         if self.built:
             try:
                 self._load(file)
@@ -776,6 +789,8 @@ class RMSprop(keras.optimizers.Optimizer):
             return
         file, self._file = self._file, None
         before, self._before_file = self._before_file, ()
+        if self._checkpoints() != self._checkpoints_before_file:
+            return  # what was restored later is what was meant
         with backend.outside_functions():
             try:
                 self._load(file, [name for name, *_ in before] if file.names else ())
@@ -783,6 +798,13 @@ class RMSprop(keras.optimizers.Optimizer):
                 self._skip_file(error)
                 for _, variable, value in before:
                     variable.assign(value)
+
+    def _checkpoints(self) -> Any:
+        """Return something else after a `tf.train.Checkpoint` was restored.
+
+        There is no public way to know. Without the private one it stays the same.
+        """
+        return vars(self).get("_self_update_uid")
 
     def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
         """Load a file, but for variables to keep."""
@@ -920,6 +942,10 @@ _STEP_METHODS = {
 
 _signature = options.signature(RMSprop.__init__)
 RMSprop.__init__.__signature__ = _signature  # type: ignore[attr-defined]
+
+
+def _is_trainable(variable: Any) -> bool:
+    return getattr(variable, "trainable", True)
 
 
 def _one_of_both(learning_rate: Any, given: dict[str, Any]) -> Any:

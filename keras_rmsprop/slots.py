@@ -20,6 +20,7 @@ class Kept(NamedTuple):
 
     variable: Any
     kind: str
+    """With a number, as in `norm#1`, if there are more of a kind."""
     owner: Any
     """The model's variable that it belongs to; None if to no single one."""
     start: Callable[..., Any]
@@ -88,7 +89,8 @@ class Keeper:
         key = Key(kind, owner_key, self._count[kind, owner_key])
         self._count[kind, owner_key] += 1
         if key not in self._by_key:
-            self._by_key[key] = Kept(make(), kind, owner, start)
+            numbered = f"{kind}#{key.number}" if key.number else kind
+            self._by_key[key] = Kept(make(), numbered, owner, start)
             self._made.append(key)
         self._built.append(key)
         return self._by_key[key].variable

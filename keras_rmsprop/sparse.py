@@ -42,6 +42,11 @@ class Clock(tf.Module):
                 tf.zeros(table.shape[:1], tf.int32), trainable=False
             )
 
+    def is_behind(self) -> bool:
+        """Whether there were updates since all rows were up to date."""
+        # A variable of several replicas is no number, but reads as one.
+        return bool(tf.convert_to_tensor(self.updates) > 0)
+
     def reset(self) -> None:
         """Begin anew: the averages of all rows are up to date."""
         self.updates.assign(0)

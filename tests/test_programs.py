@@ -1,6 +1,8 @@
 """The XLA-compiled step: traced once, up to date, and equal to the plain way."""
 
+import gc
 import re
+import weakref
 
 import keras
 import numpy as np
@@ -357,3 +359,93 @@ def test_xla_updates_in_place(options):
     program = step.experimental_get_compiler_ir(tf.ones([16, 256]))("optimized_hlo")
     assert "f32[16,256]" in program
     assert not re.search(r"f32\[(16,256|4096)\]\S* copy\(", program)
+
+
+def test_a_constraint_changed_in_place_takes_effect():
+    weights = []
+    for kind in (RMSprop, keras.optimizers.RMSprop):
+        variable = keras.Variable([1.0, 1.0])
+        variable.constraint = keras.constraints.MaxNorm(1.0)
+        optimizer = kind(1.0)
+        for most in (1.0, 1.0, 2.0, 2.0):
+            variable.constraint.max_value = most
+            optimizer.apply([tf.constant([-1.0, -1.0])], [variable])
+        weights.append(variable.numpy())
+    np.testing.assert_allclose(*weights, rtol=1e-6)
+
+
+def test_freezing_a_variable_counts_where_averages_replace_the_weights():
+    weights = []
+    for jit_compile in ("auto", False):
+        a, b = keras.Variable([1.0]), keras.Variable([2.0])
+        options = {"ema_momentum": 0.5, "ema_overwrite_frequency": 2}
+        optimizer = RMSprop(0.1, use_ema=True, jit_compile=jit_compile, **options)
+        optimizer.build([a, b])
+        for n in range(6):
+            if n == 3:
+                b.assign([5.0])
+                b.trainable = False
+            optimizer.apply([tf.constant([1.0])], [a])
+        weights.append([a.numpy(), b.numpy()])
+    assert weights[0][1] == [5.0]
+    np.testing.assert_allclose(*weights, rtol=1e-6)
+
+
+def test_what_is_assigned_at_each_step_is_not_kept_alive():
+    class Logging(RMSprop):
+        def apply(self, grads, trainable_variables=None):
+            self.last = list(grads)
+            super().apply(grads, trainable_variables)
+
+    variable, optimizer, seen = keras.Variable([1.0]), Logging(), []
+    for _ in range(20):
+        gradient = tf.random.normal([1])
+        seen.append(weakref.ref(gradient))
+        optimizer.apply([gradient], [variable])
+    del gradient
+    gc.collect()
+    assert sum(reference() is not None for reference in seen) <= 1
+
+
+def test_objects_are_told_apart_though_ids_are_used_again():
+    identities, seen = programs.Identities(), set()
+    for _ in range(50):
+        seen.add(identities.comparable(Traces()))
+    assert len(seen) == 50
+    one = Traces()
+    assert identities.comparable(one) == identities.comparable(one)
+    assert identities.comparable(1) != identities.comparable(True)
+    assert identities.comparable((one, 2)) == identities.comparable((one, 2))
+
+
+def test_explain_says_which_way_each_variable_goes():
+    table, kernel, bias = (
+        keras.Variable(np.ones(shape, "float32"), name=name)
+        for name, shape in (("table", (9, 4)), ("kernel", (80, 64)), ("bias", (64,)))
+    )
+    optimizer = RMSprop()
+    with pytest.raises(ValueError, match="must be built"):
+        optimizer.explain()
+    slices = tf.IndexedSlices([[1.0] * 4], [2], [9, 4])
+    variables = [table, kernel, bias]
+    optimizer.apply([slices, tf.ones((80, 64)), tf.ones(64)], variables)
+    eager, graph = optimizer.explain().split("In `fit`")
+    assert "one program, compiled by XLA" in eager
+    assert re.search(r"1 by rows .* table \(9, 4\)", graph.replace("\n", " "))
+    assert re.search(r"1 on its own .* kernel", graph.replace("\n", " "))
+    assert re.search(r"1 end to end .* bias", graph.replace("\n", " "))
+    optimizer.momentum = 0.9
+    optimizer._momentums = optimizer._velocities
+    assert "`momentum` moves silent rows" in optimizer.explain()
+    assert "operation by operation" in RMSpropOfOnes.explained([kernel])
+
+
+class RMSpropOfOnes(RMSprop):
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(keras.ops.ones_like(gradient), variable, learning_rate)
+
+    @classmethod
+    def explained(cls, variables):
+        optimizer = cls()
+        optimizer.build(variables)
+        return optimizer.explain()

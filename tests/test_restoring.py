@@ -7,6 +7,7 @@ weight goes on, what was not starts fresh.
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from small_models import (
     OneBuiltInEach,
     assert_same_bits,
@@ -343,4 +344,56 @@ def test_the_state_of_the_built_in_is_not_refused(tmp_path, file, built):
     with user_warnings() as warned:
         loaded(other, tmp_path / file, built)
     assert not warned
+    assert_same_bits(other, model)
+
+
+def trained_three_times(folder, kind=RMSprop):
+    """Return a model, and a file of it after one of its epochs."""
+    model = dense_model(kind(0.1))
+    model.fit(*numbers(model), verbose=0)
+    save(model, folder / "first.weights.h5")
+    model.fit(*numbers(model), epochs=2, verbose=0)
+    return model, folder / "first.weights.h5"
+
+
+def test_a_checkpoint_restored_after_a_file_was_loaded_wins(tmp_path):
+    model, first = trained_three_times(tmp_path)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(
+        str(tmp_path / "checkpoint")
+    )
+    other = dense_model(RMSprop(0.1))
+    other.load_weights(first)
+    tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path)
+    build(other)
+    assert_same_bits(other, model)
+
+
+class WithNorms(RMSprop):
+    """Has a variable of its own for each of the model's, all of one name."""
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self.norms = [self.add_variable((), name="norm") for _ in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        norm = self.norms[self._get_variable_index(variable)]
+        norm.assign_add(keras.ops.sum(gradient))
+        super().update_step(gradient, variable, learning_rate)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_last_of_two_files_wins_and_variables_of_one_name_are_apart(
+    tmp_path, built
+):
+    model, first = trained_three_times(tmp_path, WithNorms)
+    save(model, tmp_path / "last.weights.h5")
+    other = dense_model(WithNorms(0.1))
+    other.load_weights(first)
+    if built:
+        build(other)
+    other.load_weights(tmp_path / "last.weights.h5")
+    build(other)
+    assert len({float(norm.numpy()) for norm in model.optimizer.norms}) > 1
     assert_same_bits(other, model)

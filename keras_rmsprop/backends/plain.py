@@ -1,7 +1,7 @@
 """A step as data, and how it is taken on any backend of Keras, variable by variable."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -92,8 +92,8 @@ class Request(NamedTuple):
     jit_compile: bool | str
     attributes: Mapping[str, Any]
     """The optimizer's, all of them."""
-    clocks: Iterable[int]
-    """The tables that have one, by their index."""
+    also: Callable[[], tuple[Any, ...]]
+    """Returns what else a trace holds as constants; something hashable."""
     learning_rate: Callable[[], Any]
     """Returns a variable, or the value of the moment of what is none."""
     make_clocks: Callable[[], None]

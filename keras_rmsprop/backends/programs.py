@@ -5,7 +5,9 @@ trace holds as a constant is in its key: the attributes of the optimizer, all of
 as `Settings` numbers them, and what the step is given.
 """
 
-import operator
+import functools
+import itertools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ class Settings:
     """The attributes of an object, as a number: equal where all of them are equal.
 
     An attribute that is no plain value (a list, a layer, a function) is compared by
-    identity, so what changes inside it goes unseen.
+    identity, so what changes inside it goes unseen. None is kept alive.
 
     Example:
         >>> settings = Settings()
@@ -41,8 +43,9 @@ class Settings:
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[Hashable, int] = {}
-        self._seen: list[Any] = []  # while they live, no other gets their ids
+        self._numbers: OrderedDict[Hashable, int] = OrderedDict()
+        self._count = itertools.count()
+        self._objects = Identities()
 
     def number(self, attributes: Mapping[str, Any]) -> int:
         """Return the number of these attributes.
@@ -51,19 +54,46 @@ class Settings:
             attributes: As of `vars`.
         """
         key = tuple(
-            (name, *_comparable(x))
+            (name, *self._objects.comparable(x))
             for name, x in attributes.items()
             if not name.startswith("_self_")  # TensorFlow's notes for checkpoints
         )
         if key not in self._numbers:
-            self._numbers[key] = len(self._numbers)
-            self._seen.append([*attributes.values()])
+            self._numbers[key] = next(self._count)
+        self._numbers.move_to_end(key)
+        if len(self._numbers) > MOST_PROGRAMS:
+            self._numbers.popitem(last=False)
         return self._numbers[key]
 
 
-def _comparable(x: Any) -> tuple[type, Hashable]:
-    plain = x is None or isinstance(x, bool | int | float | str)
-    return type(x), x if plain else id(x)
+class Identities:
+    """Numbers for objects: one each, as ids would be if they were not used again."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, int]] = {}
+        self._count = itertools.count()
+
+    def comparable(self, x: Any) -> tuple[type, Hashable]:
+        """Return something equal for equal plain values and for the same objects."""
+        if x is None or isinstance(x, bool | int | float | str):
+            return type(x), x
+        if isinstance(x, tuple):
+            return type(x), tuple(map(self.comparable, x))
+        return type(x), self._number(x)
+
+    def _number(self, x: Any) -> int:
+        key = id(x)
+        if key not in self._known or self._known[key][0]() is not x:
+            try:
+                reference = weakref.ref(x, lambda _: self._known.pop(key, None))
+            except TypeError:  # a plain list, say: it is kept
+                reference = functools.partial(_itself, x)  # type: ignore[assignment]
+            self._known[key] = reference, next(self._count)
+        return self._known[key][1]
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 class Programs:
@@ -106,7 +136,7 @@ class Programs:
         given = (
             id(learning_rate) if is_variable else getattr(learning_rate, "dtype", None),
             *map(id, variables),
-            *map(id, map(_constraint_of, variables)),
+            *map(_constraint_key, variables),
             *kinds,
         )
         key = (settings(), *given)
@@ -167,7 +197,14 @@ def quick_shape(tensor: Any) -> Any:
     return tensor.shape if shape_of is None else shape_of()
 
 
-_constraint_of = operator.attrgetter("constraint")
+def _constraint_key(variable: Any) -> Hashable:
+    """Return something that changes as a variable's constraint does."""
+    constraint = variable.constraint
+    if constraint is None:
+        return None
+    attributes = getattr(constraint, "__dict__", {}).values()
+    plain = (x for x in attributes if isinstance(x, bool | int | float | str))
+    return id(constraint), *plain
 
 
 class _Program(NamedTuple):

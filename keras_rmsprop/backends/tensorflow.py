@@ -122,7 +122,7 @@ class Runner:
         def settings() -> Hashable:
             if self._number is None:
                 self._number = self._settings.number(request.attributes)
-            return self._number, *request.clocks
+            return self._number, *request.also()
 
         self._programs.run(
             step,
