@@ -1,0 +1,186 @@
+"""Rows of tables, with `tf.Variable`s and no optimizer, against dense NumPy."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_rmsprop import sparse
+from keras_rmsprop.codecs import Draw
+from keras_rmsprop.rule import Slots
+
+DRAW = Draw(None, 0)
+RHO, ROWS, WIDTH = 0.9, 5, 2
+
+
+def slices(ids, seed=0, dtype="float32"):
+    values = np.random.default_rng(seed).normal(size=(len(ids), WIDTH))
+    return tf.IndexedSlices(tf.constant(values, dtype), tf.constant(ids))
+
+
+def summed(gradient, rows=ROWS):
+    whole = np.zeros((rows, WIDTH))
+    np.add.at(whole, gradient.indices.numpy(), gradient.values.numpy())
+    return whole
+
+
+def table(value=1.0):
+    return tf.Variable(tf.fill([ROWS, WIDTH], value))
+
+
+@pytest.mark.parametrize("ids", [[3, 0, 3, 3], [1], [4, 2, 0]])
+@pytest.mark.parametrize("xla", [False, True])
+def test_distinct_rows_and_their_sums(ids, xla):
+    gradient = slices(ids)
+    values, rows = tf.function(sparse.distinct, jit_compile=xla)(gradient, table())
+    # XLA has as many rows as slices: those left over are 0, and outside the table.
+    assert len(rows) == (len(ids) if xla else len({*ids}))
+    real = rows.numpy() < ROWS
+    assert sorted(rows.numpy()[real]) == sorted({*ids})
+    assert (rows.numpy()[~real] == ROWS).all()
+    np.testing.assert_array_equal(values.numpy()[~real], 0)
+    whole = np.zeros((ROWS, WIDTH))
+    whole[rows.numpy()[real]] = values.numpy()[real]
+    np.testing.assert_allclose(whole, summed(gradient), rtol=1e-6)
+    np.testing.assert_allclose(
+        sparse.dense(gradient, table()), summed(gradient), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")],
+)
+def test_sums_are_in_float32_at_least(dtype, wide):
+    gradient = tf.IndexedSlices(
+        tf.ones([1000, WIDTH], dtype), tf.zeros([1000], tf.int32)
+    )
+    for values in (
+        sparse.dense(gradient, table())[:1],
+        sparse.distinct(gradient, table())[0],
+    ):
+        assert values.dtype.name == wide
+        np.testing.assert_array_equal(values, [[1000] * WIDTH])
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, ROWS]])
+def test_an_index_outside_the_table_fails(ids):
+    sparse.check_ids(slices([0, ROWS - 1]), table())
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"not in \[0, 5\)"):
+        sparse.check_ids(slices(ids), table())
+
+
+def test_updates_of_rows_are_those_of_the_whole_table():
+    weights, clock = table(), None
+    slots = Slots(table(0.5), table(0.25), table(0.125))
+    clock = sparse.Clock(weights)
+    w, v, m, a = (np.full((ROWS, WIDTH), x, "float64") for x in (1, 0.5, 0.25, 0.125))
+    for seed, ids in enumerate([[0, 3, 0], [1], [1, 4], [3]]):
+        gradient = slices(ids, seed)
+        g, touched = summed(gradient), sorted({*ids})
+        v, a = RHO * v + 0.1 * g**2, RHO * a + 0.1 * g
+        m[touched] = 0.5 * m[touched] + g[touched]
+        w[touched] -= 0.1 * m[touched] * w[touched]
+
+        values, rows = sparse.distinct(gradient, weights)
+
+        def step(weights, old, values=values):
+            new = Slots(
+                RHO * old.velocity + 0.1 * values**2,
+                0.5 * old.momentum + values,
+                RHO * old.average_gradient + 0.1 * values,
+            )
+            return 0.1 * new.momentum * weights, new
+
+        sparse.update(
+            weights,
+            slots,
+            sparse.Rows(clock, rows),
+            RHO,
+            DRAW,
+            step,
+            reads_weights=True,
+        )
+        np.testing.assert_allclose(weights, w, rtol=1e-5)
+        np.testing.assert_allclose(slots.momentum, m, rtol=1e-5)
+        current = sparse.caught_up(slots, sparse.Rows(clock), RHO)
+        np.testing.assert_allclose(current.velocity, v, rtol=1e-5)
+        np.testing.assert_allclose(current.average_gradient, a, rtol=1e-5, atol=1e-7)
+    assert clock.updates.numpy() == 4
+    np.testing.assert_array_equal(clock.last, [1, 3, 0, 4, 3])
+    assert not np.allclose(slots.velocity, v)  # some rows are behind ...
+
+    sparse.catch_up(slots, clock, RHO, DRAW)  # ... until they are brought up to date
+    np.testing.assert_allclose(slots.velocity, v, rtol=1e-5)
+    np.testing.assert_allclose(slots.average_gradient, a, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(slots.momentum, m, rtol=1e-5)
+    assert clock.updates.numpy() == 0
+    np.testing.assert_array_equal(clock.last, [0] * ROWS)
+
+
+def test_weights_are_read_where_they_are_asked_for_only():
+    weights, slots = table(), Slots(table(0.0))
+    rows = sparse.Rows(sparse.Clock(weights))
+
+    def step(seen, old):
+        assert seen is None
+        return tf.ones_like(weights), old
+
+    sparse.update(weights, slots, rows, RHO, DRAW, step, reads_weights=False)
+    np.testing.assert_array_equal(weights, np.zeros((ROWS, WIDTH)))
+    np.testing.assert_array_equal(rows.clock.last, [1] * ROWS)
+
+
+def test_a_mean_leaves_out_the_rows_that_were_made_up():
+    values = tf.constant([[1.0, 3.0], [5.0, 7.0], [0.0, 0.0]])
+    ids = tf.constant([2, 0, ROWS])
+    assert sparse.mean(values, ids=ids, variable=table()) == 4.0
+    none = tf.fill([3], ROWS)
+    assert sparse.mean(values, ids=none, variable=table()) == 0.0
+
+
+def test_an_average_follows_some_rows():
+    average, weights = table(1.0), table(3.0)
+    sparse.mix(average, weights, tf.constant([1, 3]), 0.75)
+    expected = np.ones((ROWS, WIDTH))
+    expected[[1, 3]] = 1.5
+    np.testing.assert_allclose(average, expected)
+
+
+def test_reads_of_a_table_do_not_copy_it():
+    # TensorFlow switches to copies at the first scatter; this switches back.
+    @tf.function
+    def written(ids):
+        sparse.write(weights, tf.ones([2, WIDTH]), ids)
+
+    weights = table()
+    for xla in (False, True):
+        function = tf.function(written.python_function, jit_compile=xla)
+        graph = function.get_concrete_function(tf.constant([0, 1])).graph
+        kinds = [op.type for op in graph.get_operations()]
+        assert kinds.count("ResourceScatterUpdate") == 1
+        assert kinds.count("DisableCopyOnRead") == (not xla)
+
+
+def test_clocks_go_with_their_tables():
+    tables, asked = [table(), table(), table()], []
+    clocks = sparse.Clocks(lambda: tables, lambda: asked.append(1))
+    first, last = clocks.make(0), clocks.make(2)
+    assert clocks.make(0) is first
+    assert sorted(clocks) == [0, 2]
+    assert 1 not in clocks
+    clocks.move({0: 2, 2: 1})
+    assert sorted(clocks) == [1, 2]
+    assert clocks[2] is first
+    assert clocks[1] is last
+
+
+def test_a_checkpoint_brings_rows_up_to_date_and_makes_clocks(tmp_path):
+    tables, asked = [table(), table()], []
+    clocks = sparse.Clocks(lambda: tables, lambda: asked.append(1))
+    clocks.make(1).last.assign([1, 2, 3, 4, 5])
+    path = tf.train.Checkpoint(clocks=clocks).save(str(tmp_path / "c"))
+    assert asked
+    other = sparse.Clocks(lambda: tables, lambda: None)
+    tf.train.Checkpoint(clocks=other).restore(path)
+    assert [*other] == [1]
+    np.testing.assert_array_equal(other[1].last, [1, 2, 3, 4, 5])
