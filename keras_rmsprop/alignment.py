@@ -32,8 +32,9 @@ def aligned(
     """Find the variables of a file among those of a model.
 
     Of as many variables with the same shapes each is at its place, unless the names,
-    apart from numbers that Keras gives, are the same in another order. Otherwise the
-    order is kept, and of several ways to match them only what all agree on counts.
+    apart from numbers that Keras gives, are the same in another order, or some are the
+    same and others not. Otherwise the order is kept, and of several ways to match them
+    only what all agree on counts.
 
     Args:
         theirs: The variables in the file, in its order.
@@ -53,12 +54,19 @@ def aligned(
         found = _by_name(theirs, mine, short)
         if found is not None and (by_name or same_shapes):
             return Alignment(found)
-    if same_shapes:
-        return Alignment(
-            [*range(len(theirs))],
-            names_differ=not _all_equal(theirs, mine, _without_numbers),
-        )
-    return Alignment(_in_order(theirs, mine))
+    # Where some names are the same, others that differ mean other variables.
+    names_count = bool(
+        {_layer(o.path) for o in theirs} & {_layer(o.path) for o in mine}
+    )
+    if same_shapes and not names_count:
+        found = [*range(len(theirs))]
+    else:
+        found = _in_order(theirs, mine, names_count)
+    differ = any(
+        i is not None and _without_numbers(owner.path) != _without_numbers(mine[i].path)
+        for owner, i in zip(theirs, found, strict=True)
+    )
+    return Alignment(found, differ)
 
 
 def _whole(path: str) -> str:
@@ -102,33 +110,37 @@ def _by_name(
     return found if fits else None
 
 
-def _likeness(a: Owner, b: Owner) -> int:
+def _likeness(a: Owner, b: Owner, names_count: bool) -> int:
     """Return how much speaks for two being the same variable; 0: nothing does."""
     if a.shape != b.shape or _leaf(a.path) != _leaf(b.path):
         return 0
     for points, short in ((8, _whole), (7, _layer), (2, _without_numbers)):
         if short(a.path) == short(b.path):
             return points
-    return 1
+    return 0 if names_count else 1
 
 
-def _in_order(theirs: Sequence[Owner], mine: Sequence[Owner]) -> list[int | None]:
+def _in_order(
+    theirs: Sequence[Owner], mine: Sequence[Owner], names_count: bool
+) -> list[int | None]:
     """Return the places that every best match in order agrees on."""
-    forward = _best(theirs, mine)
+    forward = _best(theirs, mine, names_count)
     n = len(mine)
     backward = [
         None if place is None else n - 1 - place
-        for place in _best(theirs[::-1], mine[::-1])[::-1]
+        for place in _best(theirs[::-1], mine[::-1], names_count)[::-1]
     ]
     return [a if a == b else None for a, b in zip(forward, backward, strict=True)]
 
 
-def _best(theirs: Sequence[Owner], mine: Sequence[Owner]) -> list[int | None]:
+def _best(
+    theirs: Sequence[Owner], mine: Sequence[Owner], names_count: bool
+) -> list[int | None]:
     """Return a match in order with the most likeness; of equal ones the earliest."""
     rows, columns = len(theirs), len(mine)
     # best[i][j]: what the rest of theirs from i and of mine from j can reach.
     best = [[0] * (columns + 1) for _ in range(rows + 1)]
-    likeness = [[_likeness(a, b) for b in mine] for a in theirs]
+    likeness = [[_likeness(a, b, names_count) for b in mine] for a in theirs]
     for i in range(rows - 1, -1, -1):
         for j in range(columns - 1, -1, -1):
             like = likeness[i][j]

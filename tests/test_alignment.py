@@ -141,3 +141,10 @@ def test_of_distinct_names_any_part_is_found_again(all_of_them, data):
 @given(some)
 def test_itself(mine):
     assert aligned(mine, mine) == ([*range(len(mine))], False)
+
+
+def test_where_some_names_are_the_same_others_mean_others():
+    a, b, c, d = (Owner(f"{name}/kernel", (2,)) for name in "abcd")
+    assert aligned([a, b], [b, c]).places == [None, 0]
+    assert aligned([a, b, c], [b, d]).places == [None, 0, None]
+    assert aligned([a, b], [c, d]) == ([0, 1], True)

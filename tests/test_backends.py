@@ -75,7 +75,11 @@ def test_ways():
     step = Step(OPTIONS, 0.1, Draw(None, count))
     small, _, _, large, thin = updates()
     eager = [backend.way(one, step, in_program=True) for one in (small, large, thin)]
-    assert [way.name for way in eager] == ["end to end", "on its own", "on its own"]
+    assert [way.name for way in eager] == [
+        "end to end with others",
+        "on its own",
+        "on its own",
+    ]
     ways = []
 
     @tf.function(jit_compile=True)
@@ -84,7 +88,7 @@ def test_ways():
             ways.append(backend.way(thin, step, in_program=in_program).name)
 
     inside()
-    assert ways == ["on its own", "one axis"]
+    assert ways == ["on its own", "on one axis"]
     cautious = Step(OPTIONS._replace(cautious=True), 0.1, Draw(None, count))
     assert backend.way(small, cautious).name == "on its own"
     assert backend.way(small._replace(rows=()), step).name == "rows"
@@ -140,7 +144,7 @@ class Toy:
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setattr(programs.Programs, "_compiled", 0)
+    monkeypatch.setattr(programs.Programs, "compiled", 0)
     return Toy()
 
 
@@ -235,9 +239,9 @@ def test_the_most_programs_and_those_in_use_stay(toy, monkeypatch):
 
 
 def test_the_last_program_that_xla_compiles(toy, monkeypatch):
-    monkeypatch.setattr(programs, "XLA_PROGRAMS", 2)
-    toy.xla = True
+    monkeypatch.setattr(tensorflow, "XLA_PROGRAMS", 2)
     for n in range(4):
+        toy.xla = tensorflow.is_xla_left()
         toy.run(settings=n)
     assert [program.xla for program in kept(toy)] == [True, True, False, False]
     for program in kept(toy):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from stepping import arrays, assert_close, python, train
 
 from keras_rmsprop import RMSprop
-from keras_rmsprop.backends import programs
+from keras_rmsprop.backends import programs, tensorflow
 from keras_rmsprop.backends.tensorflow import XLA_IN_GRAPH_ELEMENTS
 
 
@@ -449,3 +449,22 @@ class RMSpropOfOnes(RMSprop):
         optimizer = cls()
         optimizer.build(variables)
         return optimizer.explain()
+
+
+def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
+    monkeypatch,
+):
+    monkeypatch.setattr(tensorflow, "XLA_PROGRAMS", 2)
+    large = (80, 64)
+
+    def is_compiled(**options):
+        optimizer = RMSprop(**options)
+        optimizer.apply([tf.ones(large)], [keras.Variable(tf.ones(large))])
+        (program,) = optimizer._runner._programs._programs.values()
+        return program.concrete.function_def.attr["_XlaMustCompile"].b
+
+    assert [is_compiled() for _ in range(3)] == [True, True, False]
+    assert is_compiled(jit_compile=True)
+    optimizer = RMSprop()
+    optimizer.build([keras.Variable(tf.ones(large))])
+    assert "without XLA" in optimizer.explain()
