@@ -91,7 +91,7 @@ def test_ways():
     assert ways == ["on its own", "on one axis"]
     cautious = Step(OPTIONS._replace(cautious=True), 0.1, Draw(None, count))
     assert backend.way(small, cautious).name == "on its own"
-    assert backend.way(small._replace(rows=()), step).name == "rows"
+    assert backend.way(small._replace(rows=()), step).name == backend.ROWS
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,9 @@ def test_the_most_programs_and_those_in_use_stay(toy, monkeypatch):
 
 
 def test_the_last_program_that_xla_compiles(toy, monkeypatch):
-    monkeypatch.setattr(tensorflow, "XLA_PROGRAMS", 2)
+    monkeypatch.setattr(backend, "XLA_PROGRAMS", 2)
     for n in range(4):
-        toy.xla = tensorflow.is_xla_left()
+        toy.xla = backend.is_xla_left()
         toy.run(settings=n)
     assert [program.xla for program in kept(toy)] == [True, True, False, False]
     for program in kept(toy):
