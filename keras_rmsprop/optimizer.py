@@ -236,10 +236,8 @@ class RMSprop(keras.optimizers.Optimizer):
         self._keeper = Keeper()
         self._now = _Now()
         self._runner = backend.Runner()
-        self._clocks: Any = (
-            sparse.Clocks(lambda: self._trainable_variables, self._catch_up_all)
-            if on_tensorflow
-            else ()
+        self._clocks: Any = backend.clocks(
+            lambda: self._trainable_variables, self._catch_up_all
         )
         self._offset: Any = None
 
@@ -781,7 +779,7 @@ class RMSprop(keras.optimizers.Optimizer):
         for name, variable in named:
             if name in by_name:
                 variable.assign(by_name[name])
-        self._file = file if file.values else None
+        self._file = file if saving.has_slots(file) else None
 
     def _load_what_waits(self) -> None:
         """Load the file that came before there were variables, now that there are."""

@@ -112,6 +112,13 @@ def is_walking() -> bool:
     return caller == "keras.src.saving.saving_lib"
 
 
+def has_slots(file: File) -> bool:
+    """Whether a file may hold slots: not if it was saved before there were any."""
+    if file.names:
+        return any(name.path for name in file.names.values())
+    return bool(file.values)
+
+
 def _attributes(store: Any, key: str) -> Any:
     """Return the attributes of a value in an HDF5 file; there is no public way there.
 

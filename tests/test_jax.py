@@ -30,3 +30,23 @@ def test_low_precision_gradients_are_accumulated():
         KERAS_BACKEND="jax",
     )
     assert out == "jax"
+
+
+def test_lists_are_gradients_and_explain_answers():
+    out = python(
+        """
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+        weight, optimizer = keras.Variable([1.0, 2.0]), RMSprop(0.1)
+        for wrong in ([[1.0]], 2.0):
+            try:
+                optimizer.apply([wrong], [weight])
+            except ValueError as error:
+                assert "must have the shape of its variable" in str(error)
+        assert not optimizer.built
+        optimizer.apply([[2.0, -0.5]], [weight])
+        print(weight.numpy().round(4).tolist(), "on its own" in optimizer.explain())
+        """,
+        KERAS_BACKEND="jax",
+    )
+    assert out == "[0.6838, 2.3162] True"

@@ -397,3 +397,14 @@ def test_the_last_of_two_files_wins_and_variables_of_one_name_are_apart(
     build(other)
     assert len({float(norm.numpy()) for norm in model.optimizer.norms}) > 1
     assert_same_bits(other, model)
+
+
+def test_a_file_saved_before_any_step_has_the_learning_rate(tmp_path):
+    path = tmp_path / "m.weights.h5"
+    save(dense_model(RMSprop(0.5)), path)
+    model = dense_model(RMSprop(0.25))
+    with user_warnings() as warned:
+        model.load_weights(path)
+        build(model)
+    assert not warned
+    assert model.optimizer.learning_rate.numpy() == 0.5

@@ -103,3 +103,19 @@ def test_first_update_is_bounded(g, lr):
     [update] = run([np.array(g)], "float64", lr=lr, **OPTIONS)
     assert abs(update) <= lr / (1 - 0.9) ** 0.5 * (1 + 1e-12)
     assert update * g >= 0
+
+
+def test_cautious_enlarges_by_a_thousand_at_most():
+    # One of 4000 elements goes down: the others are skipped, this one is enlarged.
+    g, m = np.full(4000, -1.0), np.full(4000, 5.0)
+    g[7], m[7] = 1.0, 0.5
+    options = {"momentum": 0.9, "cautious": True}
+    slots = rule.Slots(*(keras.ops.convert_to_tensor(x) for x in (g**2, m)))
+    taken, _ = rule.step(
+        keras.ops.convert_to_tensor(g), slots, 0.1, rule.Options(**options)
+    )
+    state = {"v": g**2, "m": m, "t": 1}
+    w = np.zeros(4000)
+    expected = w - reference.step(w, g, state, alpha=0.1, epsilon=1e-7, **options)
+    assert expected.nonzero()[0].tolist() == [7]
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(taken), expected, rtol=1e-10)

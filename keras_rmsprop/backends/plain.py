@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rmsprop import codecs, rule
@@ -115,7 +116,20 @@ outside_functions = contextlib.nullcontext
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
     """Return what was given for a gradient as one that the backend knows."""
+    if isinstance(gradient, list | tuple | int | float | np.ndarray | np.number):
+        return ops.convert_to_tensor(gradient, variable.dtype)
     return gradient
+
+
+class NoClocks(tuple[int, ...]):
+    """The clocks of tables, of which there are none."""
+
+    refused: frozenset[Any] = frozenset()
+
+
+def clocks(*_: Any) -> NoClocks:
+    """Return the clocks of an optimizer's tables; see `sparse.Clocks`."""
+    return NoClocks()
 
 
 def widened(gradient: Any) -> Any:

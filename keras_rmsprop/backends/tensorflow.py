@@ -31,6 +31,7 @@ XLA_EAGER_ELEMENTS = 2**12
 """If no variable is larger, launching XLA takes as long as the step does."""
 
 outside_functions = tf.init_scope
+clocks = sparse.Clocks
 
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
