@@ -45,7 +45,8 @@ def test_lists_are_gradients_and_explain_answers():
                 assert "must have the shape of its variable" in str(error)
         assert not optimizer.built
         optimizer.apply([[2.0, -0.5]], [weight])
-        print(weight.numpy().round(4).tolist(), "on its own" in optimizer.explain())
+        found = [round(float(w), 4) for w in weight.numpy()]
+        print(found, "on its own" in optimizer.explain())
         """,
         KERAS_BACKEND="jax",
     )
