@@ -6,6 +6,9 @@ import keras
 import pytest
 from hypothesis import settings
 
+# A plugin for `make test-keras` that imports torch; not to be searched for doctests.
+collect_ignore = ["keras_suite.py"]
+
 # Compiling takes as long as it takes, and an example found is an example kept.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
