@@ -6,12 +6,10 @@ import keras
 import pytest
 from hypothesis import settings
 
-<<<<<<< HEAD
 from keras_rmsprop.backends.programs import Programs
-=======
+
 # A plugin for `make test-keras` that imports torch; not to be searched for doctests.
 collect_ignore = ["keras_suite.py"]
->>>>>>> keras-tests
 
 # Compiling takes as long as it takes, and an example found is an example kept.
 settings.register_profile("default", deadline=None, derandomize=True)
