@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 BENCH := $(VENV)/.bench
+MUTANTS := $(VENV)/.mutants
 OLDEST := .venv-oldest
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
@@ -13,7 +14,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest test-keras lint bench bench-quick examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,11 @@ $(PEERS): $(READY)
 $(BENCH): $(PEERS)
 	@echo "Adding what the benchmarks need."
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+$(MUTANTS): $(READY)
+	@echo "Adding what makes mutants."
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[mutants]'
 	@touch $@
 
 # The pins that are not in constraints-oldest.txt are those of constraints.txt.
@@ -63,6 +69,10 @@ test-oldest: $(OLDEST)/.ready  ## the everyday tests with the oldest Keras and T
 test-keras: $(READY)  ## Keras' own tests with this and the built-in; ARGS=--quick: part of them
 	$(BIN)/python tests/run_keras_suite.py $(ARGS)
 
+mutants: $(MUTANTS)  ## change the code in many places, one at a time, and see tests fail: hours
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,5 +94,5 @@ wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:  ## remove what was made, the virtual environments too
-	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs mutants build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
