@@ -15,7 +15,7 @@ from keras_rmsprop.backends import current as backend
 from keras_rmsprop.backends import plain
 from keras_rmsprop.backends.plain import Request, Step, Update, Way
 from keras_rmsprop.explaining import explained
-from keras_rmsprop.slots import ACCUMULATOR, SLOTS, WEIGHT_AVERAGE, Keeper, in_order_of
+from keras_rmsprop.slots import ACCUMULATOR, WEIGHT_AVERAGE, Keeper, in_order_of
 from keras_rmsprop.state import State, as_array, matched
 
 on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -290,7 +290,7 @@ class RMSprop(keras.optimizers.Optimizer):
             initializer: What it starts with.
         """
         dtype = keras.backend.standardize_dtype(reference_variable.dtype)
-        if name in SLOTS:
+        if name in rule.Slots._fields:
             dtype = codecs.named(self.slot_dtype).dtype(dtype)
         elif name == ACCUMULATOR:
             # In bfloat16 a sum of 256 ones does not grow.
@@ -451,10 +451,10 @@ class RMSprop(keras.optimizers.Optimizer):
                 found.add(index)
         if not backend.is_eager():
             places = self._trainable_variables_indices
+            with_clock = found.union(self._clocks)
             for gradient, variable in zip(grads, variables, strict=True):
                 key = self._var_key(variable)
-                has_clock = places.get(key) in found.union(self._clocks)
-                if not (gradient is None or has_clock):
+                if gradient is not None and places.get(key) not in with_clock:
                     self._clocks.refused.add(key)
         return found
 

@@ -158,11 +158,11 @@ def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Pla
         for name, place in places.items()
         if name in values and tuple(place.shape) == values[name].shape
     }
-    has_slots = any(name.path for name in places)
-    if has_slots and not any(name.path for name in values):
+    mine = {tuple(place.shape) for name, place in places.items() if name.path}
+    if mine and not any(name.path for name in values):
         raise ForeignStateError("there are no averages in the file")
     shapes = {value.shape for name, value in values.items() if name.path}
-    if has_slots and not shapes & {tuple(x.shape) for n, x in places.items() if n.path}:
+    if mine and not shapes & mine:
         raise ForeignStateError(f"no shape fits: {_first_misfit(values, places)}")
     if any((v < 0).any() for n, v in fitting.items() if n.kind == "velocity"):
         raise ForeignStateError(

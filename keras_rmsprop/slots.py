@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-SLOTS = ("velocity", "momentum", "average_gradient")
-"""The kinds of slots of the formula, in the order of `rule.Slots`."""
 WEIGHT_AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
 """The kinds of slots that Keras makes: of `use_ema`, and to accumulate gradients."""
 
