@@ -18,6 +18,7 @@ class Range(NamedTuple):
 UP_TO_ONE = Range(lambda x: 0 <= x <= 1, "in [0, 1]")
 SHARE = Range(lambda x: 0 <= x < 1, "in [0, 1)")
 POSITIVE = Range(lambda x: 0 < x < math.inf, "finite and > 0")
+ABOVE_ONE = Range(lambda x: x > 1, "> 1")
 NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "finite and >= 0")
 
 

@@ -9,13 +9,30 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
-from keras_rmsprop import averages, checks, codecs, options, rule, saving, skipping
+from keras_rmsprop import (
+    automatic,
+    averages,
+    checks,
+    codecs,
+    options,
+    rule,
+    saving,
+    skipping,
+)
 from keras_rmsprop.alignment import Owner
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.backends import plain
 from keras_rmsprop.backends.plain import Request, Step, Update, Way
 from keras_rmsprop.explaining import explained
-from keras_rmsprop.slots import ACCUMULATOR, WEIGHT_AVERAGE, Keeper, in_order_of
+from keras_rmsprop.slots import (
+    ACCUMULATOR,
+    FIRST_WEIGHT,
+    GRADIENT_SUM,
+    RATE_ESTIMATE,
+    WEIGHT_AVERAGE,
+    Keeper,
+    in_order_of,
+)
 from keras_rmsprop.state import State, as_array, matched
 
 on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -33,8 +50,8 @@ class _Now:
         """The learning rate, where it was given to the step."""
         self.in_program = False
         """Whether a program is traced, one that holds the step and nothing else."""
-        self.slot: tuple[str, Any, str] | None = None
-        """Kind, owner and dtype of the slot that is being made."""
+        self.slot: tuple[str, Any, str, Sequence[int]] | None = None
+        """Kind, owner, dtype and shape of the slot that is being made."""
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
@@ -210,6 +227,12 @@ class RMSprop(keras.optimizers.Optimizer):
         given: dict[str, Any] = {**kwargs}
         learning_rate = _one_of_both(learning_rate, given)
         own = {name: given.pop(name) for name in options.DIALECT if name in given}
+        auto = automatic.asked_for(learning_rate)
+        if auto is not None:
+            learning_rate = auto.factor
+            if not centered:  # the variance of the first gradients is 0
+                own.setdefault("bias_correction", True)
+                epsilon = automatic.EPSILON if epsilon == 1e-7 else epsilon
         own |= {"rho": rho, "momentum": momentum, "epsilon": epsilon}
         own = options.checked(own | {"centered": centered})
         super().__init__(
@@ -232,6 +255,7 @@ class RMSprop(keras.optimizers.Optimizer):
         )
         for option, value in own.items():
             setattr(self, option, value)
+        self._auto: Any = auto
         self.skipped_steps: Any = 0
         self._keeper = Keeper()
         self._now = _Now()
@@ -268,6 +292,13 @@ class RMSprop(keras.optimizers.Optimizer):
         has_momentum = options.is_on(self.momentum)
         self._momentums = make("momentum") if has_momentum else []
         self._average_gradients = make("average_gradient") if self.centered else []
+        if self._auto is not None:
+            self._first_weights = make(FIRST_WEIGHT)
+            self._gradient_sums = make(GRADIENT_SUM)
+            begin = keras.initializers.Constant(automatic.start(self._auto))
+            self._estimate = self.add_variable(
+                (4,), begin, "float32", name=RATE_ESTIMATE
+            )
         for name, draw in codecs.named(self.slot_dtype).extra.items():
             drawn = keras.initializers.Constant(draw())
             self._offset = self.add_variable((), drawn, "int32", name=name)
@@ -295,7 +326,11 @@ class RMSprop(keras.optimizers.Optimizer):
         elif name == ACCUMULATOR:
             # In bfloat16 a sum of 256 ones does not grow.
             dtype = keras.backend.result_type(dtype, "float32")
-        self._now.slot = name or "var", reference_variable, dtype
+        shape = reference_variable.shape
+        if self._auto is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
+            dtype = keras.backend.result_type(dtype, "float32")
+            shape = automatic.shape_looked_at(shape, self._auto.one_in)
+        self._now.slot = name or "var", reference_variable, dtype, shape
         try:
             return super().add_variable_from_reference(
                 reference_variable, name=name, initializer=initializer
@@ -310,12 +345,24 @@ class RMSprop(keras.optimizers.Optimizer):
 
         When it is built anew, as after layers were unfrozen, return the one there is.
         """
-        kind, owner, dtype = self._now.slot or (kwargs.get("name"), None, dtype)
+        given = kwargs.get("name"), None, dtype, shape
+        kind, owner, dtype, wanted = self._now.slot or given
+        if tuple(wanted) != tuple(shape):
+            shape, kwargs["layout"] = wanted, None  # it cannot be sharded as its owner
         make = functools.partial(
             super().add_variable, shape, initializer, dtype, **kwargs
         )
         key = None if owner is None else self._var_key(owner)
-        start = keras.initializers.get(initializer)
+        initial = keras.initializers.get(initializer)
+
+        def start() -> Any:
+            if kind == WEIGHT_AVERAGE:
+                return owner
+            if kind == FIRST_WEIGHT:
+                weights = ops.convert_to_tensor(owner)
+                return automatic.looked_at(weights, owner.shape, self._auto.one_in)
+            return initial(shape, dtype)
+
         return self._keeper.find_or_make(str(kind), key, owner, make, start)
 
     def _check_variables_are_known(self, variables: list[Any]) -> None:
@@ -344,8 +391,7 @@ class RMSprop(keras.optimizers.Optimizer):
         finally:
             self.built = True
         for kept in self._keeper.made():
-            if kept.kind == WEIGHT_AVERAGE:
-                kept.variable.assign(kept.owner)
+            kept.start_fresh()  # averages as the weights are now
         self._put_in_order()
         if self._clocks:
             self._clocks.move(
@@ -468,6 +514,10 @@ class RMSprop(keras.optimizers.Optimizer):
             "`gradient_accumulation_steps` sums all": self.gradient_accumulation_steps,
             "`update_step` is a subclass'": self._has_own_step(),
             "`rho` may change unseen": options.is_tensor(self.rho),
+            "the learning rate is found from whole rows": (
+                self._auto is not None
+                and automatic.thins_rows(variable.shape, self._auto.one_in)
+            ),
             "a graph updates the table densely": (
                 self._var_key(variable) in self._clocks.refused
             ),
@@ -569,11 +619,60 @@ class RMSprop(keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
     ) -> None:
+        if self._auto is not None:
+            rate = self._rate_of(self._find(grads, trainable_variables, rate), rate)
         if self._has_own_step():
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 self.update_step(gradient, variable, rate)
         else:
             self._update(grads, trainable_variables, rate)
+
+    def _find(self, grads: Sequence[Any], variables: Sequence[Any], factor: Any) -> Any:
+        """Estimate anew how far the weights must travel; return that distance."""
+        given: dict[int, Any] = {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            i = self._get_variable_index(variable)
+            given[i] = gradient + given[i] if i in given else gradient
+        parts = [
+            automatic.Part(v, given.get(i), first, sums, self._rows_of(i))
+            for i, (v, first, sums) in enumerate(
+                zip(
+                    self._trainable_variables,
+                    self._first_weights,
+                    self._gradient_sums,
+                    strict=True,
+                )
+            )
+            if first is not None
+        ]
+        return automatic.find(
+            parts,
+            self._estimate,
+            factor,
+            self._auto,
+            sign=-1 if self.maximize else 1,
+            fold=backend.inside_xla(),
+        )
+
+    def _rate_of(self, distance: Any, factor: Any) -> Any:
+        """Return the learning rate of a distance: with momentum, steps add up."""
+        return factor * distance * (1 - self.momentum)
+
+    @property
+    def found_learning_rate(self) -> Any:
+        """The learning rate found while training, of the last step; a number.
+
+        It is `learning_rate` times the distance that was found, times `1 - momentum`.
+        None without `learning_rate="auto"`. A warning says where it seems wrong.
+        """
+        if self._auto is None:
+            return None
+        distance: Any = self._auto.initial
+        if self.built:
+            estimate = automatic.Estimate(*as_array(self._estimate).tolist())
+            distance = estimate.distance
+            self._warn(automatic.complaint(estimate, self._auto))
+        return float(self._rate_of(distance, self._get_current_learning_rate()))
 
     def _update(
         self, grads: Sequence[Any], variables: Sequence[Any], rate: Any
@@ -584,11 +683,14 @@ class RMSprop(keras.optimizers.Optimizer):
     def _update_of(self, gradient: Any, variable: Any) -> Update:
         """Return what a step does to a variable."""
         i = self._get_variable_index(variable)
-        rows = None
-        if i in self._clocks:
-            rows = sparse.Rows(self._clocks[i], self._now.rows.get(i))
-        slots = self._slots_of(i)
+        slots, rows = self._slots_of(i), self._rows_of(i)
         return Update(variable, gradient, slots, self._decay_of(variable), rows)
+
+    def _rows_of(self, i: int) -> Any:
+        """Return the rows of a table that the step takes; None if it has no clock."""
+        if i not in self._clocks:
+            return None
+        return sparse.Rows(self._clocks[i], self._now.rows.get(i))
 
     def _slots_of(self, i: int) -> rule.Slots:
         return rule.Slots(
@@ -653,6 +755,22 @@ class RMSprop(keras.optimizers.Optimizer):
         of_each = [self._model_variables_moving_average[i] for i in indices]
         averages.replace(known, of_each)
 
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """End a training, as `fit` does; see `keras.optimizers.Optimizer`.
+
+        Args:
+            var_list: The model's variables.
+        """
+        if self._auto is not None and self.built:
+            pairs = zip(self._trainable_variables, self._first_weights, strict=True)
+            farthest = automatic.farthest(
+                [(v, x) for v, x in pairs if x is not None and v.constraint is None],
+                self._auto.one_in,
+            )
+            estimate = automatic.Estimate(*as_array(self._estimate).tolist())
+            self._warn(automatic.complaint(estimate, self._auto, farthest))
+        super().finalize_variable_values(var_list)
+
     def explain(self) -> str:
         """Say which way each variable's update goes, and why.
 
@@ -716,6 +834,8 @@ class RMSprop(keras.optimizers.Optimizer):
         """Bring the averages of all rows of a table up to date."""
         clock = self._clocks[i]
         if not backend.is_eager() or clock.is_behind():
+            if self._auto is not None:
+                automatic.catch_up(self._gradient_sums[i], clock)
             sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -827,6 +947,10 @@ class RMSprop(keras.optimizers.Optimizer):
                 clock = self._clocks.make(paths.index(path))
                 getattr(clock, kind.removeprefix("clock_")).assign(value)
 
+    def _warn(self, message: str) -> None:
+        if message:
+            warnings.warn(f"Optimizer {self.name!r}: {message}.", stacklevel=3)
+
     def _skip_file(self, error: Exception) -> None:
         warnings.warn(
             f"Skipping variable loading for optimizer {self.name!r}: {error}.",
@@ -908,6 +1032,14 @@ class RMSprop(keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
+        auto = automatic.asked_for(learning_rate)
+        if auto is not None:
+            if self._auto is None:
+                raise ValueError(
+                    "A learning rate to be found must be asked for when the optimizer "
+                    f"is made. Received: learning_rate={learning_rate!r}"
+                )
+            learning_rate = auto.factor
         inherited: Any = keras.optimizers.Optimizer.learning_rate
         inherited.fset(self, checks.learning_rate(learning_rate))
 
@@ -929,6 +1061,10 @@ class RMSprop(keras.optimizers.Optimizer):
         """Return the arguments that make an equal optimizer, without its state."""
         config = super().get_config()
         config |= {name: getattr(self, name) for name in options.OPTIONS}
+        if self._auto is not None:
+            auto = keras.saving.serialize_keras_object(self._auto)
+            auto["config"]["factor"] = config["learning_rate"]
+            config["learning_rate"] = auto
         return {k: float(x) if options.is_tensor(x) else x for k, x in config.items()}
 
 

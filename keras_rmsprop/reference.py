@@ -4,7 +4,7 @@ The oracle of the tests and the first half of `examples/linear_regression.py`. I
 shares no code with the optimizer, and the optimizer never imports it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,76 @@ def step(
         down = update * g > 0
         update = update * down / max(down.mean(), 0.001)
     return np.asarray(w - (1.0 if lr_in_momentum else alpha) * update)
+
+
+def automatic_step(
+    thetas: Sequence[ArrayLike],
+    gradients: Sequence[ArrayLike],
+    state: dict[str, Any],
+    *,
+    initial: float = 1e-5,
+    coefficient: float = 1.0,
+    growth: float = np.inf,
+    one_in: int = 4,
+    factor: float = 1.0,
+    **hyperparameters: Any,
+) -> list[Array]:
+    """Return several parameters after a step whose learning rate is estimated.
+
+    As Prodigy has it, with b^2 = 0.999 and d the distance, before the step:
+
+        r <- b r + factor d^2 / initial * sum of g (theta_0 - theta)
+        s <- b s + factor d^2 / initial * g
+        d <- max(initial, d sqrt((t - 1) / t), coefficient r / sum of |s|)
+
+    Args:
+        thetas: The parameters.
+        gradients: The gradient of the loss at each.
+        state: What is remembered; starts as `{}` and is updated.
+        initial: The first distance.
+        coefficient: What the distance is multiplied by.
+        growth: The most by which the distance grows in a step.
+        one_in: One in so many elements is looked at, along the shorter side.
+        factor: What multiplies the distance to the learning rate.
+        **hyperparameters: Of `step`.
+
+    Example:
+        >>> state = {}
+        >>> theta = [np.array([1.0])]
+        >>> for _ in range(100):
+        ...     theta = automatic_step(theta, [2 * theta[0]], state)
+        >>> bool(0.001 < state["d"] < 0.1)
+        True
+    """
+
+    def seen(x: ArrayLike) -> Array:
+        x = np.asarray(x, np.float64)
+        if one_in == 1 or not x.ndim:
+            return x
+        if x.ndim > 1 and one_in <= x[..., 0].size <= x.shape[-1]:
+            return x.reshape(-1, x.shape[-1])[::one_in]
+        return x[..., ::one_in]
+
+    xs, gs = list(map(seen, thetas)), list(map(seen, gradients))
+    if not state:
+        state |= {"d": initial, "r": 0.0, "t": 0, "x0": xs, "each": [{} for _ in xs]}
+        state["s"] = [np.zeros_like(x) for x in xs]
+    sign = -1 if hyperparameters.get("maximize") else 1
+    weight, b = factor * state["d"] ** 2 / initial, 0.999**0.5
+    triples = zip(gs, state["x0"], xs, strict=True)
+    gain = sum((g * (x0 - x)).sum() for g, x0, x in triples)
+    state["r"] = b * state["r"] + sign * weight * gain
+    state["s"] = [b * s + weight * g for s, g in zip(state["s"], gs, strict=True)]
+    state["t"] += 1
+    found = state["r"] / (sum(np.abs(s).sum() for s in state["s"]) + 1e-30)
+    fading = state["d"] * np.sqrt(1 - 1 / state["t"])
+    distance = max(initial, fading, coefficient * found)
+    state["d"] = min(distance, growth * state["d"])
+    alpha = factor * state["d"] * (1 - hyperparameters.get("momentum", 0.0))
+    return [
+        step(theta, gradient, each, alpha=alpha, **hyperparameters)
+        for theta, gradient, each in zip(thetas, gradients, state["each"], strict=True)
+    ]
 
 
 def minimize(

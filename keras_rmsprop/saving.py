@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_rmsprop.alignment import Owner, aligned
+from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
 from keras_rmsprop.state import is_real
 
 OURS = ("rounding_offset", "skipped_steps")
 """Kinds that the built-in does not have, and a file need not."""
+_NOT_IN_BUILT_IN = (*OURS, FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE)
 _ORDER = "order"
 """The attribute that says in which order variables stand: `"model"`, the model's. In
 files of version 0.1.0, which lack it, those unfrozen later come last."""
@@ -192,7 +194,7 @@ def _named(
     paths = [owner.path for owner in owners]
     if not file.names:
         keys = [key for key in file.values if key.isdigit()]
-        by_position = [n for n in places if n.kind not in OURS]
+        by_position = [n for n in places if n.kind not in _NOT_IN_BUILT_IN]
         if len(keys) == len(places):
             by_position = [*places]
         if len(keys) != len(by_position):

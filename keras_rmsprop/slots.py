@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 WEIGHT_AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
 """The kinds of slots that Keras makes: of `use_ema`, and to accumulate gradients."""
+FIRST_WEIGHT, GRADIENT_SUM = "first_weight", "gradient_sum"
+"""Those of a learning rate that is found while training, and what is known of it."""
+RATE_ESTIMATE = "learning_rate_estimate"
 
 
 class Kept(NamedTuple):
@@ -21,15 +24,12 @@ class Kept(NamedTuple):
     """With a number, as in `norm#1`, if there are more of a kind."""
     owner: Any
     """The model's variable that it belongs to; None if to no single one."""
-    start: Callable[..., Any]
-    """Keras' initializer: takes a shape and a dtype."""
+    start: Callable[[], Any]
+    """Returns what it starts with."""
 
     def start_fresh(self) -> None:
         """Give it the value that it starts with."""
-        if self.kind == WEIGHT_AVERAGE:
-            self.variable.assign(self.owner)
-        else:
-            self.variable.assign(self.start(self.variable.shape, self.variable.dtype))
+        self.variable.assign(self.start())
 
 
 class Key(NamedTuple):
@@ -51,7 +51,7 @@ class Keeper:
         ...     keeper.begin()
         ...     for owner in owners:
         ...         _ = keeper.find_or_make(
-        ...             "velocity", owner, owner, lambda: object(), start=None
+        ...             "velocity", owner, owner, object, start=lambda: 0
         ...         )
         >>> [kept.owner for kept in keeper.all()], len(keeper.made())
         (['a', 'b'], 1)
@@ -73,7 +73,7 @@ class Keeper:
         owner_key: Hashable,
         owner: Any,
         make: Callable[[], Any],
-        start: Any,
+        start: Callable[[], Any],
     ) -> Any:
         """Return the variable of this kind and owner; make it if there is none.
 
@@ -82,7 +82,7 @@ class Keeper:
             owner_key: Something hashable that stands for its owner, or None.
             owner: The model's variable that it belongs to, or None.
             make: Makes it.
-            start: What it starts with.
+            start: Returns what it starts with.
         """
         key = Key(kind, owner_key, self._count[kind, owner_key])
         self._count[kind, owner_key] += 1

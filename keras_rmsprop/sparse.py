@@ -28,6 +28,8 @@ class Clock(tf.Module):
     Attributes:
         updates: int32 scalar, the updates so far.
         last: int32, one a row, the update after which its averages are as they stand.
+        sum: float32 scalar, the sum that `automatic.py` keeps as it goes; it counts
+            once there were updates.
     """
 
     def __init__(self, table: Any) -> None:
@@ -38,6 +40,7 @@ class Clock(tf.Module):
         beside = strategy.extended.colocate_vars_with
         with tf.init_scope(), strategy.scope(), beside(native(table)):
             self.updates = tf.Variable(0, dtype=tf.int32, trainable=False)
+            self.sum = tf.Variable(0.0, trainable=False)
             self.last = tf.Variable(
                 tf.zeros(table.shape[:1], tf.int32), trainable=False
             )
@@ -215,16 +218,28 @@ def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
         rows: The rows, and the table's clock.
         rho: Decay rate of the averages.
     """
-    clock, ids = rows
+    ids = rows.ids
     kept = keras.backend.standardize_dtype(slots.velocity.dtype)
     dtype = keras.backend.result_type(kept, "float32")
     v, m, a = slots.map(lambda slot: of(slot).decode(read(slot, ids), dtype))
+    return Slots(faded(v, rows, rho), m, a if a is None else faded(a, rows, rho))
+
+
+def faded(values: Any, rows: Rows, rate: Any) -> Any:
+    """Return values of some rows times a decay rate for each silent update so far.
+
+    Args:
+        values: One row each.
+        rows: The rows, and the table's clock.
+        rate: The decay rate.
+    """
+    clock, ids = rows
     silence = tf.convert_to_tensor(clock.updates) - read(clock.last, ids)
-    # The power of the rho that dense arithmetic would multiply by, again and again.
-    base = tf.cast(tf.convert_to_tensor(cast(rho, dtype), dtype), tf.float64)
+    # The power of the rate that dense arithmetic would multiply by, again and again.
+    dtype = values.dtype
+    base = tf.cast(tf.convert_to_tensor(cast(rate, dtype), dtype), tf.float64)
     factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
-    factor = tf.reshape(factor, [-1] + [1] * (len(v.shape) - 1))
-    return Slots(factor * v, m, a if a is None else factor * a)
+    return values * tf.reshape(factor, [-1] + [1] * (len(values.shape) - 1))
 
 
 def _write_slots(slots: Slots, values: Slots, ids: Any, draw: Draw) -> None:

@@ -1,0 +1,292 @@
+"""Who needs a learning rate? RMSprop with "auto" beside others at all their rates.
+
+    python benchmarks/tuning.py [--seeds N] [--scale S] [--tasks ...] [--only ...]
+
+Each competitor trains each network of `tuning_tasks.py` with each seed, at each of its
+rates. Every result is written at once: what was interrupted goes on where it stopped.
+`--scale` shortens the trainings, and then nothing is published.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+HERE = Path(__file__).parent
+RUNS = HERE / "results" / "tuning_runs.json"
+RATES = tuple(float(f"{10 ** (k / 2 - 4):.3g}") for k in range(7))  # 1e-4 to 1e-1
+AVERAGE = {"use_ema": True, "ema_momentum": 0.998}
+DEFAULT = 0.001
+
+MakeOptimizer = Callable[[float, int], Any]
+"""Makes an optimizer of a rate and the number of steps to come."""
+
+
+class Competitor(NamedTuple):
+    """Who trains.
+
+    Attributes:
+        name: For the table.
+        make: Makes the optimizer.
+        rates: The rates it tries; `(1.0,)` where it needs none.
+        averages: Whether it ends with the average of its weights. Its result without
+            the average is kept, too.
+        backend: What of Keras it runs on.
+    """
+
+    name: str
+    make: MakeOptimizer
+    rates: tuple[float, ...] = (1.0,)
+    averages: bool = False
+    backend: str = "tensorflow"
+
+
+def built_in(rate: float, steps: int) -> Any:
+    """Return the built-in RMSprop with a constant rate."""
+    import keras
+
+    return keras.optimizers.RMSprop(rate)
+
+
+def built_in_with_decay(rate: float, steps: int) -> Any:
+    """Return the built-in RMSprop with a rate that falls to nothing in a line."""
+    import keras
+
+    decay = keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0)
+    return keras.optimizers.RMSprop(decay)
+
+
+def adam(rate: float, steps: int) -> Any:
+    """Return Keras' Adam."""
+    import keras
+
+    return keras.optimizers.Adam(rate)
+
+
+def averaged(rate: float, steps: int) -> Any:
+    """Return this RMSprop with a constant rate and the average of the weights."""
+    return ours(rate)
+
+
+def automatic(rate: float, steps: int) -> Any:
+    """Return this RMSprop with the rate found while training, and the average."""
+    return ours("auto")
+
+
+def ours(rate: Any) -> Any:
+    """Return this RMSprop, with the average of the weights, warmed up if it can."""
+    from keras_rmsprop import RMSprop
+
+    warmup = "ema_warmup" in inspect.signature(RMSprop).parameters
+    return RMSprop(rate, **AVERAGE, **({"ema_warmup": True} if warmup else {}))
+
+
+def prodigy(rate: float, steps: int) -> Any:
+    """Return optax' Prodigy as an optimizer of Keras on JAX."""
+    from tuning_prodigy import Prodigy
+
+    return Prodigy(learning_rate=rate)
+
+
+COMPETITORS = {
+    "constant": Competitor("built-in RMSprop", built_in, RATES),
+    "decay": Competitor("built-in, linear decay", built_in_with_decay, RATES),
+    "adam": Competitor("Adam", adam, RATES),
+    "average": Competitor("this, average", averaged, RATES, averages=True),
+    "auto": Competitor('this, "auto" and average', automatic, averages=True),
+    "prodigy": Competitor("Prodigy", prodigy, backend="jax"),
+}
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        task: Which network.
+        competitor: Who trains it.
+        rate: The learning rate.
+        seed: Of the weights and of the order of the examples.
+        scale: What part of the steps.
+    """
+
+    task: str
+    competitor: str
+    rate: float
+    seed: int
+    scale: float
+
+
+class Result(NamedTuple):
+    """What a training came to; not finite where it failed.
+
+    Attributes:
+        value: The test's accuracy or loss, with the average where there is one.
+        loss: The test's loss.
+        raw: The value without the average.
+        rate: The rate found at the end, or the one given.
+        seconds: How long it took.
+        curve: Training loss, in twenty parts.
+    """
+
+    value: float
+    loss: float
+    raw: float
+    rate: float
+    seconds: float
+    curve: list[float]
+
+
+def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) -> Result:
+    """Train once.
+
+    Args:
+        task: One of `tuning_tasks`.
+        make: Makes the optimizer.
+        seed: Of the weights and of the order of the examples.
+        rate: The learning rate.
+        scale: What part of the steps.
+    """
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    data, steps = task.data(), max(1, round(task.steps * scale))
+    keras.utils.set_random_seed(seed)
+    model = task.build()
+    optimizer = make(rate, steps)
+    loss: Any = "mse"
+    if task.loss != "mse":
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = ["accuracy"] if task.metric == "accuracy" else None
+    # Compiled only where there is nothing else: a short training is over before XLA is.
+    jit = keras.backend.backend() == "jax"
+    model.compile(optimizer, loss, metrics=accuracy, jit_compile=jit)
+
+    def test() -> tuple[float, float]:
+        logs = model.evaluate(
+            data.test_x, data.test_y, batch_size=500, verbose=0, return_dict=True
+        )
+        return logs[task.metric], logs["loss"]
+
+    random, needed = np.random.default_rng(seed), steps * task.batch
+    rounds = -(-needed // len(data.x))
+    order = np.concatenate([random.permutation(len(data.x)) for _ in range(rounds)])
+    x, y = tf.constant(data.x), tf.constant(data.y)
+    batches = (
+        tf.data.Dataset.from_tensor_slices(order[:needed].reshape(steps, -1))
+        .map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
+        .prefetch(2)
+    )
+    losses: list[float] = []
+    before: list[tuple[float, float]] = []
+    # At the end of an epoch the weights are the raw ones, at the end of `fit` averages.
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])),
+        on_epoch_end=lambda epoch, logs: before.append(test()),
+    )
+    start = time.perf_counter()
+    model.fit(batches, verbose=0, callbacks=[note])
+    seconds = time.perf_counter() - start
+    value, loss_ = test() if optimizer.use_ema else before[0]
+    found = getattr(optimizer, "found_learning_rate", None)
+    found = rate if found is None else float(np.max(keras.ops.convert_to_numpy(found)))
+    totals = [n * mean for n, mean in enumerate(losses, 1)]  # Keras logs running means
+    each = np.diff([0.0, *totals])
+    curve = [float(part.mean()) for part in np.array_split(each, min(20, steps))]
+    return Result(value, loss_, before[0][0], found, seconds, curve)
+
+
+def plan(options: argparse.Namespace) -> Iterator[Run]:
+    """Yield what shall run: a seed after the other, so that all have the first soon."""
+    import tuning_tasks
+
+    for seed in range(options.seeds):
+        for task in options.tasks or tuning_tasks.TASKS:
+            for who in options.only or COMPETITORS:
+                for rate in COMPETITORS[who].rates:
+                    yield Run(task, who, rate, seed, options.scale)
+
+
+def finished(file: Path) -> dict[Run, Result]:
+    """Return what ran already; each line of the file is one training."""
+    if not file.exists():
+        return {}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {Run(*given): Result(*result) for given, result in lines}
+
+
+def train(runs: list[Run], file: Path) -> None:
+    """Train, in this process, and add each result to the file."""
+    import tuning_tasks
+
+    every = tuning_tasks.TASKS | tuning_tasks.HELD_OUT
+    for given in runs:
+        make = COMPETITORS[given.competitor].make
+        task = every[given.task]
+        result = run(task, make, given.seed, given.rate, given.scale)
+        with file.open("a") as lines:
+            lines.write(json.dumps([given, result]) + "\n")
+        print(*given, f"{result.value:.5g}", f"{result.seconds:.1f} s", flush=True)
+
+
+def fix_threads(threads: int) -> None:
+    """Let TensorFlow use that many threads, so that others find a core free."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def main() -> None:
+    """Train what is missing, print the table, publish it if it is whole."""
+    import tuning_report
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="how often each one trains")
+    add("--scale", type=float, default=1.0, help="part of the steps")
+    add("--tasks", nargs="*", help="only these networks")
+    add("--only", nargs="*", choices=COMPETITORS, help="only these competitors")
+    add("--file", type=Path, default=RUNS, help="where the results are kept")
+    add("--threads", type=int, default=0, help="TensorFlow's; 0: as many as it likes")
+    add("--publish", action="store_true", help="table and picture anew; no training")
+    add("--backend", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.file.parent.mkdir(exist_ok=True)
+
+    backends = [] if options.publish else ["tensorflow", "jax"]
+    if options.backend:  # this process is one of those started below
+        os.environ["KERAS_BACKEND"] = options.backend
+        if options.threads:
+            fix_threads(options.threads)
+        done = finished(options.file)
+        mine = {n for n, c in COMPETITORS.items() if c.backend == options.backend}
+        runs = [r for r in plan(options) if r.competitor in mine and r not in done]
+        train(runs, options.file)
+        return
+    failed = False
+    for backend in backends:
+        command = [sys.executable, __file__, *sys.argv[1:], "--backend", backend]
+        failed |= bool(subprocess.run(command).returncode)
+    results = {
+        given: result
+        for given, result in finished(options.file).items()
+        if math.isclose(given.scale, options.scale)
+    }
+    tuning_report.show(results)
+    if options.scale == 1 and not failed and options.file == RUNS:
+        tuning_report.publish(results)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

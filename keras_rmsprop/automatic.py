@@ -1,0 +1,367 @@
+r"""A learning rate found while training: how far the weights must travel, estimated.
+
+It is the distance estimate of Prodigy with RMSprop's steps. For weights $x$ that began
+at $x_0$ and have gradients $g$, a distance $d$, a factor $f$ on it (a schedule's, say)
+and $b = \sqrt{0.999}$, step $t = 1, 2, \dots$ is, before the weights change:
+
+$$\begin{aligned}
+  \lambda &= f d^2 / d_0 \\
+  r &\leftarrow b r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
+  s \leftarrow b s + \lambda g \\
+  d &\leftarrow \max(d_0,\; d \sqrt{(t - 1) / t},\; c\, r / \sum |s|)
+\end{aligned}$$
+
+If the gradients keep pointing from where the weights are back to where they began, the
+weights went too far, and $r$ is small; if they point on, $r / \sum |s|$ says how far
+there is to go. The steps are those of RMSprop with the learning rate $f d$. The scale
+of the loss drops out of all of it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_rmsprop import checks
+from keras_rmsprop.folding import total
+
+if keras.backend.backend() == "tensorflow":
+    from keras_rmsprop import sparse
+
+FORGETTING = 0.999**0.5
+"""b, the decay rate of the sums: some 2000 steps are remembered."""
+EPSILON = 1e-30
+"""Instead of the default 1e-7, to which small gradients would be nothing."""
+STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
+"""After so many steps a rate must have grown; a greater distance is too great."""
+LONGEST_STEP = 100.0
+"""No weight is moved farther by a step than so many learning rates."""
+
+
+@keras.saving.register_keras_serializable(package="keras_rmsprop")
+class AutoLearningRate:
+    r"""A learning rate that is found while training: how to look for it.
+
+    `RMSprop(learning_rate="auto")` is short for
+    `RMSprop(learning_rate=AutoLearningRate())`. Few need more.
+
+    Args:
+        initial: $d_0$ > 0, the rate of the first step, in units of the weights. It is
+            to be smaller than any rate that could be right. Defaults to `1e-5`.
+        coefficient: $c$ > 0, what the distance found is multiplied by. Defaults to `1`.
+        growth: By how much the rate may grow in a step, a factor > 1: 1.02 is a slow
+            warm-up. Defaults to infinity.
+        one_in: The estimate looks at one in so many elements of each variable, and
+            costs memory and time for these alone: two numbers each. Defaults to `4`.
+        factor: What multiplies the rate found: a number or what else may be a learning
+            rate, such as a `keras.optimizers.schedules.LearningRateSchedule`. It is
+            what `optimizer.learning_rate` is then. Defaults to `1`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        TypeError: An argument is not of its type.
+
+    Example:
+        >>> import keras
+        >>> from keras_rmsprop import AutoLearningRate, RMSprop
+        >>> decay = keras.optimizers.schedules.CosineDecay(1.0, 1000)
+        >>> optimizer = RMSprop(AutoLearningRate(growth=1.1, factor=decay))
+        >>> weight = keras.Variable([1.0, 1.0])
+        >>> for _ in range(200):
+        ...     optimizer.apply([weight.numpy()], [weight])
+        >>> 1e-3 < optimizer.found_learning_rate < 1e-1
+        True
+
+    Reference:
+        - [Mishchenko and Defazio, 2023](https://arxiv.org/abs/2306.06101), Prodigy.
+          There $d$ never shrinks, and $v$ and $\epsilon$ are scaled by it.
+    """
+
+    def __init__(
+        self,
+        initial: float = 1e-5,
+        coefficient: float = 1.0,
+        growth: float = math.inf,
+        one_in: int = 4,
+        factor: Any = 1.0,
+    ) -> None:
+        self.initial = checks.number("initial", initial, checks.POSITIVE)
+        self.coefficient = checks.number("coefficient", coefficient, checks.POSITIVE)
+        self.growth = checks.number("growth", growth, checks.ABOVE_ONE)
+        self.one_in = checks.integer("one_in", one_in, 1)
+        self.factor = checks.learning_rate(factor)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make an equal one."""
+        return {
+            "initial": self.initial,
+            "coefficient": self.coefficient,
+            # JSON knows no infinity.
+            "growth": None if math.isinf(self.growth) else self.growth,
+            "one_in": self.one_in,
+            "factor": keras.saving.serialize_keras_object(self.factor),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "AutoLearningRate":
+        """Return one made of what `get_config` returned."""
+        growth = config["growth"]
+        factor = keras.saving.deserialize_keras_object(config["factor"])
+        return cls(
+            **config
+            | {"growth": math.inf if growth is None else growth, "factor": factor}
+        )
+
+
+class Estimate(NamedTuple):
+    """What is known so far: four numbers, kept in one variable."""
+
+    distance: Any
+    """d; times the factor it is the learning rate."""
+    gain: Any
+    """r."""
+    steps: Any
+    """t, how many there were."""
+    path: Any
+    """The sum of the learning rates so far: how far a weight can have come."""
+
+
+class Part(NamedTuple):
+    """A variable in the estimate."""
+
+    variable: Any
+    gradient: Any
+    """A tensor of the variable's shape, or of its rows'; None: it has no step now."""
+    first: Any
+    """Keeps its first weights, those that are looked at."""
+    sums: Any
+    """Keeps s, of the same."""
+    rows: Any = None
+    """The rows of a table (`sparse.Rows`); None: it has no clock."""
+
+
+def asked_for(learning_rate: Any) -> AutoLearningRate | None:
+    """Return how to find a learning rate; None if it is given."""
+    if isinstance(learning_rate, str) and learning_rate == "auto":
+        return AutoLearningRate()
+    return learning_rate if isinstance(learning_rate, AutoLearningRate) else None
+
+
+def start(options: AutoLearningRate) -> list[float]:
+    """Return the estimate before the first step."""
+    return [*Estimate(options.initial, 0.0, 0.0, 0.0)]
+
+
+def thins_rows(shape: Sequence[int], one_in: int) -> bool:
+    """Whether of a variable some rows are looked at, and all of their last axis.
+
+    Else it is the other way round. The shorter side is thinned: of large tables, each
+    row can then be followed on its own; of large square kernels whole lines of memory
+    are left out.
+
+    Args:
+        shape: The variable's.
+        one_in: One in so many elements is looked at.
+    """
+    rows = math.prod(shape[:-1])
+    return len(shape) > 1 and one_in <= rows <= shape[-1]
+
+
+def looked_at(x: Any, shape: Sequence[int], one_in: int) -> Any:
+    """Return those elements of a tensor that are looked at.
+
+    Args:
+        x: A tensor of a variable's shape, or of some of its rows'.
+        shape: The variable's shape.
+        one_in: One in so many elements is looked at.
+
+    Example:
+        >>> import numpy as np
+        >>> looked_at(np.arange(12).reshape(2, 6), (2, 6), 4)
+        array([[ 0,  4],
+               [ 6, 10]])
+        >>> looked_at(np.arange(20).reshape(4, 5), (4, 5), 4)
+        array([[0, 1, 2, 3, 4]])
+    """
+    if one_in == 1 or not len(shape):
+        return x
+    if thins_rows(shape, one_in):
+        return ops.reshape(x, (-1, shape[-1]))[::one_in]
+    return x[..., ::one_in]
+
+
+def shape_looked_at(shape: Sequence[int], one_in: int) -> tuple[int, ...]:
+    """Return the shape of those elements of a variable that are looked at."""
+    if one_in == 1 or not len(shape):
+        return tuple(shape)
+    if thins_rows(shape, one_in):
+        return -(-math.prod(shape[:-1]) // one_in), shape[-1]
+    return *shape[:-1], -(-shape[-1] // one_in)
+
+
+def find(
+    parts: Sequence[Part],
+    kept: Any,
+    factor: Any,
+    options: AutoLearningRate,
+    *,
+    sign: int = 1,
+    fold: bool = False,
+) -> Any:
+    """Estimate anew from this step's gradients; return the distance, a scalar.
+
+    Args:
+        parts: All variables, before the step.
+        kept: The variable that keeps the `Estimate`.
+        factor: f, a scalar.
+        options: How to look.
+        sign: -1 if the step goes up the gradient.
+        fold: Whether XLA compiles it; see `folding`.
+    """
+    old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
+    factor = ops.cast(factor, "float32")
+    weight = factor * old.distance**2 / options.initial
+    is_first = ops.equal(old.steps, 0)
+    gains, sums = [], []
+    for part in parts:
+        if part.gradient is None:
+            sums.append(_silent(part, fold))
+            continue
+        follow = _follow if part.rows is None else _follow_rows
+        gain, sum_ = follow(part, weight, is_first, options.one_in, fold)
+        gains.append(ops.cast(gain, "float32"))
+        sums.append(ops.cast(sum_, "float32"))
+    gain = FORGETTING * old.gain + sign * weight * sum(gains)
+    steps = old.steps + 1
+    fading = old.distance * ops.sqrt(old.steps / steps)
+    found = options.coefficient * gain / (sum(sums) + EPSILON)
+    distance = ops.maximum(ops.maximum(found, fading), options.initial)
+    if not math.isinf(options.growth):
+        distance = ops.minimum(distance, options.growth * old.distance)
+    path = old.path + factor * distance
+    kept.assign(ops.stack(Estimate(distance, gain, steps, path)))
+    return distance
+
+
+def _follow(
+    part: Part, weight: Any, is_first: Any, one_in: int, fold: bool
+) -> tuple[Any, Any]:
+    """Return <g, x0 - x> and the sum of |s| of a variable; keep x0 and s."""
+    dtype = part.sums.dtype
+    g, x = (
+        ops.cast(
+            looked_at(ops.convert_to_tensor(tensor), part.variable.shape, one_in), dtype
+        )
+        for tensor in (part.gradient, part.variable)
+    )
+    # Weights may have been loaded since the optimizer was built.
+    first = ops.where(is_first, x, ops.convert_to_tensor(part.first))
+    new = FORGETTING * ops.convert_to_tensor(part.sums) + ops.cast(weight, dtype) * g
+    part.first.assign(first)
+    part.sums.assign(new)
+    return total(g * (first - x), fold=fold), total(ops.absolute(new), fold=fold)
+
+
+def _follow_rows(
+    part: Part, weight: Any, is_first: Any, one_in: int, fold: bool
+) -> tuple[Any, Any]:
+    """Do the same from the rows of a table that a step updates."""
+    import tensorflow as tf
+
+    clock, ids = part.rows
+
+    def seen(x: Any) -> Any:
+        x = looked_at(x, part.variable.shape, one_in)
+        return tf.cast(x, part.sums.dtype)
+
+    def begin() -> None:
+        sparse.write(part.first, seen(sparse.read(part.variable, None)), None)
+
+    tf.cond(is_first, begin, lambda: None)
+    before = _silent(part, fold)
+    g, x = seen(part.gradient), seen(sparse.read(part.variable, ids))
+    first = sparse.read(part.first, ids)
+    old = FORGETTING * sparse.faded(sparse.read(part.sums, ids), part.rows, FORGETTING)
+    new = old + tf.cast(weight, g.dtype) * g
+    sparse.write(part.sums, new, ids)
+    sum_ = tf.reduce_sum(tf.abs(new))
+    if ids is not None:
+        sum_ += FORGETTING * before - tf.reduce_sum(tf.abs(old))
+    sum_ = tf.maximum(sum_, 0)  # rounding takes it below
+    clock.sum.assign(tf.cast(sum_, clock.sum.dtype))
+    return tf.reduce_sum(g * (first - x)), sum_
+
+
+def _silent(part: Part, fold: bool) -> Any:
+    """Return the sum of |s| of a variable as it stands; of a table its clock knows."""
+
+    def whole() -> Any:
+        sums = ops.absolute(ops.convert_to_tensor(part.sums))
+        return ops.cast(total(sums, fold=fold), "float32")
+
+    if part.rows is None:
+        return whole()
+    clock = part.rows.clock
+    return ops.cond(clock.updates > 0, lambda: ops.convert_to_tensor(clock.sum), whole)
+
+
+def catch_up(sums: Any, clock: Any) -> None:
+    """Bring the s of all rows of a table up to date, before its clock is reset.
+
+    Args:
+        sums: The variable that keeps s.
+        clock: The table's clock.
+    """
+    rows = sparse.Rows(clock)
+    sparse.write(sums, sparse.faded(sparse.read(sums, None), rows, FORGETTING), None)
+
+
+def farthest(pairs: Sequence[tuple[Any, Any]], one_in: int) -> float:
+    """Return the longest way of a weight from where it began.
+
+    Args:
+        pairs: Variables, and what keeps their first weights.
+        one_in: One in so many of these is looked at.
+    """
+    ways = [
+        ops.max(
+            ops.absolute(looked_at(ops.convert_to_tensor(x), x.shape, one_in) - first)
+        )
+        for x, first in pairs
+    ]
+    return max(map(float, ways), default=0.0)
+
+
+def complaint(
+    estimate: Estimate, options: AutoLearningRate, farthest: float | None = None
+) -> str:
+    """Return what a user should know of an estimate, with the remedy; or nothing.
+
+    Args:
+        estimate: The estimate, as numbers.
+        options: How it was looked for.
+        farthest: The longest way of a weight from where it began, if known.
+    """
+    distance, _, steps, path = estimate
+    if steps >= STUCK_STEPS and distance <= options.initial:
+        return (
+            f"The learning rate is still at its initial value of {options.initial:g} "
+            f"after {steps:.0f} steps: the gradients do not agree on a way. If the "
+            "loss does not fall, raise `initial`: "
+            f"`AutoLearningRate(initial={100 * options.initial:g})`"
+        )
+    if not distance <= RUNAWAY_DISTANCE:  # NaN, too
+        return (
+            f"The learning rate found, {distance:.3g}, is larger than weights should "
+            "move in a step. If the loss does not fall, use "
+            "`AutoLearningRate(coefficient=0.5, growth=1.02)`, or clip gradients"
+        )
+    if farthest is not None and farthest > LONGEST_STEP * path:
+        return (
+            f"A weight is {farthest:.3g} from where it began, farther than steps have "
+            "taken it. If weights were replaced while training, make a new optimizer, "
+            "which begins from them"
+        )
+    return ""
