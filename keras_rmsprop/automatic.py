@@ -36,6 +36,8 @@ EPSILON = 1e-30
 """Instead of the default 1e-7, to which small gradients would be nothing."""
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """After so many steps a rate must have grown; a greater distance is too great."""
+SAMPLED_ELEMENTS = 2**12
+"""From this size on not all elements of a variable are looked at."""
 LONGEST_STEP = 100.0
 """No weight is moved farther by a step than so many learning rates."""
 
@@ -53,8 +55,9 @@ class AutoLearningRate:
         coefficient: $c$ > 0, what the distance found is multiplied by. Defaults to `1`.
         growth: By how much the rate may grow in a step, a factor > 1: 1.02 is a slow
             warm-up. Defaults to infinity.
-        one_in: The estimate looks at one in so many elements of each variable, and
-            costs memory and time for these alone: two numbers each. Defaults to `4`.
+        one_in: The estimate looks at one in so many elements of each variable with more
+            than 4096, and costs memory and time for these alone: two numbers each.
+            Defaults to `4`.
         factor: What multiplies the rate found: a number or what else may be a learning
             rate, such as a `keras.optimizers.schedules.LearningRateSchedule`. It is
             what `optimizer.learning_rate` is then. Defaults to `1`.
@@ -92,6 +95,10 @@ class AutoLearningRate:
         self.growth = checks.number("growth", growth, checks.ABOVE_ONE)
         self.one_in = checks.integer("one_in", one_in, 1)
         self.factor = checks.learning_rate(factor)
+
+    def sample(self, shape: Sequence[int]) -> "Sample":
+        """Return which elements are looked at of a variable with this shape."""
+        return Sample(shape, self.one_in)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make an equal one."""
@@ -154,51 +161,48 @@ def start(options: AutoLearningRate) -> list[float]:
     return [*Estimate(options.initial, 0.0, 0.0, 0.0)]
 
 
-def thins_rows(shape: Sequence[int], one_in: int) -> bool:
-    """Whether of a variable some rows are looked at, and all of their last axis.
+class Sample:
+    """Which elements of a variable are looked at: all of a small one, else one in n.
 
-    Else it is the other way round. The shorter side is thinned: of large tables, each
-    row can then be followed on its own; of large square kernels whole lines of memory
-    are left out.
-
-    Args:
-        shape: The variable's.
-        one_in: One in so many elements is looked at.
-    """
-    rows = math.prod(shape[:-1])
-    return len(shape) > 1 and one_in <= rows <= shape[-1]
-
-
-def looked_at(x: Any, shape: Sequence[int], one_in: int) -> Any:
-    """Return those elements of a tensor that are looked at.
+    The shorter side is thinned: of large tables, each row can then be followed on its
+    own; of square kernels whole lines of memory are left out.
 
     Args:
-        x: A tensor of a variable's shape, or of some of its rows'.
         shape: The variable's shape.
-        one_in: One in so many elements is looked at.
+        one_in: n.
+
+    Attributes:
+        shape: The shape of these elements.
+        whole_rows: Whether they are all elements of some rows.
+        stands_for: How many elements of the variable one of these stands for.
 
     Example:
         >>> import numpy as np
-        >>> looked_at(np.arange(12).reshape(2, 6), (2, 6), 4)
-        array([[ 0,  4],
-               [ 6, 10]])
-        >>> looked_at(np.arange(20).reshape(4, 5), (4, 5), 4)
-        array([[0, 1, 2, 3, 4]])
+        >>> sample = Sample((2000, 5), 4)
+        >>> sample.of(np.arange(10_000).reshape(2000, 5))[:2]
+        array([[0, 4],
+               [5, 9]])
+        >>> sample.shape, sample.stands_for
+        ((2000, 2), 2.5)
     """
-    if one_in == 1 or not len(shape):
-        return x
-    if thins_rows(shape, one_in):
-        return ops.reshape(x, (-1, shape[-1]))[::one_in]
-    return x[..., ::one_in]
 
+    def __init__(self, shape: Sequence[int], one_in: int) -> None:
+        size, self._last = math.prod(shape), shape[-1] if len(shape) else 1
+        rows = size // max(self._last, 1)
+        self._step = one_in if size >= SAMPLED_ELEMENTS else 1
+        self.whole_rows = 1 < self._step <= rows <= self._last
+        self.shape = tuple(shape)
+        if self.whole_rows:
+            self.shape = -(-rows // self._step), self._last
+        elif self._step > 1:
+            self.shape = *shape[:-1], -(-self._last // self._step)
+        self.stands_for = size / max(math.prod(self.shape), 1)
 
-def shape_looked_at(shape: Sequence[int], one_in: int) -> tuple[int, ...]:
-    """Return the shape of those elements of a variable that are looked at."""
-    if one_in == 1 or not len(shape):
-        return tuple(shape)
-    if thins_rows(shape, one_in):
-        return -(-math.prod(shape[:-1]) // one_in), shape[-1]
-    return *shape[:-1], -(-shape[-1] // one_in)
+    def of(self, x: Any) -> Any:
+        """Return these elements of a tensor of the variable's shape, or of its rows."""
+        if self.whole_rows:
+            return ops.reshape(x, (-1, self._last))[:: self._step]
+        return x if self._step == 1 else x[..., :: self._step]
 
 
 def find(
@@ -226,13 +230,14 @@ def find(
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     for part in parts:
+        sample = options.sample(part.variable.shape)
         if part.gradient is None:
-            sums.append(_silent(part, fold))
+            sums.append(sample.stands_for * _silent(part, fold))
             continue
         follow = _follow if part.rows is None else _follow_rows
-        gain, sum_ = follow(part, weight, is_first, options.one_in, fold)
-        gains.append(ops.cast(gain, "float32"))
-        sums.append(ops.cast(sum_, "float32"))
+        gain, sum_ = follow(part, sample, weight, is_first, fold)
+        gains.append(sample.stands_for * ops.cast(gain, "float32"))
+        sums.append(sample.stands_for * ops.cast(sum_, "float32"))
     gain = FORGETTING * old.gain + sign * weight * sum(gains)
     steps = old.steps + 1
     fading = old.distance * ops.sqrt(old.steps / steps)
@@ -246,14 +251,12 @@ def find(
 
 
 def _follow(
-    part: Part, weight: Any, is_first: Any, one_in: int, fold: bool
+    part: Part, sample: Sample, weight: Any, is_first: Any, fold: bool
 ) -> tuple[Any, Any]:
     """Return <g, x0 - x> and the sum of |s| of a variable; keep x0 and s."""
     dtype = part.sums.dtype
     g, x = (
-        ops.cast(
-            looked_at(ops.convert_to_tensor(tensor), part.variable.shape, one_in), dtype
-        )
+        ops.cast(sample.of(ops.convert_to_tensor(tensor)), dtype)
         for tensor in (part.gradient, part.variable)
     )
     # Weights may have been loaded since the optimizer was built.
@@ -265,7 +268,7 @@ def _follow(
 
 
 def _follow_rows(
-    part: Part, weight: Any, is_first: Any, one_in: int, fold: bool
+    part: Part, sample: Sample, weight: Any, is_first: Any, fold: bool
 ) -> tuple[Any, Any]:
     """Do the same from the rows of a table that a step updates."""
     import tensorflow as tf
@@ -273,8 +276,7 @@ def _follow_rows(
     clock, ids = part.rows
 
     def seen(x: Any) -> Any:
-        x = looked_at(x, part.variable.shape, one_in)
-        return tf.cast(x, part.sums.dtype)
+        return tf.cast(sample.of(x), part.sums.dtype)
 
     def begin() -> None:
         sparse.write(part.first, seen(sparse.read(part.variable, None)), None)
@@ -318,20 +320,19 @@ def catch_up(sums: Any, clock: Any) -> None:
     sparse.write(sums, sparse.faded(sparse.read(sums, None), rows, FORGETTING), None)
 
 
-def farthest(pairs: Sequence[tuple[Any, Any]], one_in: int) -> float:
+def farthest(pairs: Sequence[tuple[Any, Any]], options: AutoLearningRate) -> float:
     """Return the longest way of a weight from where it began.
 
     Args:
         pairs: Variables, and what keeps their first weights.
-        one_in: One in so many of these is looked at.
+        options: How these are looked at.
     """
     ways = [
-        ops.max(
-            ops.absolute(looked_at(ops.convert_to_tensor(x), x.shape, one_in) - first)
-        )
+        options.sample(x.shape).of(ops.convert_to_tensor(x)) - first
         for x, first in pairs
+        if math.prod(first.shape)
     ]
-    return max(map(float, ways), default=0.0)
+    return max((float(ops.max(ops.absolute(way))) for way in ways), default=0.0)
 
 
 def complaint(

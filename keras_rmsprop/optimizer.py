@@ -329,7 +329,7 @@ class RMSprop(keras.optimizers.Optimizer):
         shape = reference_variable.shape
         if self._auto is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
             dtype = keras.backend.result_type(dtype, "float32")
-            shape = automatic.shape_looked_at(shape, self._auto.one_in)
+            shape = self._auto.sample(shape).shape
         self._now.slot = name or "var", reference_variable, dtype, shape
         try:
             return super().add_variable_from_reference(
@@ -345,7 +345,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
         When it is built anew, as after layers were unfrozen, return the one there is.
         """
-        given = kwargs.get("name"), None, dtype, shape
+        given: tuple[Any, Any, Any, Any] = kwargs.get("name"), None, dtype, shape
         kind, owner, dtype, wanted = self._now.slot or given
         if tuple(wanted) != tuple(shape):
             shape, kwargs["layout"] = wanted, None  # it cannot be sharded as its owner
@@ -359,8 +359,8 @@ class RMSprop(keras.optimizers.Optimizer):
             if kind == WEIGHT_AVERAGE:
                 return owner
             if kind == FIRST_WEIGHT:
-                weights = ops.convert_to_tensor(owner)
-                return automatic.looked_at(weights, owner.shape, self._auto.one_in)
+                sample = self._auto.sample(owner.shape)
+                return sample.of(ops.convert_to_tensor(owner))
             return initial(shape, dtype)
 
         return self._keeper.find_or_make(str(kind), key, owner, make, start)
@@ -515,8 +515,7 @@ class RMSprop(keras.optimizers.Optimizer):
             "`update_step` is a subclass'": self._has_own_step(),
             "`rho` may change unseen": options.is_tensor(self.rho),
             "the learning rate is found from whole rows": (
-                self._auto is not None
-                and automatic.thins_rows(variable.shape, self._auto.one_in)
+                self._auto is not None and self._auto.sample(variable.shape).whole_rows
             ),
             "a graph updates the table densely": (
                 self._var_key(variable) in self._clocks.refused
@@ -765,7 +764,7 @@ class RMSprop(keras.optimizers.Optimizer):
             pairs = zip(self._trainable_variables, self._first_weights, strict=True)
             farthest = automatic.farthest(
                 [(v, x) for v, x in pairs if x is not None and v.constraint is None],
-                self._auto.one_in,
+                self._auto,
             )
             estimate = automatic.Estimate(*as_array(self._estimate).tolist())
             self._warn(automatic.complaint(estimate, self._auto, farthest))

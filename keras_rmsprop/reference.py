@@ -118,7 +118,8 @@ def automatic_step(
         initial: The first distance.
         coefficient: What the distance is multiplied by.
         growth: The most by which the distance grows in a step.
-        one_in: One in so many elements is looked at, along the shorter side.
+        one_in: One in so many elements of a large parameter is looked at, along the
+            shorter side, and stands for the others.
         factor: What multiplies the distance to the learning rate.
         **hyperparameters: Of `step`.
 
@@ -133,24 +134,28 @@ def automatic_step(
 
     def seen(x: ArrayLike) -> Array:
         x = np.asarray(x, np.float64)
-        if one_in == 1 or not x.ndim:
+        if x.size < 4096:
             return x
         if x.ndim > 1 and one_in <= x[..., 0].size <= x.shape[-1]:
             return x.reshape(-1, x.shape[-1])[::one_in]
         return x[..., ::one_in]
 
     xs, gs = list(map(seen, thetas)), list(map(seen, gradients))
+    n = [np.size(theta) / x.size for theta, x in zip(thetas, xs, strict=True)]
     if not state:
         state |= {"d": initial, "r": 0.0, "t": 0, "x0": xs, "each": [{} for _ in xs]}
         state["s"] = [np.zeros_like(x) for x in xs]
     sign = -1 if hyperparameters.get("maximize") else 1
     weight, b = factor * state["d"] ** 2 / initial, 0.999**0.5
-    triples = zip(gs, state["x0"], xs, strict=True)
-    gain = sum((g * (x0 - x)).sum() for g, x0, x in triples)
+    gain = sum(
+        k * (g * (x0 - x)).sum()
+        for k, g, x0, x in zip(n, gs, state["x0"], xs, strict=True)
+    )
     state["r"] = b * state["r"] + sign * weight * gain
     state["s"] = [b * s + weight * g for s, g in zip(state["s"], gs, strict=True)]
     state["t"] += 1
-    found = state["r"] / (sum(np.abs(s).sum() for s in state["s"]) + 1e-30)
+    sums = sum(k * np.abs(s).sum() for k, s in zip(n, state["s"], strict=True))
+    found = state["r"] / (sums + 1e-30)
     fading = state["d"] * np.sqrt(1 - 1 / state["t"])
     distance = max(initial, fading, coefficient * found)
     state["d"] = min(distance, growth * state["d"])
