@@ -36,6 +36,8 @@ EPSILON = 1e-30
 """Instead of the default 1e-7, to which small gradients would be nothing."""
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """After so many steps a rate must have grown; a greater distance is too great."""
+MOST = 1e4
+"""No distance is greater: down a slope without end it would grow to infinity."""
 SAMPLED_ELEMENTS = 2**12
 """From this size on not all elements of a variable are looked at."""
 LONGEST_STEP = 100.0
@@ -243,6 +245,7 @@ def find(
     fading = old.distance * ops.sqrt(old.steps / steps)
     found = options.coefficient * gain / (sum(sums) + EPSILON)
     distance = ops.maximum(ops.maximum(found, fading), options.initial)
+    distance = ops.minimum(distance, MOST)
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
     path = old.path + factor * distance

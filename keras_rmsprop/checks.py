@@ -109,4 +109,9 @@ def learning_rate(value: Any) -> Any:
     """
     if not isinstance(value, numbers.Real | str | None):
         return value
+    if isinstance(value, str):
+        raise TypeError(
+            '`learning_rate` must be a number, "auto", a schedule or a callable. '
+            f"Received: learning_rate={value!r}"
+        )
     return number("learning_rate", value, NOT_NEGATIVE)

@@ -141,7 +141,7 @@ def automatic_step(
         return x[..., ::one_in]
 
     xs, gs = list(map(seen, thetas)), list(map(seen, gradients))
-    n = [np.size(theta) / x.size for theta, x in zip(thetas, xs, strict=True)]
+    n = [np.size(theta) / max(x.size, 1) for theta, x in zip(thetas, xs, strict=True)]
     if not state:
         state |= {"d": initial, "r": 0.0, "t": 0, "x0": xs, "each": [{} for _ in xs]}
         state["s"] = [np.zeros_like(x) for x in xs]
@@ -158,7 +158,7 @@ def automatic_step(
     found = state["r"] / (sums + 1e-30)
     fading = state["d"] * np.sqrt(1 - 1 / state["t"])
     distance = max(initial, fading, coefficient * found)
-    state["d"] = min(distance, growth * state["d"])
+    state["d"] = min(distance, growth * state["d"], 1e4)
     alpha = factor * state["d"] * (1 - hyperparameters.get("momentum", 0.0))
     return [
         step(theta, gradient, each, alpha=alpha, **hyperparameters)

@@ -1,0 +1,566 @@
+"""`learning_rate="auto"`: the rate that is found, on every path there is."""
+
+import json
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import dense_model, gradient, numbers, table_model
+from stepping import WAYS, assert_close, python
+
+from keras_rmsprop import AutoLearningRate, RMSprop, automatic, reference
+
+SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2)]
+FOUND = ("first_weight", "gradient_sum", "learning_rate_estimate")
+IN_REFERENCE = {"rho": "beta"}
+
+
+def problem(seed=0, shapes=SHAPES):
+    """Return weights, and a function from weights to the noisy gradient of a bowl."""
+    rng = np.random.default_rng(seed)
+    goals = [rng.normal(size=s) for s in shapes]
+    weights = [goal + 0.1 * rng.normal(size=goal.shape) for goal in goals]
+
+    def gradients(weights, step):
+        noise = np.random.default_rng(step)
+        return [
+            w - goal + 0.02 * noise.normal(size=goal.shape)
+            for w, goal in zip(weights, goals, strict=True)
+        ]
+
+    return weights, gradients
+
+
+def both(optimizer, options, steps=30, way="eager", scale=1.0, **search):
+    """Take steps beside the reference; return the weights of both, and both rates."""
+    weights, gradients = problem()
+    variables = [keras.Variable(w, dtype="float32") for w in weights]
+    weights = [v.numpy().astype("float64") for v in variables]
+    optimizer.build(variables)
+    apply, state = WAYS[way](optimizer), {}
+    options = {IN_REFERENCE.get(name, name): x for name, x in options.items()}
+    if not options.get("centered"):
+        options = {"epsilon": 1e-30, "bias_correction": True} | options
+    for step in range(steps):
+        # Both get the gradients of the optimizer's weights, or they would drift apart.
+        given = gradients([v.numpy().astype("float64") for v in variables], step)
+        apply([tf.constant(scale * g, "float32") for g in given])
+        weights = reference.automatic_step(weights, given, state, **search, **options)
+    rate = state["d"] * (1 - options.get("momentum", 0.0))
+    return [v.numpy() for v in variables], weights, optimizer.found_learning_rate, rate
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.5, "nesterov": True, "rho": 0.99},
+        {"centered": True, "epsilon": 1e-4},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": False},
+        {"bias_correction": False, "initial_accumulator_value": 1.0},
+    ],
+    ids=str,
+)
+def test_the_rate_and_the_steps_are_those_of_the_reference(way, options):
+    # Smaller first steps are mostly rounding, in weights about 1 in float32.
+    optimizer = RMSprop(AutoLearningRate(initial=1e-3), **options)
+    found, expected, rate, expected_rate = both(
+        optimizer, options, way=way, initial=1e-3
+    )
+    assert rate == pytest.approx(expected_rate, rel=3e-4)
+    assert rate > 2e-3 * (1 - options.get("momentum", 0))  # else nothing was found
+    assert_close(found, expected, 1e-4)
+
+
+@settings(max_examples=10)
+@given(
+    initial=st.sampled_from([1e-5, 1e-4, 1e-3]),
+    coefficient=st.floats(0.2, 2),
+    growth=st.sampled_from([1.1, 2.0, np.inf]),
+    one_in=st.integers(1, 9),
+    momentum=st.sampled_from([0.0, 0.9]),
+)
+def test_however_it_is_looked_for(momentum, **search):
+    options = {"momentum": momentum}
+    optimizer = RMSprop(AutoLearningRate(**search), **options)
+    found, expected, rate, expected_rate = both(optimizer, options, 15, **search)
+    assert rate == pytest.approx(expected_rate, rel=1e-8 / search["initial"] + 3e-4)
+    assert_close(found, expected, 3e-4)
+
+
+@pytest.mark.parametrize("scale", [1000.0, 0.001])
+def test_the_scale_of_the_loss_does_not_matter(scale):
+    x, y = numbers(dense_model(RMSprop()), batch=64)
+
+    def losses(scale):
+        model = dense_model(RMSprop("auto"), frozen=())
+        model.compile(
+            RMSprop("auto"), lambda y, p: scale * keras.losses.mean_squared_error(y, p)
+        )
+        history = model.fit(x, y, epochs=20, batch_size=16, shuffle=False, verbose=0)
+        return np.array(history.history["loss"]) / scale
+
+    np.testing.assert_allclose(losses(scale), losses(1.0), rtol=1e-4)
+
+
+def test_the_order_of_the_variables_does_not_matter():
+    rates, ends = [], []
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        weights, gradients = problem(shapes=SHAPES[:4])
+        variables = [keras.Variable(w, dtype="float32") for w in weights]
+        optimizer = RMSprop("auto")
+        for step in range(30):
+            given = gradients([v.numpy() for v in variables], step)
+            optimizer.apply(
+                [tf.constant(given[i], "float32") for i in order],
+                [variables[i] for i in order],
+            )
+        rates.append(optimizer.found_learning_rate)
+        ends.append([v.numpy() for v in variables])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-4)
+    assert_close(*ends, 1e-4)
+
+
+def test_going_up_finds_the_rate_of_going_down():
+    rates = []
+    for sign in (1, -1):
+        weights, gradients = problem(shapes=SHAPES[:4])
+        variables = [keras.Variable(w, dtype="float32") for w in weights]
+        optimizer = RMSprop("auto", maximize=sign < 0)
+        for step in range(30):
+            given = gradients([v.numpy() for v in variables], step)
+            optimizer.apply(
+                [tf.constant(sign * g, "float32") for g in given], variables
+            )
+        rates.append(optimizer.found_learning_rate)
+    assert rates[0] == rates[1] > 1e-4
+
+
+# What multiplies it.
+
+
+def test_what_is_set_is_a_factor():
+    optimizer, weight = RMSprop("auto"), keras.Variable([1.0, -1.0])
+    assert float(optimizer.learning_rate) == 1
+    for _ in range(50):
+        optimizer.apply([weight.numpy()], [weight])
+    whole = optimizer.found_learning_rate
+    optimizer.learning_rate = 0.25
+    assert optimizer.found_learning_rate == pytest.approx(whole / 4)
+    before = weight.numpy()
+    optimizer.apply([[1.0, -1.0]], [weight])
+    way = before - weight.numpy()
+    assert np.abs(way).max() < 1.01 * optimizer.found_learning_rate * 10**0.5
+    optimizer.learning_rate = 0.0
+    before = weight.numpy()
+    optimizer.apply([[1.0, -1.0]], [weight])
+    np.testing.assert_array_equal(weight.numpy(), before)
+    optimizer.learning_rate = "auto"
+    assert float(optimizer.learning_rate) == 1
+
+
+def test_a_schedule_and_callbacks_multiply_it():
+    decay = keras.optimizers.schedules.PolynomialDecay(1.0, 40, 0.0)
+    model = dense_model(RMSprop(AutoLearningRate(factor=decay)))
+    x, y = numbers(model, batch=64)
+    model.fit(x, y, batch_size=16, epochs=5, verbose=0)
+    optimizer = model.optimizer
+    distance = optimizer._estimate.numpy()[0]
+    assert optimizer.found_learning_rate == pytest.approx(distance / 2)
+
+    model = dense_model(RMSprop("auto"))
+    reduce = keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=0, min_delta=1e9)
+    history = model.fit(x, y, epochs=4, verbose=0, callbacks=[reduce])
+    assert history.history["learning_rate"][0] == 1
+    assert float(model.optimizer.learning_rate) == 0.125
+
+
+# Where it comes from, and where it goes.
+
+
+def test_the_configuration_makes_an_equal_one():
+    decay = keras.optimizers.schedules.CosineDecay(1.0, 10)
+    optimizer = RMSprop(AutoLearningRate(1e-6, 0.5, 1.1, 2, factor=decay), momentum=0.5)
+    config = json.loads(json.dumps(optimizer.get_config()))
+    again = RMSprop.from_config(config)
+    assert again.get_config() == optimizer.get_config()
+    auto = again._auto
+    assert (auto.initial, auto.coefficient, auto.growth, auto.one_in) == (
+        *(1e-6, 0.5, 1.1, 2),
+    )
+    plain = RMSprop("auto")
+    plain.learning_rate = 0.5
+    again = RMSprop.from_config(plain.get_config())
+    assert float(again.learning_rate) == 0.5
+    assert again._auto.growth == np.inf
+    assert again.bias_correction
+    assert again.epsilon == automatic.EPSILON
+    assert RMSprop("auto", bias_correction=False, epsilon=1e-3).epsilon == 1e-3
+    assert not RMSprop("auto", bias_correction=False).bias_correction
+    assert RMSprop("auto", centered=True).epsilon == 1e-7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"initial": 0}, ValueError, "`initial` must be finite and > 0"),
+        ({"coefficient": "1"}, TypeError, "`coefficient` must be a number"),
+        ({"growth": 1}, ValueError, "`growth` must be > 1"),
+        ({"one_in": 0}, ValueError, "`one_in` must be an integer >= 1"),
+        ({"factor": -1}, ValueError, "`learning_rate` must be finite and >= 0"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AutoLearningRate(**arguments)
+
+
+def test_it_is_asked_for_when_the_optimizer_is_made():
+    optimizer = RMSprop(0.1)
+    assert optimizer.found_learning_rate is None
+    with pytest.raises(ValueError, match="when the optimizer is made"):
+        optimizer.learning_rate = "auto"
+    assert float(optimizer.learning_rate) == pytest.approx(0.1)
+    with pytest.raises(TypeError, match='"auto"'):
+        RMSprop("automatic")
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "use_ema": True}], ids=str)
+def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
+    model = dense_model(RMSprop("auto", **options))
+    x, y = numbers(model, batch=32)
+    for _ in range(10):
+        model.train_on_batch(x, y)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.optimizer.found_learning_rate == model.optimizer.found_learning_rate
+    for _ in range(10):
+        model.train_on_batch(x, y)
+        again.train_on_batch(x, y)
+    for a, b in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    for a, b in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_it_begins_from_the_weights_that_are_loaded():
+    loaded = [np.full(s, 7.0, "float32") for s in ((3, 3), (3,), (3, 3), (3,))]
+    model = dense_model(RMSprop("auto"))
+    model.optimizer.build(model.trainable_variables)
+    model.set_weights(loaded)
+    x, y = numbers(model)
+    model.fit(x, y, verbose=0)
+    first = model.optimizer._first_weights
+    for found, expected in zip(first, loaded, strict=True):
+        np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_a_file_of_the_built_in_is_taken_over(tmp_path):
+    model = dense_model(keras.optimizers.RMSprop())
+    x, y = numbers(model)
+    model.fit(x, y, epochs=3, verbose=0)
+    model.save_weights(tmp_path / "its.weights.h5")
+    mine = dense_model(RMSprop("auto"))
+    mine.optimizer.build(mine.trainable_variables)
+    with pytest.warns(UserWarning, match="Started fresh"):
+        mine.load_weights(tmp_path / "its.weights.h5")
+    assert int(mine.optimizer.iterations) == 3
+    mine.fit(x, y, verbose=0)
+    velocity = mine.optimizer._velocities[0].numpy()
+    model.fit(x, y, verbose=0)
+    np.testing.assert_allclose(
+        velocity, model.optimizer._velocities[0].numpy(), rtol=1e-5
+    )
+
+
+def test_layers_that_are_unfrozen_begin_where_they_are():
+    model = dense_model(RMSprop("auto"), frozen=("body",))
+    x, y = numbers(model, batch=32)
+    model.fit(x, y, epochs=5, verbose=0)
+    estimate = model.optimizer._estimate.numpy()
+    begun = model.optimizer._first_weights[0].numpy()
+    model.get_layer("body").trainable = True
+    now = model.get_layer("body").kernel.numpy()
+    model.compile(model.optimizer, "mse")
+    model.fit(x, y, epochs=1, verbose=0)
+    first, *_, head, _ = model.optimizer._first_weights
+    np.testing.assert_array_equal(first.numpy(), now)
+    np.testing.assert_array_equal(head.numpy(), begun)
+    assert model.optimizer._estimate.numpy()[2] == estimate[2] + 1
+
+
+# Tables.
+
+
+@pytest.mark.parametrize("jit", [None, False, True])
+@pytest.mark.parametrize("width", [3, 40])  # of 40: not all columns are looked at
+def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(120, width))
+    steps = [(rng.integers(0, 120, 9), rng.normal(size=(9, width))) for _ in range(40)]
+    found = []
+    for sparse in (True, False):
+        table = keras.Variable(start, dtype="float32", name="table")
+        bias = keras.Variable(start[0], dtype="float32", name="bias")
+        optimizer = RMSprop(AutoLearningRate(initial=1e-3))
+        optimizer.build([table, bias])
+        apply = optimizer.apply
+        if jit is not None:
+            apply = tf.function(optimizer.apply, jit_compile=jit)
+        for n, (ids, values) in enumerate(steps):
+            values = 0.1 * values + start[ids]  # there is a way to go
+            dense = np.zeros(table.shape)
+            np.add.at(dense, ids, values)
+            slices = tf.IndexedSlices(tf.constant(values, "float32"), tf.constant(ids))
+            given = slices if sparse else tf.constant(dense, "float32")
+            apply([given, tf.constant(values[0], "float32")])
+            if n == 20:
+                _ = optimizer.variables  # brings all rows up to date
+        found.append([v.numpy() for v in [table, bias, *optimizer.variables]])
+    rate = found[0][-1][0]
+    assert rate > 2e-3
+    assert_close(*found, 1e-4)
+
+
+def test_a_wide_short_table_takes_dense_steps():
+    table = keras.Variable(np.ones((40, 200)), dtype="float32")
+    optimizer = RMSprop("auto")
+    optimizer.apply([tf.IndexedSlices(tf.ones((1, 200)), [3])], [table])
+    assert len([*optimizer._clocks]) == 0
+    assert np.abs(table.numpy() - 1).sum(1).nonzero()[0].tolist() == [3]
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_what_has_no_gradient_counts_as_it_stands(sparse):
+    """Against the reference, to which a gradient of None is a variable left out."""
+    model = table_model(RMSprop("auto"))
+    variables = model.trainable_variables
+    optimizer = model.optimizer
+    optimizer.build(variables)
+    state = {}
+    weights = [v.numpy().astype("float64") for v in variables]
+    for step in range(30):
+        given = [gradient(model, v, step, sparse) for v in variables]
+        as_dense = [gradient(model, v, step, False).numpy() for v in variables]
+        if step % 3 == 2:
+            given[1] = as_dense[1] = None
+        optimizer.apply(given, variables)
+        weights = automatic_without(weights, as_dense, state)
+    assert optimizer.found_learning_rate == pytest.approx(state["d"], rel=1e-4)
+    assert_close([v.numpy() for v in variables], weights, 1e-4)
+
+
+def automatic_without(weights, gradients, state):
+    """Take a step of the reference, where a gradient may be None."""
+    known = [g is not None for g in gradients]
+    zeros = [
+        np.zeros_like(w) if g is None else g
+        for w, g in zip(weights, gradients, strict=True)
+    ]
+    if all(known):
+        return reference.automatic_step(
+            weights, zeros, state, epsilon=1e-30, bias_correction=True
+        )
+    # A silent variable keeps its s, its v and its weights.
+    kept = [s / 0.999**0.5 for s in state["s"]]
+    state["s"] = [
+        s if k else o for s, o, k in zip(state["s"], kept, known, strict=True)
+    ]
+    each = [dict(e) for e in state["each"]]
+    new = reference.automatic_step(
+        weights, zeros, state, epsilon=1e-30, bias_correction=True
+    )
+    for i, k in enumerate(known):
+        if not k:
+            state["each"][i] = each[i] | {"t": each[i]["t"] + 1}
+    return [n if k else w for n, w, k in zip(new, weights, known, strict=True)]
+
+
+# Beside other options.
+
+
+def test_a_step_that_is_skipped_finds_nothing():
+    optimizer, weight = RMSprop("auto", skip_nonfinite=True), keras.Variable([1.0, 2.0])
+    for _ in range(20):
+        optimizer.apply([weight.numpy()], [weight])
+    before = optimizer._estimate.numpy()
+    optimizer.apply([[np.nan, 1.0]], [weight])
+    np.testing.assert_array_equal(optimizer._estimate.numpy(), before)
+
+
+def test_accumulated_gradients_count_once():
+    found = []
+    for every in (None, 2):
+        weights, gradients = problem(shapes=SHAPES[:4])
+        variables = [keras.Variable(w, dtype="float32") for w in weights]
+        optimizer = RMSprop("auto", gradient_accumulation_steps=every)
+        for step in range(20):
+            given = gradients([v.numpy() for v in variables], step)
+            for _ in range(every or 1):
+                optimizer.apply([tf.constant(g, "float32") for g in given], variables)
+        found.append([v.numpy() for v in variables] + [optimizer._estimate.numpy()])
+    assert_close(*found, 1e-5)
+
+
+def test_scaled_losses_find_the_same():
+    found = []
+    for scale in (None, 1024.0):
+        weight = keras.Variable([1.0, -2.0, 3.0])
+        optimizer = RMSprop("auto", loss_scale_factor=scale)
+        for _ in range(30):
+            optimizer.apply([weight.numpy() * (scale or 1)], [weight])
+        found.append([weight.numpy(), optimizer._estimate.numpy()])
+    assert_close(*found, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_dtypes(dtype):
+    weight = keras.Variable(np.linspace(-1, 1, 8), dtype=dtype)
+    # A first step must be one that the weights can take.
+    auto = AutoLearningRate(initial=1e-5 if dtype == "float64" else 3e-3)
+    optimizer = RMSprop(auto, slot_dtype="bfloat16" if dtype == "bfloat16" else None)
+    for _ in range(150):
+        optimizer.apply([tf.cast(weight.value, dtype)], [weight])
+    wide = "float64" if dtype == "float64" else "float32"
+    assert optimizer._gradient_sums[0].dtype == wide
+    assert np.abs(weight.numpy().astype("float32")).max() < 0.5
+    assert weight.dtype == dtype
+
+
+def test_two_replicas_find_what_one_finds():
+    out = python(
+        """
+        import keras, numpy as np, tensorflow as tf
+        from keras_rmsprop import RMSprop
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * 2,
+        )
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 50, (64, 4))
+        y = rng.normal(size=(64, 1))
+
+        def trained(strategy):
+            keras.utils.set_random_seed(0)
+            with strategy.scope():
+                model = keras.Sequential([
+                    keras.Input((4,), dtype="int32"), keras.layers.Embedding(50, 3),
+                    keras.layers.Flatten(), keras.layers.Dense(1)])
+                model.compile(RMSprop("auto"), "mse", jit_compile=False)
+            model.fit(ids, y, batch_size=16, epochs=5, shuffle=False, verbose=0)
+            weights = [w.numpy() for w in model.weights]
+            return weights, model.optimizer.found_learning_rate
+
+        one, rate = trained(tf.distribute.OneDeviceStrategy("CPU:0"))
+        two, rate_of_two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+        assert rate > 1e-4
+        np.testing.assert_allclose(rate_of_two, rate, rtol=1e-4)
+        for a, b in zip(one, two):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        print("same")
+        """
+    )
+    assert out.splitlines()[-1] == "same"
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_find_what_the_reference_finds(backend):
+    pytest.importorskip(backend)
+    out = python(
+        """
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop, reference
+        rng = np.random.default_rng(0)
+        weights = [rng.normal(size=s).astype("float32") for s in ((70, 80), (5,), ())]
+        variables = [keras.Variable(w) for w in weights]
+        optimizer, state = RMSprop("auto", momentum=0.5), {}
+        for step in range(30):
+            given = [keras.ops.convert_to_numpy(v) - 2 for v in variables]
+            optimizer.apply([keras.ops.convert_to_tensor(g) for g in given], variables)
+            weights = reference.automatic_step(
+                weights, given, state,
+                momentum=0.5, epsilon=1e-30, bias_correction=True)
+        np.testing.assert_allclose(
+            optimizer.found_learning_rate, state["d"] / 2, rtol=2e-3)
+        for v, w in zip(variables, weights):
+            np.testing.assert_allclose(keras.ops.convert_to_numpy(v), w, rtol=0, atol=2e-3)
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        model.compile(RMSprop("auto", use_ema=True), "mse")
+        x = rng.normal(size=(64, 8))
+        loss = model.fit(x, x[:, :4], epochs=40, verbose=0).history["loss"]
+        assert loss[-1] < loss[0] / 2 and model.optimizer.found_learning_rate > 1e-3
+        print(keras.backend.backend())
+        """,
+        KERAS_BACKEND=backend,
+    )
+    assert out.splitlines()[-1] == backend
+
+
+def test_a_subclass_with_a_step_of_its_own_is_given_the_rate_found():
+    class Plain(RMSprop):
+        def update_step(self, gradient, variable, learning_rate):
+            self.assign_sub(variable, learning_rate * gradient)
+
+    weight, optimizer = keras.Variable([1.0, -2.0]), Plain("auto")
+    for _ in range(5):
+        before, given = weight.numpy(), weight.numpy()
+        optimizer.apply([given], [weight])
+        way = optimizer.found_learning_rate * given
+        np.testing.assert_allclose(before - weight.numpy(), way, rtol=1e-2, atol=1e-7)
+
+
+# What a user is told.
+
+
+def test_a_rate_that_is_stuck_is_told_of():
+    model = dense_model(RMSprop("auto"))
+    x, y = numbers(model)
+    model.compile(
+        RMSprop("auto"), lambda y, p: 0.0 * keras.losses.mean_squared_error(y, p)
+    )
+    with pytest.warns(
+        UserWarning, match=r"still at its initial value of 1e-05 .*initial"
+    ):
+        model.fit(x, y, batch_size=1, epochs=15, verbose=0)
+    with pytest.warns(UserWarning, match="raise `initial`"):
+        assert model.optimizer.found_learning_rate == pytest.approx(1e-5)
+
+
+def test_a_rate_that_runs_away_is_told_of():
+    weight, optimizer = keras.Variable([0.0]), RMSprop("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(20):
+            optimizer.apply([[1.0]], [weight])
+        _ = optimizer.found_learning_rate
+    for _ in range(1000):
+        optimizer.apply([[1.0]], [weight])  # a slope without end
+    with pytest.warns(UserWarning, match="larger than weights should move"):
+        assert optimizer.found_learning_rate == automatic.MOST
+    assert np.isfinite(weight.numpy())
+
+
+def test_weights_replaced_while_training_are_told_of():
+    model = dense_model(RMSprop("auto"))
+    x, y = numbers(model, batch=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(x, y, epochs=3, verbose=0)
+    model.set_weights([w + 1000 for w in model.get_weights()])
+    with pytest.warns(UserWarning, match="make a new optimizer"):
+        model.fit(x, y, epochs=1, verbose=0)
+
+
+def test_what_it_keeps_is_a_quarter_of_large_variables():
+    kernel = keras.Variable(np.zeros((256, 512)), dtype="float32")
+    optimizer = RMSprop("auto")
+    optimizer.build([kernel, keras.Variable(np.zeros(512), dtype="float32")])
+    kept = {v.path: v for v in optimizer.variables if any(k in v.path for k in FOUND)}
+    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 4
