@@ -109,7 +109,7 @@ def fits(options: argparse.Namespace) -> list[Plan]:
     """Return the plans of imports and of `fit`."""
     rounds, firsts = options.rounds, min(options.rounds, FIRST_STEPS)
     if options.quick:
-        jits, whos = ["default"], ["this", "Keras"]
+        jits, whos = ["default"], ["this", "auto", "Keras"]
         return [Plan("fit.py", whos, QUICK_MODELS, jits, 2 * rounds, options.seconds)]
     imports = Plan("fit.py", list(fit.IMPORTS), ["import"], ["import"], rounds + 2)
     whos, models, jits = list(fit.OPTIMIZERS), list(fit.MODELS), list(fit.JIT)

@@ -27,6 +27,9 @@ EAGER = {
 LIMIT = {1.6: ["16 M", LARGEST], 2.5: ["1 M"]}
 """Within how many times the limit an update shall be on which sets."""
 
+AUTO = "MNIST network", "16 M", "3 x 2048"
+"""Where a step whose learning rate is to be found must not cost much more."""
+
 Case = tuple[str, str, str]
 """Who, what and how; see `Figure`."""
 
@@ -217,6 +220,12 @@ def _cost(update: Part, fit: Part, memory: Part) -> Targets:
     for way, (times, sets) in product(WAYS, LIMIT.items()):
         text = f"{way}: within {times} x the limit ({', '.join(sets)})"
         yield _target(text, update.ratios(f"this, {way}", "limit", sets), times)
+    for part, pair in (
+        (update, ("auto, eager", "this, eager")),
+        (fit, ("auto", "this")),
+    ):
+        ratios = part.ratios(*pair, AUTO)
+        yield _target('a rate to be found ("auto"): at most 1.6 x plain', ratios, 1.6)
     whats = update.whats if len(update.hows) > 1 else []
     for way in WAYS:
         mine, theirs = (

@@ -81,6 +81,7 @@ JIT = {"default": "auto", "jit_compile=True": True}
 TABLE_JIT = {"without XLA": False, "with XLA": True}
 OPTIMIZERS = {
     "this": "keras_rmsprop:RMSprop",
+    "auto": "keras_rmsprop:RMSprop",
     "Keras": "keras.optimizers:RMSprop",
     "Adam": "keras.optimizers:Adam",
     "SGD": "keras.optimizers:SGD",
@@ -194,7 +195,8 @@ def with_keras(
     optimizer = Floor if who == FLOOR else pkgutil.resolve_name(OPTIMIZERS[who])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     jit = (JIT | TABLE_JIT)[how.rpartition(", ")[2]]
-    model.compile(optimizer(), loss, jit_compile=jit)
+    arguments = ["auto"] if who == "auto" else []
+    model.compile(optimizer(*arguments), loss, jit_compile=jit)
     memory.forget_peak()
 
     def fit(steps: int, seconds: float) -> list[float]:

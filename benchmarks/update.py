@@ -78,16 +78,16 @@ def numbers(set_name: str) -> int:
 
 
 def with_keras(module: str, way: str, case: Case) -> tuple[Step, int]:
-    """Prepare a Keras optimizer, of this package or the built-in."""
+    """Prepare a Keras optimizer: this, with a rate that it finds, or the built-in."""
     import keras
     import tensorflow as tf
 
     import keras_rmsprop
 
-    made = {"this": keras_rmsprop.RMSprop, "Keras": keras.optimizers.RMSprop}[module]
+    made = keras.optimizers.RMSprop if module == "Keras" else keras_rmsprop.RMSprop
     variables = [keras.Variable(v) for v in case.values]
     given = [tf.constant(g) for g in case.gradients]
-    optimizer = made(LR, **case.options)
+    optimizer = made("auto" if module == "auto" else LR, **case.options)
     optimizer.build(variables)
     step = optimizer.apply
     if way != "eager":
@@ -224,7 +224,7 @@ COMPETITORS: dict[str, Callable[[Case], tuple[Step, int]]] = {
     **{
         f"{module}, {way}": partial(with_keras, module, way)
         for way in ("eager", "tf.function", "XLA")
-        for module in ("this", "Keras")
+        for module in ("this", "auto", "Keras")
     },
     "ResourceApplyRMSProp": with_raw_op,
     "torch, plain": partial(with_torch, "plain"),
