@@ -17,8 +17,9 @@ there is to go. The steps are those of RMSprop with the learning rate $f d$. The
 of the loss drops out of all of it.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -174,6 +175,7 @@ class Sample:
         one_in: n.
 
     Attributes:
+        is_small: Whether all are looked at, however many shall be of others.
         shape: The shape of these elements.
         whole_rows: Whether they are all elements of some rows.
         stands_for: How many elements of the variable one of these stands for.
@@ -191,7 +193,8 @@ class Sample:
     def __init__(self, shape: Sequence[int], one_in: int) -> None:
         size, self._last = math.prod(shape), shape[-1] if len(shape) else 1
         rows = size // max(self._last, 1)
-        self._step = one_in if size >= SAMPLED_ELEMENTS else 1
+        self.is_small = size < SAMPLED_ELEMENTS
+        self._step = 1 if self.is_small else one_in
         self.whole_rows = 1 < self._step <= rows <= self._last
         self.shape = tuple(shape)
         if self.whole_rows:
@@ -229,17 +232,24 @@ def find(
     old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
-    is_first = ops.equal(old.steps, 0)
+    samples = [options.sample(part.variable.shape) for part in parts]
+    _begin(parts, samples, ops.equal(old.steps, 0))
     gains, sums = [], []
-    for part in parts:
-        sample = options.sample(part.variable.shape)
+    small: dict[str, list[Part]] = {}
+    for part, sample in zip(parts, samples, strict=True):
         if part.gradient is None:
             sums.append(sample.stands_for * _silent(part, fold))
-            continue
-        follow = _follow if part.rows is None else _follow_rows
-        gain, sum_ = follow(part, sample, weight, is_first, fold)
-        gains.append(sample.stands_for * ops.cast(gain, "float32"))
-        sums.append(sample.stands_for * ops.cast(sum_, "float32"))
+        elif part.rows is None and sample.is_small:
+            small.setdefault(part.sums.dtype, []).append(part)
+        else:
+            follow = _follow if part.rows is None else _follow_rows
+            gain, sum_ = follow(part, sample, weight, fold)
+            gains.append(sample.stands_for * ops.cast(gain, "float32"))
+            sums.append(sample.stands_for * ops.cast(sum_, "float32"))
+    for several in small.values():
+        gain, sum_ = _follow_end_to_end(several, weight)
+        gains.append(ops.cast(gain, "float32"))
+        sums.append(ops.cast(sum_, "float32"))
     gain = FORGETTING * old.gain + sign * weight * sum(gains)
     steps = old.steps + 1
     fading = old.distance * ops.sqrt(old.steps / steps)
@@ -253,50 +263,84 @@ def find(
     return distance
 
 
-def _follow(
-    part: Part, sample: Sample, weight: Any, is_first: Any, fold: bool
-) -> tuple[Any, Any]:
-    """Return <g, x0 - x> and the sum of |s| of a variable; keep x0 and s."""
+def _begin(parts: Sequence[Part], samples: Sequence[Sample], is_first: Any) -> None:
+    """Keep the first weights, if this is the first step.
+
+    Others may have been loaded since the optimizer was built.
+    """
+
+    def begin() -> None:
+        for part, sample in zip(parts, samples, strict=True):
+            weights = sample.of(ops.convert_to_tensor(part.variable))
+            part.first.assign(ops.cast(weights, part.first.dtype))
+
+    if keras.backend.backend() != "jax":
+        ops.cond(is_first, begin, lambda: None)
+        return
+    # There a branch has no side effects.
+    before = [ops.convert_to_tensor(part.first) for part in parts]
+    begin()
+    for part, first in zip(parts, before, strict=True):
+        part.first.assign(ops.where(is_first, ops.convert_to_tensor(part.first), first))
+
+
+def _follow(part: Part, sample: Sample, weight: Any, fold: bool) -> tuple[Any, Any]:
+    """Return <g, x0 - x> and the sum of |s| of a variable; keep s."""
     dtype = part.sums.dtype
     g, x = (
         ops.cast(sample.of(ops.convert_to_tensor(tensor)), dtype)
         for tensor in (part.gradient, part.variable)
     )
-    # Weights may have been loaded since the optimizer was built.
-    first = ops.where(is_first, x, ops.convert_to_tensor(part.first))
     new = FORGETTING * ops.convert_to_tensor(part.sums) + ops.cast(weight, dtype) * g
-    part.first.assign(first)
     part.sums.assign(new)
-    return total(g * (first - x), fold=fold), total(ops.absolute(new), fold=fold)
+    way = ops.convert_to_tensor(part.first) - x
+    return total(g * way, fold=fold), total(ops.absolute(new), fold=fold)
+
+
+def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
+    """Do the same for small variables, of which operations cost more than numbers."""
+    dtype = parts[0].sums.dtype
+
+    def shaped(x: Any, shape: Sequence[int]) -> Any:
+        # Most are vectors, and an operation that does nothing costs as much as others.
+        return x if len(x.shape) == len(shape) == 1 else ops.reshape(x, shape)
+
+    def end_to_end(tensors: Iterable[Any]) -> Any:
+        return ops.concatenate([shaped(ops.cast(x, dtype), (-1,)) for x in tensors])
+
+    g = end_to_end(part.gradient for part in parts)
+    x = end_to_end(ops.convert_to_tensor(part.variable) for part in parts)
+    first = end_to_end(ops.convert_to_tensor(part.first) for part in parts)
+    old = end_to_end(ops.convert_to_tensor(part.sums) for part in parts)
+    new = FORGETTING * old + ops.cast(weight, dtype) * g
+    ends = [*itertools.accumulate(math.prod(part.sums.shape) for part in parts)]
+    pieces = ops.split(new, ends[:-1]) if len(parts) > 1 else [new]
+    for part, piece in zip(parts, pieces, strict=True):
+        part.sums.assign(shaped(piece, part.sums.shape))
+    return ops.sum(g * (first - x)), ops.sum(ops.absolute(new))
 
 
 def _follow_rows(
-    part: Part, sample: Sample, weight: Any, is_first: Any, fold: bool
+    part: Part, sample: Sample, weight: Any, fold: bool
 ) -> tuple[Any, Any]:
     """Do the same from the rows of a table that a step updates."""
-    import tensorflow as tf
-
     clock, ids = part.rows
 
     def seen(x: Any) -> Any:
-        return tf.cast(sample.of(x), part.sums.dtype)
+        return ops.cast(sample.of(x), part.sums.dtype)
 
-    def begin() -> None:
-        sparse.write(part.first, seen(sparse.read(part.variable, None)), None)
-
-    tf.cond(is_first, begin, lambda: None)
     before = _silent(part, fold)
     g, x = seen(part.gradient), seen(sparse.read(part.variable, ids))
     first = sparse.read(part.first, ids)
     old = FORGETTING * sparse.faded(sparse.read(part.sums, ids), part.rows, FORGETTING)
-    new = old + tf.cast(weight, g.dtype) * g
+    new = old + ops.cast(weight, g.dtype) * g
     sparse.write(part.sums, new, ids)
-    sum_ = tf.reduce_sum(tf.abs(new))
+    sum_ = ops.sum(ops.absolute(new))
     if ids is not None:
-        sum_ += FORGETTING * before - tf.reduce_sum(tf.abs(old))
-    sum_ = tf.maximum(sum_, 0)  # rounding takes it below
-    clock.sum.assign(tf.cast(sum_, clock.sum.dtype))
-    return tf.reduce_sum(g * (first - x)), sum_
+        sum_ += FORGETTING * before - ops.sum(ops.absolute(old))
+    sum_ = ops.maximum(sum_, 0)  # rounding takes it below
+    clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
+    return ops.sum(g * (first - x)), sum_
 
 
 def _silent(part: Part, fold: bool) -> Any:
