@@ -95,8 +95,14 @@ class RMSprop(keras.optimizers.Optimizer):
 
     Args:
         learning_rate: $\eta$, a number >= 0, a
-            `keras.optimizers.schedules.LearningRateSchedule`, or a callable without
-            arguments that returns a number. Defaults to `0.001`.
+            `keras.optimizers.schedules.LearningRateSchedule`, a callable without
+            arguments that returns a number, or `"auto"`: then it is found while
+            training, from how the gradients lie to the way gone so far (see
+            `AutoLearningRate`), and `found_learning_rate` says what it is. What is
+            assigned to `learning_rate`, by a callback say, multiplies it. Unless
+            `centered`, `bias_correction` is on by default then, and an epsilon of
+            1e-7 gives way to 1e-30, so that the scale of the loss does not matter.
+            Best with `use_ema` and `ema_warmup`. Defaults to `0.001`.
         rho: $\rho$, the decay rate of $v$ and $a$, in [0, 1). About
             $1 / (1 - \rho)$ steps are remembered. Defaults to `0.9`.
         momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
@@ -794,12 +800,15 @@ class RMSprop(keras.optimizers.Optimizer):
         variables = self._trainable_variables
         updates = list(map(self._update_of, [None] * len(variables), variables))
         jit_compile, step = self._jit_compile(), self._step(0.0)
-        steps = {}
+        steps: dict[str, list[Way]] = {}
         for text, context in backend.kinds_of_steps(variables, jit_compile).items():
             steps[text] = [self._way(one, step, context) for one in updates]
         shapes = [tuple(v.shape) for v in variables]
         names = [f"{p} {s}" for p, s in zip(self._paths(), shapes, strict=True)]
-        return explained(steps, names)
+        text = explained(steps, names)
+        if self._auto is not None:
+            text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
+        return text
 
     def _way(self, one: Update, step: Step, context: Mapping[str, bool]) -> Way:
         if self._has_own_step():
