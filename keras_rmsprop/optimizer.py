@@ -133,6 +133,10 @@ class RMSprop(keras.optimizers.Optimizer):
             `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
             digits, too few for `centered` where gradients vary little. Defaults to
             `None`.
+        ema_warmup: Whether the average of the weights begins with a short memory: after
+            $t$ updates its decay rate is the smaller one of `ema_momentum` and
+            $(1 + t) / (10 + t)$, so that a short run does not drag its first weights
+            along. Defaults to `False`.
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing - weights, slots, averages, accumulators, `iterations` - but
             `skipped_steps`, which counts such steps. Else a NaN stays in weights and
@@ -637,7 +641,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._model_variables_moving_average,
             self._now.rows,
             self.iterations,
-            self.ema_momentum,
+            averages.Momentum(self.ema_momentum, self.ema_warmup),
         )
 
     def _overwrite_model_variables_with_average_value(

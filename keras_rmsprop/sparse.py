@@ -274,7 +274,7 @@ def native(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def mix(average: Any, variable: Any, ids: Any, momentum: float) -> None:
+def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
     """Let some rows of a moving average follow those of its variable."""
     old, new = read(average, ids), read(variable, ids)
     write(average, momentum * old + (1 - momentum) * new, ids)

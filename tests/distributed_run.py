@@ -33,6 +33,7 @@ RUNS = {
     "dense": ("fit", "dense", {}),
     "dense, loop": ("loop", "dense", {}),
     "dense, everything": ("loop", "dense", ALL),
+    "warm-up": ("fit", "dense", {"use_ema": True, "ema_warmup": True}),
     "accumulation": ("fit", "dense", {"gradient_accumulation_steps": 2}),
     "table": ("fit", "table", {}),
     "table, loop": ("loop", "table", {}),
