@@ -1,8 +1,8 @@
 """RMSprop for Keras: a drop-in optimizer that is right, fast and compiled with XLA."""
 
-from keras_rmsprop import dialects, transfer
+from keras_rmsprop import callbacks, dialects, transfer
 from keras_rmsprop.dialects import documents as rmsprop_optimizer
 from keras_rmsprop.optimizer import RMSprop
 
-__all__ = ["RMSprop", "dialects", "rmsprop_optimizer", "transfer"]
+__all__ = ["RMSprop", "callbacks", "dialects", "rmsprop_optimizer", "transfer"]
 __version__ = "0.2.0"
