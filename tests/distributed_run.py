@@ -38,6 +38,8 @@ RUNS = {
     "table": ("fit", "table", {}),
     "table, loop": ("loop", "table", {}),
     "table, everything": ("fit", "table", ALL),
+    "table, averages": ("fit", "table", {"use_ema": True, "ema_warmup": True}),
+    "table, averages, loop": ("loop", "table", {"use_ema": True, "ema_momentum": 0.5}),
     "lazy": ("fit", "table", {"momentum": 0.5, "sparse_update": "lazy"}),
     "clipped rows": ("loop", "table", {"clipnorm": 0.05}),
     "table, restored": ("restored", "table", {}),

@@ -238,6 +238,18 @@ def test_warm_up(way, options):
         assert_close(averages_of(optimizer), oracle.averages, 1e-6)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_warm_up_in_float64(way):
+    weight = keras.Variable([1.0, -2.0], dtype="float64")
+    optimizer, oracle = RMSprop(**WARM | {"ema_momentum": 0.3}), Warm(0.3)
+    optimizer.build([weight])
+    apply = WAYS[way](optimizer)
+    for step in range(8):
+        apply([tf.constant([1.0, step], "float64")])
+        oracle.follow([weight.numpy()])
+    assert_close(averages_of(optimizer), oracle.averages, 1e-14)
+
+
 def test_warm_up_follows_rows_that_are_lazy():
     table = keras.Variable(np.ones((4, 1), "float32"))
     optimizer = RMSprop(**WARM, sparse_update="lazy")
