@@ -1,9 +1,16 @@
 """RMSprop for Keras: a drop-in optimizer that is right, fast and compiled with XLA."""
 
-from keras_rmsprop import dialects, transfer
+from keras_rmsprop import callbacks, dialects, transfer
 from keras_rmsprop.automatic import AutoLearningRate
 from keras_rmsprop.dialects import documents as rmsprop_optimizer
 from keras_rmsprop.optimizer import RMSprop
 
-__all__ = ["AutoLearningRate", "RMSprop", "dialects", "rmsprop_optimizer", "transfer"]
+__all__ = [
+    "AutoLearningRate",
+    "RMSprop",
+    "callbacks",
+    "dialects",
+    "rmsprop_optimizer",
+    "transfer",
+]
 __version__ = "0.2.0"

@@ -1,11 +1,19 @@
-"""Averages of the weights, `use_ema`: how they follow, and how they replace."""
+"""Averages of the weights, `use_ema`: how they follow, and how they replace.
+
+A row of a table without gradient keeps its weights w, and its average goes on following
+them: avg <- m avg + (1 - m) w. After n such updates that is M avg + (1 - M) w, where M
+is the product of the n shares m. So it can wait until w changes, or until the average
+is read; a clock (`sparse.AverageTicks`) knows the updates.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
+
+from keras_rmsprop import rule
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -13,34 +21,161 @@ if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import sparse
 
 
+class Momentum(NamedTuple):
+    """Which share of an average an update keeps."""
+
+    most: Any
+    """`ema_momentum`."""
+    warms_up: bool = False
+    """Whether it is (1 + t) / (10 + t) as long as that is less."""
+
+    def at(self, t: Any, dtype: Any) -> Any:
+        """Return the share after t updates: 0 at first, which copies the weights."""
+        most = self.most
+        if self.warms_up:
+            dtype = keras.backend.standardize_dtype(dtype)
+            n = ops.cast(t, keras.backend.result_type(dtype, "float32"))
+            most = ops.minimum(rule.cast(most, n.dtype), (1 + n) / (10 + n))
+            most = ops.cast(most, dtype)
+        return ops.cast(ops.not_equal(t, 0), dtype) * most
+
+    def over(self, start: Any, end: Any, dtype: Any) -> Any:
+        """Return the product of the shares after start, ..., end - 1 updates.
+
+        Args:
+            start: Tensor of integers >= 1.
+            end: Likewise.
+            dtype: Of the numbers that dense arithmetic would multiply.
+        """
+        a, b = tf.cast(start, tf.float64), tf.cast(end, tf.float64)
+        m = tf.cast(tf.constant(self.most, dtype), tf.float64)
+        if not self.warms_up:
+            return m ** (b - a)
+        # From this t on (1 + t) / (10 + t) is not less than m.
+        c = tf.minimum(tf.maximum(tf.math.ceil((10 * m - 1) / (1 - m)), a), b)
+        product = m ** (b - c)
+        for j in range(1, 10):  # all other factors of numerator and denominator cancel
+            product *= (a + j) / (c + j)
+        return product
+
+
+class Table(NamedTuple):
+    """A table of whose average only some rows follow at a step."""
+
+    weights: Any
+    average: Any
+    clock: Any
+    """The `sparse.AverageTicks`."""
+    momentum: Momentum
+
+    def caught_up(self, ids: Any = None) -> Any:
+        """Return the averages of some rows, or of all, after the updates so far."""
+        kept = keras.backend.standardize_dtype(self.average.dtype)
+        dtype = keras.backend.result_type(kept, "float32")
+        average, weights = (
+            tf.cast(sparse.read(variable, ids), dtype)
+            for variable in (self.average, self.weights)
+        )
+        clock = self.clock
+        start = clock.iterations(sparse.read(clock.last, ids))
+        end = clock.iterations(tf.convert_to_tensor(clock.updates))
+        share = self.momentum.over(start, end, kept)
+        share = tf.reshape(share, [-1] + [1] * (len(average.shape) - 1))
+        return tf.cast(share, dtype) * average + tf.cast(1 - share, dtype) * weights
+
+    def catch_up(self) -> None:
+        """Bring the averages of all rows up to date."""
+        _set(self.average, self.caught_up(), None)
+        self.clock.reset()
+
+    def copy(self) -> None:
+        """Give the average the values of the weights."""
+        _set(self.average, sparse.read(self.weights, None), None)
+        self.clock.reset()
+
+    def tick(self, ids: Any, t: Any) -> None:
+        """Count an update of the average after t others, in which some rows followed.
+
+        Args:
+            ids: The rows, or None: no row.
+            t: The optimizer's iterations.
+        """
+        if ids is None:
+            now = tf.convert_to_tensor(self.clock.updates.assign_add(1))
+        else:
+            now = self.clock.tick(ids, tf.size(ids))
+        first = tf.convert_to_tensor(self.clock.first)
+        self.clock.first.assign(tf.where(now == 1, t, first))
+        _only_if(t == 0, self.copy)
+
+
+def before_step(
+    tables: Mapping[int, Table], updated: Mapping[int, Any], iterations: Any
+) -> dict[int, Any]:
+    """Read the averages that depend on weights which a step is about to change.
+
+    Args:
+        tables: Tables, by their index.
+        updated: By their index, the variables that have a gradient: the rows of a table
+            that the step updates, or None: all.
+        iterations: The optimizer's iterations.
+
+    Returns:
+        By their index, the averages of the rows that will be updated, or None: no row.
+        A table of which all rows will be updated is not among them.
+    """
+    found: dict[int, Any] = {}
+    for i, table in tables.items():
+        updates = tf.convert_to_tensor(table.clock.updates)
+        behind = updates > 0
+        if i in updated and updated[i] is None:
+            _only_if(behind, table.catch_up)
+            continue
+        # As a rule iterations go up by one. If not, the clock begins anew.
+        jumped = _as_int(iterations) != table.clock.iterations(updates)
+        _only_if(behind & jumped, table.catch_up)
+        found[i] = table.caught_up(updated[i]) if i in updated else None
+    return found
+
+
 def follow(
     variables: Sequence[Any],
     averages: Sequence[Any],
     rows: Mapping[int, Any],
     iterations: Any,
-    momentum: float,
+    momentum: Momentum,
+    tables: Mapping[int, Table],
+    before: Mapping[int, Any],
 ) -> None:
     """Let averages follow their variables: avg <- m avg + (1 - m) w; first avg <- w.
 
     Args:
         variables: The variables.
         averages: Of each its average, or None.
-        rows: By their index, the tables of which only some rows follow, and these.
+        rows: By their index, the tables of which only some rows were updated, and
+            these. Of one that is not in `before` the others do not follow.
         iterations: How many updates there were.
-        momentum: m, in [0, 1].
+        momentum: Says m.
+        tables: See `before_step`.
+        before: What that has returned.
     """
     for i, (variable, average) in enumerate(zip(variables, averages, strict=True)):
         if average is None:
             continue
-        if i in rows:
+        m = momentum.at(iterations, variable.dtype)
+        if i in before:
+            if before[i] is not None:
+                new = sparse.read(variable, rows[i])
+                new, m = (tf.cast(x, before[i].dtype) for x in (new, m))
+                _set(average, m * before[i] + (1 - m) * new, rows[i])
+            tables[i].tick(rows.get(i), _as_int(iterations))
+        elif i in rows:
             tf.cond(
                 tf.equal(iterations, 0),
                 functools.partial(sparse.write, average, variable, None),
-                functools.partial(sparse.mix, average, variable, rows[i], momentum),
+                functools.partial(sparse.mix, average, variable, rows[i], m),
             )
         else:
-            not_first = ops.cast(ops.not_equal(iterations, 0), variable.dtype)
-            m = not_first * momentum
             average.assign(m * average + (1 - m) * variable)
 
 
@@ -50,3 +185,16 @@ def replace(variables: Sequence[Any], averages: Sequence[Any]) -> None:
         if average is not None:
             # A copy: on JAX both would share one buffer, and give it away twice.
             variable.assign(ops.copy(average))
+
+
+def _set(variable: Any, values: Any, ids: Any) -> None:
+    sparse.write(variable, tf.cast(values, variable.dtype), ids)
+
+
+def _as_int(iterations: Any) -> Any:
+    return tf.cast(tf.convert_to_tensor(iterations), tf.int64)
+
+
+def _only_if(condition: Any, do: Any) -> None:
+    # One branch is empty: else XLA would copy what the other one writes.
+    tf.cond(condition, do, lambda: None)

@@ -46,6 +46,8 @@ class _Now:
     def __init__(self) -> None:
         self.rows: dict[int, Any] = {}
         """By their index, the tables of which a step takes rows, and these rows."""
+        self.averages: dict[int, Any] = {}
+        """By their index, the averages of the rows of tables before the step."""
         self.learning_rate: Any = None
         """The learning rate, where it was given to the step."""
         self.in_program = False
@@ -156,6 +158,10 @@ class RMSprop(keras.optimizers.Optimizer):
             `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
             digits, too few for `centered` where gradients vary little. Defaults to
             `None`.
+        ema_warmup: Whether the average of the weights begins with a short memory: after
+            $t$ updates its decay rate is the smaller one of `ema_momentum` and
+            $(1 + t) / (10 + t)$, so that a short run does not drag its first weights
+            along. Defaults to `False`.
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing - weights, slots, averages, accumulators, `iterations` - but
             `skipped_steps`, which counts such steps. Else a NaN stays in weights and
@@ -166,8 +172,9 @@ class RMSprop(keras.optimizers.Optimizer):
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
-            weight decay of that variable, no EMA, no accumulation). Averages of
-            silent rows are brought up to date when they are read. `"lazy"` updates
+            weight decay of that variable, no accumulation; with `use_ema` no
+            constraint). Averages of silent rows, those of the weights included, are
+            brought up to date when they are read. `"lazy"` updates
             the rows only, whatever the options but accumulation. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
             own: `"auto"` where that is faster (an eager step unless all variables are
@@ -267,7 +274,9 @@ class RMSprop(keras.optimizers.Optimizer):
         self._now = _Now()
         self._runner = backend.Runner()
         self._clocks: Any = backend.clocks(
-            lambda: self._trainable_variables, self._catch_up_all
+            lambda: self._trainable_variables,
+            self._catch_up_all,
+            lambda: self.use_ema,
         )
         self._offset: Any = None
 
@@ -508,6 +517,11 @@ class RMSprop(keras.optimizers.Optimizer):
                 key = self._var_key(variable)
                 if gradient is not None and places.get(key) not in with_clock:
                     self._clocks.refused.add(key)
+            if self.use_ema and self.ema_overwrite_frequency:
+                # Averages replace the weights of all, those without a gradient, too.
+                self._clocks.refused |= {
+                    key for key, place in places.items() if place not in with_clock
+                }
         return found
 
     def _rows_suffice(self, variable: Any) -> bool:
@@ -523,6 +537,9 @@ class RMSprop(keras.optimizers.Optimizer):
             "the learning rate is found from whole rows": (
                 self._auto is not None and self._auto.sample(variable.shape).whole_rows
             ),
+            "`ema_momentum` may change unseen": (
+                self.use_ema and options.is_tensor(self.ema_momentum)
+            ),
             "a graph updates the table densely": (
                 self._var_key(variable) in self._clocks.refused
             ),
@@ -530,7 +547,9 @@ class RMSprop(keras.optimizers.Optimizer):
         if self.sparse_update != "lazy":
             reasons |= {
                 "`momentum` moves silent rows": options.is_on(self.momentum),
-                "`use_ema` averages silent rows": self.use_ema,
+                "`use_ema` averages what a constraint does to silent rows": (
+                    self.use_ema and getattr(variable, "constraint", None) is not None
+                ),
                 "`weight_decay` moves silent rows": self._decay_of(variable)
                 is not None,
             }
@@ -566,7 +585,19 @@ class RMSprop(keras.optimizers.Optimizer):
             for v, ids in zip(variables, rows, strict=True)
             if ids is not None
         }
-        step = functools.partial(super().apply, grads, variables)
+        indices = map(self._get_variable_index, variables)
+        updated = {
+            i: now.rows.get(i)
+            for i, g in zip(indices, grads, strict=True)
+            if g is not None
+        }
+        apply = super().apply
+
+        def step() -> None:
+            tables = self._averaged_by_rows()
+            now.averages = averages.before_step(tables, updated, self.iterations)
+            apply(grads, variables)
+
         given = [g for g in grads if g is not None]
         try:
             # Nothing is written before all indices are known to be good.
@@ -580,7 +611,8 @@ class RMSprop(keras.optimizers.Optimizer):
                 # Not in a branch: XLA leaves a condition alone only if one is empty.
                 self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
         finally:
-            now.learning_rate, now.in_program, now.rows = None, False, {}
+            now.learning_rate, now.in_program = None, False
+            now.rows, now.averages = {}, {}
 
     def _clocks_in_step(
         self, grads: Sequence[Any], variables: Sequence[Any]
@@ -741,11 +773,41 @@ class RMSprop(keras.optimizers.Optimizer):
     ) -> None:
         averages.follow(
             trainable_variables,
-            self._model_variables_moving_average,
+            self._weight_averages,
             self._now.rows,
             self.iterations,
-            self.ema_momentum,
+            averages.Momentum(self.ema_momentum, self.ema_warmup),
+            self._averaged_by_rows(),
+            self._now.averages,
         )
+
+    @property
+    def _model_variables_moving_average(self) -> list[Any]:
+        """The averages of the weights, under the name by which Keras reads them."""
+        if backend.is_eager() and hasattr(self, "_weight_averages"):
+            self._catch_up_all()
+        return self._weight_averages
+
+    @_model_variables_moving_average.setter
+    def _model_variables_moving_average(self, variables: list[Any]) -> None:
+        self._weight_averages = variables
+
+    def _averaged_by_rows(self) -> dict[int, averages.Table]:
+        """Return the tables of whose averages silent rows may wait, by their index."""
+        is_lazy = self.sparse_update == "lazy"
+        if not self.use_ema or is_lazy or options.is_tensor(self.ema_momentum):
+            return {}
+        momentum = averages.Momentum(self.ema_momentum, self.ema_warmup)
+        return {
+            i: averages.Table(
+                self._trainable_variables[i],
+                self._weight_averages[i],
+                self._clocks[i].average,
+                momentum,
+            )
+            for i in self._clocks
+            if self._clocks[i].average is not None
+        }
 
     def _overwrite_model_variables_with_average_value(
         self, trainable_variables: Sequence[Any]
@@ -756,9 +818,11 @@ class RMSprop(keras.optimizers.Optimizer):
             for v in trainable_variables
             if self._var_key(v) in places and _is_trainable(v)
         ]
-        indices = map(self._get_variable_index, known)
-        of_each = [self._model_variables_moving_average[i] for i in indices]
-        averages.replace(known, of_each)
+        indices = list(map(self._get_variable_index, known))
+        for i, table in self._averaged_by_rows().items():
+            if i in indices:
+                table.catch_up()
+        averages.replace(known, [self._weight_averages[i] for i in indices])
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End a training, as `fit` does; see `keras.optimizers.Optimizer`.
@@ -845,6 +909,9 @@ class RMSprop(keras.optimizers.Optimizer):
             if self._auto is not None:
                 automatic.catch_up(self._gradient_sums[i], clock)
             sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
+        table = self._averaged_by_rows().get(i)
+        if table and (not backend.is_eager() or table.clock.is_behind()):
+            table.catch_up()
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
@@ -1001,7 +1068,7 @@ class RMSprop(keras.optimizers.Optimizer):
             raise TypeError(
                 f"`state` must be a `State`, as of `get_state`. Received: {state!r}"
             )
-        self._load_what_waits()
+        _ = self.variables  # up to date, they need no clock
         iterations = checks.integer("iterations", state.iterations, 0)
         places = [self._slots_of(i) for i in range(len(self._velocities))]
         pairs = [
@@ -1058,8 +1125,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; programs that hold another value of it serve no longer."""
-        if name == "rho" and backend.is_eager() and "_clocks" in vars(self):
-            self._catch_up_all()  # silent rows have decayed by the old one so far
+        if name in _OF_SILENT_ROWS and backend.is_eager() and "_clocks" in vars(self):
+            self._catch_up_all()  # silent rows have followed the old one so far
         super().__setattr__(name, value)
         is_property = isinstance(getattr(type(self), name, None), property)
         if not is_property and "_runner" in vars(self):
@@ -1081,6 +1148,9 @@ _STEP_METHODS = {
     for name in ("update_step", "assign", "assign_add", "assign_sub")
 }
 """What a subclass overrides to take steps in its own way."""
+
+_OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
+"""The options that say what silent rows wait for."""
 
 _signature = options.signature(RMSprop.__init__)
 RMSprop.__init__.__signature__ = _signature  # type: ignore[attr-defined]

@@ -68,6 +68,7 @@ class Dialect(TypedDict, total=False):
     slot_dtype: Annotated[
         str | None, Option(None, one_of(None, "bfloat16", "float32", "float64"))
     ]
+    ema_warmup: Annotated[bool, Option(False, checks.flag)]
     skip_nonfinite: Annotated[bool, Option(False, checks.flag)]
     sparse_update: Annotated[str, Option("exact", one_of("exact", "lazy"))]
     jit_compile: Annotated[bool | str, Option("auto", one_of("auto", True, False))]

@@ -12,6 +12,7 @@ brings all rows up to date first (`catch_up`), so a clock is never seen from out
 Imported only on the TensorFlow backend.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,25 +23,18 @@ from keras_rmsprop.codecs import Draw, encoded, of
 from keras_rmsprop.rule import Slots, cast
 
 
-class Clock(tf.Module):
-    """When each row of a table was last updated, counted in updates of that table.
+class Ticks(tf.Module):
+    """How far each row of a table is, counted in updates since all were up to date.
 
     Attributes:
         updates: int32 scalar, the updates so far.
-        last: int32, one a row, the update after which its averages are as they stand.
-        sum: float32 scalar, the sum that `automatic.py` keeps as it goes; it counts
-            once there were updates.
+        last: int32, one a row, the update after which it is as it stands.
     """
 
     def __init__(self, table: Any) -> None:
         super().__init__()
-        # Where the table is, whoever asks: a checkpoint may be restored anywhere.
-        strategy = getattr(native(table), "distribute_strategy", None)
-        strategy = strategy or tf.distribute.get_strategy()
-        beside = strategy.extended.colocate_vars_with
-        with tf.init_scope(), strategy.scope(), beside(native(table)):
+        with _beside(table):
             self.updates = tf.Variable(0, dtype=tf.int32, trainable=False)
-            self.sum = tf.Variable(0.0, trainable=False)
             self.last = tf.Variable(
                 tf.zeros(table.shape[:1], tf.int32), trainable=False
             )
@@ -50,10 +44,71 @@ class Clock(tf.Module):
         # A variable of several replicas is no number, but reads as one.
         return bool(tf.convert_to_tensor(self.updates) > 0)
 
+    def tick(self, ids: Any, count: Any) -> Any:
+        """Count an update of some rows, `count` of them; return its number."""
+        now = tf.convert_to_tensor(self.updates.assign_add(1))
+        write(self.last, tf.fill(tf.reshape(count, [1]), now), ids)
+        return now
+
     def reset(self) -> None:
-        """Begin anew: the averages of all rows are up to date."""
+        """Begin anew: all rows are up to date."""
         self.updates.assign(0)
         self.last.assign(tf.zeros_like(self.last))
+
+
+class AverageTicks(Ticks):
+    """When the average of each row of a table last followed the row's weights.
+
+    Updates of the average are counted, which happen at each step, also in one without
+    a gradient for the table.
+
+    Attributes:
+        first: int64 scalar, the optimizer's iterations at the first of these updates.
+    """
+
+    def __init__(self, table: Any) -> None:
+        super().__init__(table)
+        with _beside(table):
+            self.first = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+    def iterations(self, updates: Any) -> Any:
+        """Return the optimizer's iterations after so many updates."""
+        return self.first + tf.cast(updates, tf.int64)
+
+
+class Clock(Ticks):
+    """When each row of a table was last updated, counted in updates of that table.
+
+    Attributes:
+        average: The same of the average of the weights, or None.
+        sum: float32 scalar, the sum that `automatic.py` keeps as it goes; it counts
+            once there were updates.
+    """
+
+    def __init__(self, table: Any, *, has_average: bool = False) -> None:
+        super().__init__(table)
+        with _beside(table):
+            self.sum = tf.Variable(0.0, trainable=False)
+        self.average = AverageTicks(table) if has_average else None
+
+    def reset(self) -> None:
+        """Begin anew: the averages of all rows, of all kinds, are up to date."""
+        super().reset()
+        if self.average is not None:
+            self.average.reset()
+
+
+@contextlib.contextmanager
+def _beside(table: Any) -> Iterator[None]:
+    """Make variables where a table is, whoever asks.
+
+    A checkpoint may be restored anywhere.
+    """
+    strategy = getattr(native(table), "distribute_strategy", None)
+    strategy = strategy or tf.distribute.get_strategy()
+    beside = strategy.extended.colocate_vars_with
+    with tf.init_scope(), strategy.scope(), beside(native(table)):
+        yield
 
 
 class Clocks(tf.Module):
@@ -67,12 +122,16 @@ class Clocks(tf.Module):
     """
 
     def __init__(
-        self, tables: Callable[[], Sequence[Any]], catch_up_all: Callable[[], None]
+        self,
+        tables: Callable[[], Sequence[Any]],
+        catch_up_all: Callable[[], None],
+        have_averages: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self.refused: set[Any] = set()
         self._tables = tables
         self._catch_up_all = catch_up_all
+        self._have_averages = have_averages
         self._being_made = False
 
     def __contains__(self, index: int) -> bool:
@@ -85,7 +144,8 @@ class Clocks(tf.Module):
         """Return the clock of this table, a new one where it has none."""
         if index not in self:
             self._being_made = True
-            setattr(self, f"table_{index}", Clock(self._tables()[index]))
+            clock = Clock(self._tables()[index], has_average=self._have_averages())
+            setattr(self, f"table_{index}", clock)
             self._being_made = False
         return self[index]
 
@@ -192,12 +252,11 @@ def update(
     taken, new = step(weights, caught_up(slots, rows, rho))
     _write_slots(slots, new, ids, draw)
     subtract(variable, taken, ids)
-    now = tf.convert_to_tensor(clock.updates.assign_add(1))
-    write(clock.last, tf.fill(tf.shape(new.velocity)[:1], now), ids)
+    clock.tick(ids, tf.shape(new.velocity)[0])
 
 
 def catch_up(slots: Slots, clock: Clock, rho: Any, draw: Draw) -> None:
-    """Bring the averages of all rows of a table up to date, and reset its clock.
+    """Bring the slots of all rows of a table up to date, and reset its clock.
 
     Args:
         slots: The slots of the table.
@@ -207,7 +266,7 @@ def catch_up(slots: Slots, clock: Clock, rho: Any, draw: Draw) -> None:
     """
     new = caught_up(slots, Rows(clock), rho)
     _write_slots(slots, new._replace(momentum=None), None, draw)
-    clock.reset()
+    Ticks.reset(clock)  # the average of the weights has its own
 
 
 def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
@@ -289,7 +348,7 @@ def native(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def mix(average: Any, variable: Any, ids: Any, momentum: float) -> None:
+def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
     """Let some rows of a moving average follow those of its variable."""
     old, new = read(average, ids), read(variable, ids)
     write(average, momentum * old + (1 - momentum) * new, ids)

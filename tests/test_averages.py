@@ -3,6 +3,7 @@
 The layers have one shape: an average in the wrong place would not be an error.
 """
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,7 +16,7 @@ from small_models import (
     take_steps,
     user_warnings,
 )
-from stepping import assert_close
+from stepping import WAYS, assert_close, python
 
 from keras_rmsprop import RMSprop
 
@@ -181,3 +182,160 @@ def test_functions_that_train_some_layers_or_all():
             step(tf.constant(2.0))
         finalize(model)
     assert_close(weights(ours), weights(theirs), 1e-5)
+
+
+# With `ema_warmup`. The oracle is told the weights after each step.
+
+WARM = OPTIONS | {"ema_warmup": True}
+
+
+def averages_of(optimizer):
+    return [v.numpy() for v in optimizer.variables if v.path.endswith("average")]
+
+
+class Warm:
+    """The averages of weights, in float64."""
+
+    def __init__(self, momentum=0.9, every=1):
+        self.momentum, self.every, self.calls = momentum, every, 0
+
+    def follow(self, weights):
+        t = self.calls // self.every
+        m = min(self.momentum, (1 + t) / (10 + t)) if t else 0.0
+        old = self.averages if self.calls else weights
+        pairs = zip(old, weights, strict=True)
+        self.averages = [m * a + (1 - m) * w.astype("float64") for a, w in pairs]
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        *((way, {}) for way in WAYS),
+        ("eager", {"ema_momentum": 0.2}),
+        ("tf.function", {"ema_momentum": 1.0}),
+        ("eager", {"gradient_accumulation_steps": 3}),
+        ("XLA", {"gradient_accumulation_steps": 3, "ema_momentum": 0.2}),
+        ("eager", {"skip_nonfinite": True}),
+        ("eager", {"jit_compile": False}),
+    ],
+)
+def test_warm_up(way, options):
+    optimizer = RMSprop(**WARM | options)
+    weights = [keras.Variable([1.0, -2.0]), keras.Variable([[3.0]])]
+    optimizer.build(weights)
+    apply = WAYS[way](optimizer)
+    every = options.get("gradient_accumulation_steps", 1)
+    oracle = Warm((WARM | options)["ema_momentum"], every)
+    rng = np.random.default_rng(0)
+    for step in range(14):
+        gradients = [tf.constant(rng.normal(size=w.shape), "float32") for w in weights]
+        if step == 3 and "skip_nonfinite" in options:
+            apply([gradients[0] * np.nan, gradients[1]])
+            continue
+        apply(gradients)
+        oracle.follow([w.numpy() for w in weights])
+        assert_close(averages_of(optimizer), oracle.averages, 1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_warm_up_in_float64(way):
+    weight = keras.Variable([1.0, -2.0], dtype="float64")
+    optimizer, oracle = RMSprop(**WARM | {"ema_momentum": 0.3}), Warm(0.3)
+    optimizer.build([weight])
+    apply = WAYS[way](optimizer)
+    for step in range(8):
+        apply([tf.constant([1.0, step], "float64")])
+        oracle.follow([weight.numpy()])
+    assert_close(averages_of(optimizer), oracle.averages, 1e-14)
+
+
+def test_warm_up_follows_rows_that_are_lazy():
+    table = keras.Variable(np.ones((4, 1), "float32"))
+    optimizer = RMSprop(**WARM, sparse_update="lazy")
+    optimizer.build([table])
+    oracle = Warm()
+    for _ in range(4):
+        optimizer.apply([tf.IndexedSlices([[1.0]], [1])])
+        oracle.follow([table.numpy()])
+        assert_close(averages_of(optimizer), oracle.averages, 1e-6)
+
+
+def test_warm_up_in_low_precision():
+    weight = keras.Variable(np.ones(5), dtype="bfloat16")
+    optimizer, oracle = RMSprop(**WARM), Warm()
+    for _ in range(6):
+        optimizer.apply([np.ones(5, "float32")], [weight])
+        oracle.follow([tf.cast(weight.value, "float64").numpy()])
+    average = next(v for v in optimizer.variables if v.path.endswith("average"))
+    assert keras.backend.standardize_dtype(average.dtype) == "bfloat16"
+    assert_close([tf.cast(average.value, "float64").numpy()], oracle.averages, 2e-2)
+
+
+def test_warm_up_is_an_option_like_others():
+    assert RMSprop().ema_warmup is False
+    assert RMSprop.from_config(RMSprop(**WARM).get_config()).ema_warmup is True
+    with pytest.raises(TypeError, match="`ema_warmup` must be True or False"):
+        RMSprop(ema_warmup="yes")
+
+
+def test_warm_up_assigned_between_two_steps():
+    weight = keras.Variable([1.0])
+    optimizer = RMSprop(**OPTIONS)
+    found = []
+    for warms_up in (False, False, True, False):
+        optimizer.ema_warmup = warms_up
+        before = averages_of(optimizer)
+        optimizer.apply([[1.0]], [weight])
+        m = 0.25 if warms_up else 0.9  # after two steps
+        if before and len(found) > 0:
+            expected = [m * before[0] + (1 - m) * weight.numpy()]
+            assert_close(averages_of(optimizer), expected, 1e-6)
+        found.append(weight.numpy())
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_warm_up_in_fit(jit_compile):
+    model = dense_model(RMSprop(**WARM))
+    model.compile(model.optimizer, "mse", jit_compile=jit_compile)
+    oracle = Warm()
+    follow = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: oracle.follow(weights(model))
+    )
+    model.fit(*numbers(model), batch_size=2, epochs=2, verbose=0, callbacks=[follow])
+    assert oracle.calls == 8
+    assert_close(weights(model), oracle.averages, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("every", [None, 2])
+def test_warm_up_on_other_backends(backend, every):
+    pytest.importorskip(backend)
+    out = python(
+        f"""
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+
+        weight = keras.Variable([1.0, 2.0])
+        optimizer = RMSprop(0.1, use_ema=True, ema_momentum=0.4, ema_warmup=True,
+                            gradient_accumulation_steps={every})
+        optimizer.build([weight])
+        for calls in range(12):
+            optimizer.apply([keras.ops.convert_to_tensor([1.0 + calls, -1.0])])
+            t = calls // {every or 1}
+            m = min(0.4, (1 + t) / (10 + t)) if t else 0.0
+            w = keras.ops.convert_to_numpy(weight).astype("float64")
+            expected = w if calls == 0 else m * expected + (1 - m) * w
+            average = next(v for v in optimizer.variables if "average" in v.path)
+            np.testing.assert_allclose(
+                keras.ops.convert_to_numpy(average), expected, rtol=1e-5)
+
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile(RMSprop(0.1, use_ema=True, ema_warmup=True), "mse")
+        history = model.fit(np.ones((8, 2)), np.ones((8, 1)), epochs=3, verbose=0)
+        assert np.isfinite(history.history["loss"]).all()
+        print(keras.backend.backend())
+        """,
+        KERAS_BACKEND=backend,
+    )
+    assert out.endswith(backend)

@@ -92,6 +92,7 @@ OPTIMIZERS = {
     "defaults": named,
     "centered": lambda: named(centered=True),
     "lazy momentum": lambda: named(momentum=0.5, sparse_update="lazy"),
+    "averages": lambda: named(use_ema=True, ema_warmup=True),
     "bfloat16 slots": lambda: named(slot_dtype="bfloat16"),
     "loss scale": scaled,
 }
@@ -105,6 +106,7 @@ OPTIMIZERS = {
         *((name, through_a_state_tree) for name in OPTIMIZERS if name != "defaults"),
         ("bfloat16 slots", through_a_weights_file),
         ("lazy momentum", through_a_checkpoint),
+        *(("averages", door) for door in DOORS if door is not through_a_state_tree),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
@@ -132,7 +134,9 @@ def test_a_pickled_model_goes_on_to_the_same_bits():
 
 
 OPTIONS = pytest.mark.parametrize(
-    "options", [{}, {"centered": True, "epsilon": 0.1}], ids=["defaults", "centered"]
+    "options",
+    [{}, {"centered": True, "epsilon": 0.1}, {"use_ema": True, "ema_momentum": 0.9}],
+    ids=["defaults", "centered", "averages"],
 )
 
 

@@ -1,0 +1,228 @@
+"""Callbacks for `fit`. They use what every Keras optimizer offers, nothing private."""
+
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class _Held(NamedTuple):
+    """The weights to go on from, while a model has their averages instead."""
+
+    variables: list[Any]
+    raw: list[Any]
+    averages: list[Any]
+
+    def put_back(self) -> None:
+        for variable, value in zip(self.variables, self.raw, strict=True):
+            variable.assign(value)
+
+    def is_in_place(self) -> bool:
+        """Whether the model has these averages still, to the bit."""
+        pairs = zip(self.variables, self.averages, strict=True)
+        return all(np.array_equal(_array(v), _array(a)) for v, a in pairs)
+
+
+_held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
+"""By its model. Not of a callback, as after an interrupted `fit` there is another."""
+
+
+class AverageForEvaluation(keras.callbacks.Callback):
+    """With `use_ema`, judge and save averages of the weights, and train the weights.
+
+    Keras puts the averages in the model when `fit` ends, but validates and saves the
+    weights of the moment until then. With this callback validation, `ModelCheckpoint`,
+    `EarlyStopping(restore_best_weights=True)` and what else reads the model at the end
+    of an epoch see the averages. After that training goes on from the weights as they
+    were, to the bit: they are copied and put back.
+
+    Its place in the list of callbacks does not matter: it steps in before all others,
+    but after `BackupAndRestore`, which needs the weights to go on from.
+
+    It goes with any Keras optimizer that has `use_ema=True`, within a
+    `LossScaleOptimizer`, too, on every backend and under `tf.distribute`. With
+    `evaluate(..., callbacks=[AverageForEvaluation()])` and `predict` it works as well.
+
+    What to know:
+
+    - While the averages are in the model, there are one or two more copies of the
+      weights in memory.
+    - If a callback saves after so many batches (`save_freq` is a number), weights are
+      copied and averages put in after every batch.
+    - If `fit` is interrupted while the averages are in the model, they stay there until
+      the next `fit` with this callback, or until `put_back`.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_rmsprop import RMSprop
+        >>> from keras_rmsprop.callbacks import AverageForEvaluation
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> model.compile(RMSprop(use_ema=True, ema_warmup=True), "mse")
+        >>> x, y = np.ones((8, 2)), np.ones((8, 1))
+        >>> callbacks = [
+        ...     keras.callbacks.EarlyStopping(restore_best_weights=True),
+        ...     AverageForEvaluation(),
+        ... ]
+        >>> history = model.fit(
+        ...     x, y, validation_data=(x, y), callbacks=callbacks, epochs=2, verbose=0
+        ... )
+        >>> sorted(history.history)
+        ['loss', 'val_loss']
+    """
+
+    async_safe = True
+    """After a batch it does nothing, unless another callback is not safe either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: self._leave()
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self._after_batches = False
+        self._depth = 0
+        self._holds = False
+        self._in_epoch_end = False
+
+    def put_back(self) -> None:
+        """Give the model its own weights again, if it has the averages.
+
+        There is need for that only after a `fit` that was interrupted. Weights that
+        were changed since then stay as they are.
+        """
+        self._forget()
+        held = _held.pop(self.model, None)
+        if held is not None and held.is_in_place():
+            held.put_back()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Put back what an interrupted run left, and become the first callback."""
+        self._check()
+        self.put_back()
+        caller = _callback_list(self)
+        if caller is None:
+            return
+        others = [c for c in caller.callbacks if c not in (self, self._last)]
+        early = [c for c in others if _needs_raw_weights(c)]
+        late = [c for c in others if not _needs_raw_weights(c)]
+        saves = any(getattr(c, "save_freq", "epoch") != "epoch" for c in late)
+        self._after_batches = saves
+        # A new list: the caller goes through the old one at this moment.
+        caller.callbacks = [*early, self, *late, *([self._last] if saves else [])]
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Put the averages in, if a callback may save them."""
+        if self._after_batches:
+            self._enter()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Put the averages in, for the other callbacks. The last ones stay."""
+        if not self._in_epoch_end:
+            self._in_epoch_end = True
+            self._enter()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Put the weights back."""
+        if self._in_epoch_end:
+            self._in_epoch_end = False
+            self._leave()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Let go of the weights: the model has the averages for good."""
+        self._forget()
+        _held.pop(self.model, None)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Put the averages in."""
+        self._check()
+        self._enter()
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Put the weights back."""
+        self._leave()
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Put the averages in."""
+        self._check()
+        self._enter()
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        """Put the weights back."""
+        self._leave()
+
+    def _check(self) -> None:
+        if not any(getattr(o, "use_ema", False) for o in _inner(self.model.optimizer)):
+            raise ValueError(
+                "`AverageForEvaluation` needs an optimizer with `use_ema=True`. "
+                f"Received: {self.model.optimizer!r} of the model {self.model.name!r}"
+            )
+
+    def _enter(self) -> None:
+        """Put the averages in, if they are not there yet."""
+        self._depth += 1
+        model = self.model
+        if self._holds or not _has_averages(model.optimizer):
+            return
+        if model in _held and _held[model].is_in_place():
+            return  # another callback has put them in
+        if hasattr(model, "jax_state_sync"):
+            model.jax_state_sync()  # within an epoch weights are elsewhere
+        variables = model.trainable_variables
+        raw = [_copied(v) for v in variables]
+        model.optimizer.finalize_variable_values(variables)
+        averages = [_copied(v) for v in variables]
+        if keras.backend.backend() == "jax":
+            # A weight may share its average's buffer, and would give that away.
+            for variable, value in zip(variables, averages, strict=True):
+                variable.assign(_copied(value))
+        _held[model] = _Held(variables, raw, averages)
+        self._holds = True
+
+    def _leave(self) -> None:
+        """Put the weights back, if nothing else needs the averages there."""
+        self._depth -= 1
+        if self._depth == 0 and self._holds:
+            self._holds = False
+            _held.pop(self.model).put_back()
+
+
+def _callback_list(callback: Any) -> Any:
+    """Return the list that is calling this callback; Keras does not tell. Else None."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return caller if callback in caller.callbacks else None
+        frame = frame.f_back
+    return None
+
+
+def _inner(optimizer: Any) -> Sequence[Any]:
+    """Return the optimizers that a wrapper has, or the optimizer itself."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return getattr(optimizer, "optimizers", [optimizer])
+
+
+def _has_averages(optimizer: Any) -> bool:
+    """Whether there was a step: until then there are no averages to put in."""
+    inner = _inner(optimizer)
+    return all(o.built and _array(o.iterations) > 0 for o in inner)
+
+
+def _needs_raw_weights(callback: Any) -> bool:
+    return isinstance(callback, keras.callbacks.BackupAndRestore)
+
+
+def _copied(x: Any) -> Any:
+    return ops.copy(ops.stop_gradient(ops.convert_to_tensor(x)))
+
+
+def _array(x: Any) -> Any:
+    return ops.convert_to_numpy(ops.convert_to_tensor(x))
