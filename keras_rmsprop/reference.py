@@ -128,7 +128,7 @@ def automatic_step(
         >>> theta = [np.array([1.0])]
         >>> for _ in range(100):
         ...     theta = automatic_step(theta, [2 * theta[0]], state)
-        >>> bool(0.001 < state["d"] < 0.1)
+        >>> bool(0.1 < state["d"] < 1)
         True
     """
 
