@@ -19,7 +19,7 @@ of the loss drops out of all of it.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -27,6 +27,8 @@ from keras import ops
 
 from keras_rmsprop import checks
 from keras_rmsprop.folding import total
+from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
+from keras_rmsprop.state import as_array
 
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import sparse
@@ -159,11 +161,6 @@ def asked_for(learning_rate: Any) -> AutoLearningRate | None:
     return learning_rate if isinstance(learning_rate, AutoLearningRate) else None
 
 
-def start(options: AutoLearningRate) -> list[float]:
-    """Return the estimate before the first step."""
-    return [*Estimate(options.initial, 0.0, 0.0, 0.0)]
-
-
 class Sample:
     """Which elements of a variable are looked at: all of a small one, else one in n.
 
@@ -208,6 +205,92 @@ class Sample:
         if self.whole_rows:
             return ops.reshape(x, (-1, self._last))[:: self._step]
         return x if self._step == 1 else x[..., :: self._step]
+
+
+class Search:
+    """The search for a learning rate: how it goes, and the variables that it needs.
+
+    Args:
+        options: How to look.
+
+    Attributes:
+        options: The same.
+        firsts: For each of the model's variables, what keeps its first weights.
+        sums: For each, what keeps s.
+        estimate: Keeps the `Estimate`.
+    """
+
+    def __init__(self, options: AutoLearningRate) -> None:
+        self.options = options
+        self.firsts: list[Any] = []
+        self.sums: list[Any] = []
+        self.estimate: Any = None
+
+    def build(
+        self, add_slots: Callable[[str], list[Any]], add: Callable[..., Any]
+    ) -> None:
+        """Make the variables.
+
+        Args:
+            add_slots: Makes a slot of a kind for each of the model's variables.
+            add: Keras' `add_variable`.
+        """
+        self.firsts, self.sums = add_slots(FIRST_WEIGHT), add_slots(GRADIENT_SUM)
+        begin = keras.initializers.Constant([self.options.initial, 0.0, 0.0, 0.0])
+        self.estimate = add((4,), begin, "float32", name=RATE_ESTIMATE)
+
+    def distance(
+        self,
+        variables: Sequence[Any],
+        gradients: Sequence[tuple[int, Any]],
+        rows: Callable[[int], Any],
+        factor: Any,
+        *,
+        sign: int,
+        fold: bool,
+    ) -> Any:
+        """Estimate anew how far the weights must travel; see `find`.
+
+        Args:
+            variables: The model's variables.
+            gradients: The indices of those that have one in this step, and these.
+            rows: Returns the rows of a table that the step takes, by its index.
+            factor: See `find`.
+            sign: See `find`.
+            fold: See `find`.
+        """
+        given: dict[int, Any] = {}
+        for i, gradient in gradients:
+            given[i] = gradient + given[i] if i in given else gradient
+        quads = zip(
+            range(len(variables)), variables, self.firsts, self.sums, strict=True
+        )
+        parts = [
+            Part(variable, given.get(i), first, sums, rows(i))
+            for i, variable, first, sums in quads
+            if first is not None
+        ]
+        options = self.options
+        return find(parts, self.estimate, factor, options, sign=sign, fold=fold)
+
+    def known(self) -> Estimate:
+        """Return the estimate, as numbers."""
+        if self.estimate is None:
+            return Estimate(self.options.initial, 0.0, 0.0, 0.0)
+        return Estimate(*as_array(self.estimate).tolist())
+
+    def complaint(self, variables: Sequence[Any] = ()) -> str:
+        """Return what a user should know of the estimate; see `complaint`.
+
+        Args:
+            variables: The model's variables, to look how far they have come; or none.
+        """
+        way = None
+        if variables:
+            pairs = zip(variables, self.firsts, strict=True)
+            free = [(v, x) for v, x in pairs if x is not None and v.constraint is None]
+            way = farthest(free, self.options)
+        return complaint(self.known(), self.options, way)
 
 
 def find(

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 import keras
@@ -24,11 +24,11 @@ from keras_rmsprop.backends import current as backend
 from keras_rmsprop.backends import plain
 from keras_rmsprop.backends.plain import Request, Step, Update, Way
 from keras_rmsprop.explaining import explained
+from keras_rmsprop.restoring import Restorer
 from keras_rmsprop.slots import (
     ACCUMULATOR,
     FIRST_WEIGHT,
     GRADIENT_SUM,
-    RATE_ESTIMATE,
     WEIGHT_AVERAGE,
     Keeper,
     in_order_of,
@@ -212,12 +212,6 @@ class RMSprop(keras.optimizers.Optimizer):
           `cautious` from [Liang et al., 2024](https://arxiv.org/abs/2411.16085).
     """
 
-    _file: saving.File | None = None
-    """What was loaded before there were variables to load it into."""
-    _before_file: Sequence[tuple[saving.Name, Any, Any]] = ()
-    """The variables that there were, and their values before that."""
-    _checkpoints_before_file: Any = None
-
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -268,7 +262,7 @@ class RMSprop(keras.optimizers.Optimizer):
         )
         for option, value in own.items():
             setattr(self, option, value)
-        self._auto: Any = auto
+        self._search: Any = None if auto is None else automatic.Search(auto)
         self.skipped_steps: Any = 0
         self._keeper = Keeper()
         self._now = _Now()
@@ -279,6 +273,15 @@ class RMSprop(keras.optimizers.Optimizer):
             lambda: self.use_ema,
         )
         self._offset: Any = None
+        self._restorer = Restorer(
+            self._keeper,
+            lambda: self._variables,
+            self._owners,
+            self._get_variable_index,
+            self._clocks,
+            # There is no public way to know. Without the private one it stays None.
+            lambda: vars(self).get("_self_update_uid"),
+        )
 
     # What it keeps for each variable of the model.
 
@@ -290,7 +293,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        is_to_load = self._file is not None
+        is_to_load = self._restorer.waits
         # A variable made inside a function would be initialized after it is loaded.
         with backend.outside_functions() if is_to_load else contextlib.nullcontext():
             self._build(variables)
@@ -307,13 +310,8 @@ class RMSprop(keras.optimizers.Optimizer):
         has_momentum = options.is_on(self.momentum)
         self._momentums = make("momentum") if has_momentum else []
         self._average_gradients = make("average_gradient") if self.centered else []
-        if self._auto is not None:
-            self._first_weights = make(FIRST_WEIGHT)
-            self._gradient_sums = make(GRADIENT_SUM)
-            begin = keras.initializers.Constant(automatic.start(self._auto))
-            self._estimate = self.add_variable(
-                (4,), begin, "float32", name=RATE_ESTIMATE
-            )
+        if self._search is not None:
+            self._search.build(make, self.add_variable)
         for name, draw in codecs.named(self.slot_dtype).extra.items():
             drawn = keras.initializers.Constant(draw())
             self._offset = self.add_variable((), drawn, "int32", name=name)
@@ -342,9 +340,9 @@ class RMSprop(keras.optimizers.Optimizer):
             # In bfloat16 a sum of 256 ones does not grow.
             dtype = keras.backend.result_type(dtype, "float32")
         shape = reference_variable.shape
-        if self._auto is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
+        if self._search is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
             dtype = keras.backend.result_type(dtype, "float32")
-            shape = self._auto.sample(shape).shape
+            shape = self._search.options.sample(shape).shape
         self._now.slot = name or "var", reference_variable, dtype, shape
         try:
             return super().add_variable_from_reference(
@@ -374,7 +372,7 @@ class RMSprop(keras.optimizers.Optimizer):
             if kind == WEIGHT_AVERAGE:
                 return owner
             if kind == FIRST_WEIGHT:
-                sample = self._auto.sample(owner.shape)
+                sample = self._search.options.sample(owner.shape)
                 return sample.of(ops.convert_to_tensor(owner))
             return initial(shape, dtype)
 
@@ -535,7 +533,8 @@ class RMSprop(keras.optimizers.Optimizer):
             "`update_step` is a subclass'": self._has_own_step(),
             "`rho` may change unseen": options.is_tensor(self.rho),
             "the learning rate is found from whole rows": (
-                self._auto is not None and self._auto.sample(variable.shape).whole_rows
+                self._search is not None
+                and self._search.options.sample(variable.shape).whole_rows
             ),
             "`ema_momentum` may change unseen": (
                 self.use_ema and options.is_tensor(self.ema_momentum)
@@ -656,40 +655,22 @@ class RMSprop(keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
     ) -> None:
-        if self._auto is not None:
-            rate = self._rate_of(self._find(grads, trainable_variables, rate), rate)
+        if self._search is not None:
+            indices = map(self._get_variable_index, trainable_variables)
+            distance = self._search.distance(
+                self._trainable_variables,
+                [*zip(indices, grads, strict=True)],
+                self._rows_of,
+                rate,
+                sign=-1 if self.maximize else 1,
+                fold=backend.inside_xla(),
+            )
+            rate = self._rate_of(distance, rate)
         if self._has_own_step():
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 self.update_step(gradient, variable, rate)
         else:
             self._update(grads, trainable_variables, rate)
-
-    def _find(self, grads: Sequence[Any], variables: Sequence[Any], factor: Any) -> Any:
-        """Estimate anew how far the weights must travel; return that distance."""
-        given: dict[int, Any] = {}
-        for gradient, variable in zip(grads, variables, strict=True):
-            i = self._get_variable_index(variable)
-            given[i] = gradient + given[i] if i in given else gradient
-        parts = [
-            automatic.Part(v, given.get(i), first, sums, self._rows_of(i))
-            for i, (v, first, sums) in enumerate(
-                zip(
-                    self._trainable_variables,
-                    self._first_weights,
-                    self._gradient_sums,
-                    strict=True,
-                )
-            )
-            if first is not None
-        ]
-        return automatic.find(
-            parts,
-            self._estimate,
-            factor,
-            self._auto,
-            sign=-1 if self.maximize else 1,
-            fold=backend.inside_xla(),
-        )
 
     def _rate_of(self, distance: Any, factor: Any) -> Any:
         """Return the learning rate of a distance: with momentum, steps add up."""
@@ -702,13 +683,10 @@ class RMSprop(keras.optimizers.Optimizer):
         It is `learning_rate` times the distance that was found, times `1 - momentum`.
         None without `learning_rate="auto"`. A warning says where it seems wrong.
         """
-        if self._auto is None:
+        if self._search is None:
             return None
-        distance: Any = self._auto.initial
-        if self.built:
-            estimate = automatic.Estimate(*as_array(self._estimate).tolist())
-            distance = estimate.distance
-            self._warn(automatic.complaint(estimate, self._auto))
+        self._warn(self._search.complaint())
+        distance = self._search.known().distance
         return float(self._rate_of(distance, self._get_current_learning_rate()))
 
     def _update(
@@ -830,14 +808,8 @@ class RMSprop(keras.optimizers.Optimizer):
         Args:
             var_list: The model's variables.
         """
-        if self._auto is not None and self.built:
-            pairs = zip(self._trainable_variables, self._first_weights, strict=True)
-            farthest = automatic.farthest(
-                [(v, x) for v, x in pairs if x is not None and v.constraint is None],
-                self._auto,
-            )
-            estimate = automatic.Estimate(*as_array(self._estimate).tolist())
-            self._warn(automatic.complaint(estimate, self._auto, farthest))
+        if self._search is not None and self.built:
+            self._warn(self._search.complaint(self._trainable_variables))
         super().finalize_variable_values(var_list)
 
     def explain(self) -> str:
@@ -870,7 +842,7 @@ class RMSprop(keras.optimizers.Optimizer):
         shapes = [tuple(v.shape) for v in variables]
         names = [f"{p} {s}" for p, s in zip(self._paths(), shapes, strict=True)]
         text = explained(steps, names)
-        if self._auto is not None:
+        if self._search is not None:
             text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
         return text
 
@@ -906,8 +878,8 @@ class RMSprop(keras.optimizers.Optimizer):
         """Bring the averages of all rows of a table up to date."""
         clock = self._clocks[i]
         if not backend.is_eager() or clock.is_behind():
-            if self._auto is not None:
-                automatic.catch_up(self._gradient_sums[i], clock)
+            if self._search is not None:
+                automatic.catch_up(self._search.sums[i], clock)
             sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
         table = self._averaged_by_rows().get(i)
         if table and (not backend.is_eager() or table.clock.is_behind()):
@@ -918,21 +890,6 @@ class RMSprop(keras.optimizers.Optimizer):
         _ = self.variables  # up to date, they need no clock
         super().set_weights(weights)
 
-    def _named(self) -> list[tuple[saving.Name, Any]]:
-        """Return the optimizer's variables, and what each is."""
-        paths = self._paths()
-        kept = {id(k.variable): k for k in self._keeper.all()}
-
-        def name(variable: Any) -> saving.Name:
-            it = kept.get(id(variable))
-            if it is None:
-                return saving.Name(variable.name, "")
-            if it.owner is None:
-                return saving.Name(it.kind, "")
-            return saving.Name(it.kind, paths[self._get_variable_index(it.owner)])
-
-        return [(name(v), v) for v in self._variables]
-
     def save_own_variables(self, store: Any) -> None:
         """Save the state, with names by which it is found again.
 
@@ -940,10 +897,7 @@ class RMSprop(keras.optimizers.Optimizer):
             store: See `keras.optimizers.Optimizer`.
         """
         _ = self.variables  # up to date
-        saved = [(name, v.numpy()) for name, v in self._named()]
-        if self._file is not None and not self.built:
-            saved = saving.updated(self._file, saved)
-        saving.write(store, saved)
+        self._restorer.save(store, built=self.built)
 
     def load_own_variables(self, store: Any) -> None:
         """Load the state; where the optimizer is not built yet, as soon as it is.
@@ -957,80 +911,16 @@ class RMSprop(keras.optimizers.Optimizer):
         Raises:
             ValueError: What should be numbers is not; nothing is changed.
         """
-        file = saving.read(store)
-        self._file, self._before_file = None, ()
-        self._checkpoints_before_file = self._checkpoints()
-        if self.built:
-            try:
-                self._load(file)
-            except saving.ForeignStateError as error:
-                self._skip_file(error)
-            return
-        # The learning rate may be changed before the first step: load it now, if it is
-        # one. A file without names may be that of any optimizer.
-        named = self._named()
-        self._before_file = [(name, v, v.numpy()) for name, v in named]
-        by_name = {name: file.values[key] for key, name in file.names.items()}
-        for name, variable in named:
-            if name in by_name:
-                variable.assign(by_name[name])
-        self._file = file if saving.has_slots(file) else None
+        self._restorer.load(store, built=self.built, who=self.name)
 
     def _load_what_waits(self) -> None:
         """Load the file that came before there were variables, now that there are."""
-        if self._file is None or not self.built:
-            return
-        file, self._file = self._file, None
-        before, self._before_file = self._before_file, ()
-        if self._checkpoints() != self._checkpoints_before_file:
-            return  # what was restored later is what was meant
-        with backend.outside_functions():
-            try:
-                self._load(file, [name for name, *_ in before] if file.names else ())
-            except (ValueError, saving.ForeignStateError) as error:
-                self._skip_file(error)
-                for _, variable, value in before:
-                    variable.assign(value)
-
-    def _checkpoints(self) -> Any:
-        """Return something else after a `tf.train.Checkpoint` was restored.
-
-        There is no public way to know. Without the private one it stays the same.
-        """
-        return vars(self).get("_self_update_uid")
-
-    def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
-        """Load a file, but for variables to keep."""
-        paths = self._paths()
-        shapes = [tuple(v.shape) for v in self._trainable_variables]
-        owners = list(map(Owner, paths, shapes))
-        places = dict(self._named())
-        plan = saving.plan(file, places, owners)
-        if plan.warning:
-            warnings.warn(plan.warning, stacklevel=2)
-        kept = {id(k.variable): k for k in self._keeper.all()}
-        for name, variable in places.items():
-            if name in plan.values and name not in keep:
-                variable.assign(plan.values[name])
-            elif name in plan.fresh and id(variable) in kept:
-                kept[id(variable)].start_fresh()
-        # A table without a clock in the file has no silent rows.
-        for i in self._clocks:
-            self._clocks[i].reset()
-        for (kind, path), value in plan.clocks.items():
-            if on_tensorflow and path in paths:
-                clock = self._clocks.make(paths.index(path))
-                getattr(clock, kind.removeprefix("clock_")).assign(value)
+        if self.built:
+            self._restorer.load_what_waits(self.name)
 
     def _warn(self, message: str) -> None:
         if message:
             warnings.warn(f"Optimizer {self.name!r}: {message}.", stacklevel=3)
-
-    def _skip_file(self, error: Exception) -> None:
-        warnings.warn(
-            f"Skipping variable loading for optimizer {self.name!r}: {error}.",
-            stacklevel=2,
-        )
 
     def get_state(self) -> State:
         """Return what the optimizer remembers of its variables, as NumPy arrays.
@@ -1084,6 +974,10 @@ class RMSprop(keras.optimizers.Optimizer):
         for i in self._clocks:
             self._clocks[i].reset()
 
+    def _owners(self) -> list[Owner]:
+        shapes = [tuple(v.shape) for v in self._trainable_variables]
+        return list(map(Owner, self._paths(), shapes))
+
     def _paths(self) -> list[str]:
         """Return the paths of the variables; those of TensorFlow have but names."""
         paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
@@ -1109,7 +1003,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         auto = automatic.asked_for(learning_rate)
         if auto is not None:
-            if self._auto is None:
+            if self._search is None:
                 raise ValueError(
                     "A learning rate to be found must be asked for when the optimizer "
                     f"is made. Received: learning_rate={learning_rate!r}"
@@ -1136,8 +1030,8 @@ class RMSprop(keras.optimizers.Optimizer):
         """Return the arguments that make an equal optimizer, without its state."""
         config = super().get_config()
         config |= {name: getattr(self, name) for name in options.OPTIONS}
-        if self._auto is not None:
-            auto = keras.saving.serialize_keras_object(self._auto)
+        if self._search is not None:
+            auto = keras.saving.serialize_keras_object(self._search.options)
             auto["config"]["factor"] = config["learning_rate"]
             config["learning_rate"] = auto
         return {k: float(x) if options.is_tensor(x) else x for k, x in config.items()}

@@ -173,7 +173,7 @@ def test_a_schedule_and_callbacks_multiply_it():
     x, y = numbers(model, batch=64)
     model.fit(x, y, batch_size=16, epochs=5, verbose=0)
     optimizer = model.optimizer
-    distance = optimizer._estimate.numpy()[0]
+    distance = optimizer._search.estimate.numpy()[0]
     assert optimizer.found_learning_rate == pytest.approx(distance / 2)
 
     model = dense_model(RMSprop("auto"))
@@ -192,7 +192,7 @@ def test_the_configuration_makes_an_equal_one():
     config = json.loads(json.dumps(optimizer.get_config()))
     again = RMSprop.from_config(config)
     assert again.get_config() == optimizer.get_config()
-    auto = again._auto
+    auto = again._search.options
     assert (auto.initial, auto.coefficient, auto.growth, auto.one_in) == (
         *(1e-6, 0.5, 1.1, 2),
     )
@@ -200,7 +200,7 @@ def test_the_configuration_makes_an_equal_one():
     plain.learning_rate = 0.5
     again = RMSprop.from_config(plain.get_config())
     assert float(again.learning_rate) == 0.5
-    assert again._auto.growth == np.inf
+    assert again._search.options.growth == np.inf
     assert again.bias_correction
     assert again.epsilon == automatic.EPSILON
     assert RMSprop("auto", bias_correction=False, epsilon=1e-3).epsilon == 1e-3
@@ -258,7 +258,7 @@ def test_it_begins_from_the_weights_that_are_loaded():
     model.set_weights(loaded)
     x, y = numbers(model)
     model.fit(x, y, verbose=0)
-    first = model.optimizer._first_weights
+    first = model.optimizer._search.firsts
     for found, expected in zip(first, loaded, strict=True):
         np.testing.assert_array_equal(found.numpy(), expected)
 
@@ -285,16 +285,16 @@ def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
     x, y = numbers(model, batch=32)
     model.fit(x, y, epochs=5, verbose=0)
-    estimate = model.optimizer._estimate.numpy()
-    begun = model.optimizer._first_weights[0].numpy()
+    estimate = model.optimizer._search.estimate.numpy()
+    begun = model.optimizer._search.firsts[0].numpy()
     model.get_layer("body").trainable = True
     now = model.get_layer("body").kernel.numpy()
     model.compile(model.optimizer, "mse")
     model.fit(x, y, epochs=1, verbose=0)
-    first, *_, head, _ = model.optimizer._first_weights
+    first, *_, head, _ = model.optimizer._search.firsts
     np.testing.assert_array_equal(first.numpy(), now)
     np.testing.assert_array_equal(head.numpy(), begun)
-    assert model.optimizer._estimate.numpy()[2] == estimate[2] + 1
+    assert model.optimizer._search.estimate.numpy()[2] == estimate[2] + 1
 
 
 # Tables.
@@ -391,9 +391,9 @@ def test_a_step_that_is_skipped_finds_nothing():
     optimizer, weight = RMSprop("auto", skip_nonfinite=True), keras.Variable([1.0, 2.0])
     for _ in range(20):
         optimizer.apply([weight.numpy()], [weight])
-    before = optimizer._estimate.numpy()
+    before = optimizer._search.estimate.numpy()
     optimizer.apply([[np.nan, 1.0]], [weight])
-    np.testing.assert_array_equal(optimizer._estimate.numpy(), before)
+    np.testing.assert_array_equal(optimizer._search.estimate.numpy(), before)
 
 
 def test_accumulated_gradients_count_once():
@@ -406,7 +406,9 @@ def test_accumulated_gradients_count_once():
             given = gradients([v.numpy() for v in variables], step)
             for _ in range(every or 1):
                 optimizer.apply([tf.constant(g, "float32") for g in given], variables)
-        found.append([v.numpy() for v in variables] + [optimizer._estimate.numpy()])
+        found.append(
+            [v.numpy() for v in variables] + [optimizer._search.estimate.numpy()]
+        )
     assert_close(*found, 1e-5)
 
 
@@ -417,7 +419,7 @@ def test_scaled_losses_find_the_same():
         optimizer = RMSprop("auto", loss_scale_factor=scale)
         for _ in range(30):
             optimizer.apply([weight.numpy() * (scale or 1)], [weight])
-        found.append([weight.numpy(), optimizer._estimate.numpy()])
+        found.append([weight.numpy(), optimizer._search.estimate.numpy()])
     assert_close(*found, 1e-6)
 
 
@@ -430,7 +432,7 @@ def test_weights_of_other_dtypes(dtype):
     for _ in range(150):
         optimizer.apply([tf.cast(weight.value, dtype)], [weight])
     wide = "float64" if dtype == "float64" else "float32"
-    assert optimizer._gradient_sums[0].dtype == wide
+    assert optimizer._search.sums[0].dtype == wide
     assert np.abs(weight.numpy().astype("float32")).max() < 0.5
     assert weight.dtype == dtype
 

@@ -303,7 +303,7 @@ class TestRestoring:
         optimizer.build([a, b])
         other.build([b, a])
         optimizer.apply([tf.constant([1.0, 1]), tf.constant([2.0, 2])])
-        named = dict(zip("0123", optimizer._named(), strict=True))
+        named = dict(zip("0123", optimizer._restorer.named(), strict=True))
         file = saving.File(
             {key: v.numpy() for key, (_, v) in named.items()},
             {key: name for key, (name, _) in named.items()},

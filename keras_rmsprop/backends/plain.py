@@ -110,6 +110,9 @@ class Way(NamedTuple):
     why: str
 
 
+HAS_ROWS = False
+"""Whether a step of a table may be one of some of its rows, by a clock."""
+
 outside_functions = contextlib.nullcontext
 """Context in which variables are made at once, not when a function has been traced."""
 

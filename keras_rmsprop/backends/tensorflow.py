@@ -30,6 +30,9 @@ XLA_IN_GRAPH_ELEMENTS = 2**20
 XLA_EAGER_ELEMENTS = 2**12
 """If no variable is larger, launching XLA takes as long as the step does."""
 
+HAS_ROWS = True
+"""Whether a step of a table may be one of some of its rows, by a clock."""
+
 outside_functions = tf.init_scope
 clocks = sparse.Clocks
 
