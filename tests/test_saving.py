@@ -308,7 +308,7 @@ class TestRestoring:
             {key: v.numpy() for key, (_, v) in named.items()},
             {key: name for key, (name, _) in named.items()},
         )
-        other._load(file)
+        other._restorer._load(file)
         v = [s.velocity[0] for s in other.get_state().slots]
         np.testing.assert_allclose(v, [0.4, 0.1], rtol=1e-6)
 
