@@ -8,7 +8,6 @@ rates. Every result is written at once: what was interrupted goes on where it st
 """
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -22,9 +21,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 HERE = Path(__file__).parent
-RUNS = HERE / "results" / "tuning_runs.json"
+RUNS = HERE / "results" / "tuning_runs.jsonl"
 RATES = tuple(float(f"{10 ** (k / 2 - 4):.3g}") for k in range(7))  # 1e-4 to 1e-1
-AVERAGE = {"use_ema": True, "ema_momentum": 0.998}
 DEFAULT = 0.001
 
 MakeOptimizer = Callable[[float, int], Any]
@@ -83,11 +81,10 @@ def automatic(rate: float, steps: int) -> Any:
 
 
 def ours(rate: Any) -> Any:
-    """Return this RMSprop, with the average of the weights, warmed up if it can."""
+    """Return this RMSprop, with the average of the weights."""
     from keras_rmsprop import RMSprop
 
-    warmup = "ema_warmup" in inspect.signature(RMSprop).parameters
-    return RMSprop(rate, **AVERAGE, **({"ema_warmup": True} if warmup else {}))
+    return RMSprop(rate, use_ema=True, ema_momentum=0.998, ema_warmup=True)
 
 
 def prodigy(rate: float, steps: int) -> Any:
@@ -134,7 +131,6 @@ class Result(NamedTuple):
         raw: The value without the average.
         rate: The rate found at the end, or the one given.
         seconds: How long it took.
-        curve: Training loss, in twenty parts.
     """
 
     value: float
@@ -142,7 +138,6 @@ class Result(NamedTuple):
     raw: float
     rate: float
     seconds: float
-    curve: list[float]
 
 
 def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) -> Result:
@@ -171,6 +166,8 @@ def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) ->
     jit = keras.backend.backend() == "jax"
     model.compile(optimizer, loss, metrics=accuracy, jit_compile=jit)
 
+    optimizer.build(model.trainable_variables)
+
     def test() -> tuple[float, float]:
         logs = model.evaluate(
             data.test_x, data.test_y, batch_size=500, verbose=0, return_dict=True
@@ -186,12 +183,10 @@ def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) ->
         .map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
         .prefetch(2)
     )
-    losses: list[float] = []
     before: list[tuple[float, float]] = []
     # At the end of an epoch the weights are the raw ones, at the end of `fit` averages.
     note = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])),
-        on_epoch_end=lambda epoch, logs: before.append(test()),
+        on_epoch_end=lambda epoch, logs: before.append(test())
     )
     start = time.perf_counter()
     model.fit(batches, verbose=0, callbacks=[note])
@@ -199,10 +194,7 @@ def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) ->
     value, loss_ = test() if optimizer.use_ema else before[0]
     found = getattr(optimizer, "found_learning_rate", None)
     found = rate if found is None else float(np.max(keras.ops.convert_to_numpy(found)))
-    totals = [n * mean for n, mean in enumerate(losses, 1)]  # Keras logs running means
-    each = np.diff([0.0, *totals])
-    curve = [float(part.mean()) for part in np.array_split(each, min(20, steps))]
-    return Result(value, loss_, before[0][0], found, seconds, curve)
+    return Result(value, loss_, before[0][0], found, seconds)
 
 
 def plan(options: argparse.Namespace) -> Iterator[Run]:
@@ -226,6 +218,7 @@ def finished(file: Path) -> dict[Run, Result]:
 
 def train(runs: list[Run], file: Path) -> None:
     """Train, in this process, and add each result to the file."""
+    import keras
     import tuning_tasks
 
     every = tuning_tasks.TASKS | tuning_tasks.HELD_OUT
@@ -233,6 +226,7 @@ def train(runs: list[Run], file: Path) -> None:
         make = COMPETITORS[given.competitor].make
         task = every[given.task]
         result = run(task, make, given.seed, given.rate, given.scale)
+        keras.utils.clear_session()  # its graphs would fill the memory
         with file.open("a") as lines:
             lines.write(json.dumps([given, result]) + "\n")
         print(*given, f"{result.value:.5g}", f"{result.seconds:.1f} s", flush=True)

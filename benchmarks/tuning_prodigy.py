@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import optax.contrib
 
@@ -26,7 +27,7 @@ class Prodigy(keras.optimizers.Optimizer):
             kept = self.add_variable(
                 leaf.shape, name=f"state_{number}", dtype=leaf.dtype
             )
-            kept.assign(leaf)
+            kept.assign(jnp.copy(leaf))  # or it would be the weights' own
             self._state.append(kept)
 
     def _backend_update_step(self, grads: Any, variables: Any, rate: Any) -> None:

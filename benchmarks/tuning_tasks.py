@@ -28,8 +28,10 @@ import mnist_data
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 LETTERS, LINE = 96, 48  # printable ASCII and the line feed; letters a sequence
 WORDS, WINDOW = 8000, 32  # words in the table; words a piece of text
-PACKAGES = ("asyncio", "concurrent", "ctypes", "email", "html", "http", "importlib")
-PACKAGES += ("json", "logging", "multiprocessing", "sqlite3", "unittest", "xml")
+PACKAGES = (
+    *("asyncio", "concurrent", "ctypes", "email", "html", "http", "importlib", "json"),
+    *("logging", "multiprocessing", "sqlite3", "unittest", "xml"),
+)
 MSE, CROSS_ENTROPY = "mse", "sparse_categorical_crossentropy"
 
 

@@ -8,7 +8,7 @@ $$\begin{aligned}
   \lambda &= f d^2 / d_0 \\
   r &\leftarrow b r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
   s \leftarrow b s + \lambda g \\
-  d &\leftarrow \max(d_0,\; d \sqrt{(t - 1) / t},\; c\, r / \sum |s|)
+  d &\leftarrow \max(d_0,\; d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|)
 \end{aligned}$$
 
 If the gradients keep pointing from where the weights are back to where they began, the
@@ -39,6 +39,8 @@ EPSILON = 1e-30
 """Instead of the default 1e-7, to which small gradients would be nothing."""
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """After so many steps a rate must have grown; a greater distance is too great."""
+LASTING = 100
+"""So many steps a distance found at the start lasts, until it fades."""
 MOST = 1e4
 """No distance is greater: down a slope without end it would grow to infinity."""
 SAMPLED_ELEMENTS = 2**12
@@ -335,7 +337,7 @@ def find(
         sums.append(ops.cast(sum_, "float32"))
     gain = FORGETTING * old.gain + sign * weight * sum(gains)
     steps = old.steps + 1
-    fading = old.distance * ops.sqrt(old.steps / steps)
+    fading = old.distance * ops.sqrt((old.steps + LASTING) / (steps + LASTING))
     found = options.coefficient * gain / (sum(sums) + EPSILON)
     distance = ops.maximum(ops.maximum(found, fading), options.initial)
     distance = ops.minimum(distance, MOST)

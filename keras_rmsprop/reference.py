@@ -109,7 +109,7 @@ def automatic_step(
 
         r <- b r + factor d^2 / initial * sum of g (theta_0 - theta)
         s <- b s + factor d^2 / initial * g
-        d <- max(initial, d sqrt((t - 1) / t), coefficient r / sum of |s|)
+        d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
 
     Args:
         thetas: The parameters.
@@ -156,7 +156,7 @@ def automatic_step(
     state["t"] += 1
     sums = sum(k * np.abs(s).sum() for k, s in zip(n, state["s"], strict=True))
     found = state["r"] / (sums + 1e-30)
-    fading = state["d"] * np.sqrt(1 - 1 / state["t"])
+    fading = state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
     distance = max(initial, fading, coefficient * found)
     state["d"] = min(distance, growth * state["d"], 1e4)
     alpha = factor * state["d"] * (1 - hyperparameters.get("momentum", 0.0))

@@ -25,7 +25,7 @@ def out_of_range(name, value, expected):
 
 
 def no_number(name, value):
-    return {name: value}, TypeError, f"`{name}` must be a number. Received: {name}="
+    return {name: value}, TypeError, f"`{name}` must be a number.* Received: {name}="
 
 
 ARGUMENTS = [
