@@ -69,10 +69,15 @@ def rank(task: Task, found: Score) -> float:
 
 
 def best(results: Results, task: str, who: str) -> Score | None:
-    """Return a competitor's best rate, by the mean over the seeds."""
+    """Return a competitor's best rate, by the mean over the seeds.
+
+    Where only some rates were tried with all seeds, the others do not count.
+    """
     rates = COMPETITORS[who].rates
     scores = [s for r in rates if (s := score(results, task, who, r)) is not None]
-    return max(scores, key=lambda s: rank(EVERY[task], s), default=None)
+    seeds = max((s.seeds for s in scores), default=0)
+    whole = [s for s in scores if s.seeds == seeds]
+    return max(whole, key=lambda s: rank(EVERY[task], s), default=None)
 
 
 def at(who: str, rate: float, field: str = "value") -> Callable[..., Score | None]:
@@ -122,7 +127,7 @@ def cell(found: Score) -> str:
     if not math.isfinite(found.mean):
         return "failed"
     mean, low, high = (f"{number:.4g}" for number in found[:3])
-    range_ = f" ({low}-{high})" if found.seeds > 1 else ""
+    range_ = f" ({low}-{high})" if found.seeds > 1 else " (one seed)"
     return f"{mean}{range_} at {found.rate:.2g}"
 
 
