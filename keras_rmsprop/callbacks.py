@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rmsprop.monitoring import Monitor as Monitor
+
 
 class _Held(NamedTuple):
     """The weights to go on from, while a model has their averages instead."""

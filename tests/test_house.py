@@ -85,6 +85,7 @@ def test_only_the_rooms_of_tensorflow_import_it():
     assert users == {
         "averages",  # under that backend only
         "codecs",  # for Keras before 3.12
+        "monitoring",  # to write for TensorBoard
         "sparse",
         "transfer",  # to read checkpoints of TensorFlow 1
         "backends.layouts",

@@ -1,0 +1,272 @@
+"""What the optimizer does to each layer, watched while `fit` runs."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+STALLED, EXPLODING = 1e-7, 0.3
+"""Of itself, in a step: less, and float32 weights do not move; more is no training."""
+MOST_ELEMENTS = 10_000
+"""Medians are taken of so many elements, evenly spaced, of larger variables."""
+
+
+class Reading(NamedTuple):
+    """What was seen of one variable in one step."""
+
+    step: int
+    """From 1, in steps of this monitor's trainings."""
+    variable: str
+    """Its path."""
+    effective_rate: float
+    """Median of eta / (root of v): how far a gradient of 1 would move a weight."""
+    effective_rate_low: float
+    """The same, 5 % of the weights are below."""
+    effective_rate_high: float
+    """And 95 %."""
+    update_ratio: float
+    """Norm of what the step changed, over the norm of the weights before it."""
+    gradient_norm: float
+    """Norm of the gradient, after clipping; NaN if there was no update."""
+    learning_rate: float
+    """The rate in force: that which was found, or given."""
+    skipped_steps: int
+    """By `skip_nonfinite`, so far."""
+
+
+class Monitor(keras.callbacks.Callback):
+    r"""Watch what RMSprop does to each variable, and say what looks wrong.
+
+    Every so many batches, from the first that finds the optimizer built, it compares
+    weights and $v$ before and after the step: that
+    gives the change of the weights, and from $v' = \rho v + (1 - \rho) g^2$ the norm
+    of the gradient $g$, whatever runs the step. In between it does nothing but put the
+    learning rate into the logs, for the progress bar, the history and other callbacks.
+
+    Args:
+        every: Number of batches from one look to the next. Defaults to `100`.
+        csv_file: A file to write the readings to, a line a variable; or `None`.
+        log_dir: A folder for TensorBoard; or `None`. Needs TensorFlow.
+        show: Whether to print what looks wrong, once a variable. Defaults to `True`.
+
+    Attributes:
+        readings: A list of `Reading`.
+        findings: What looked wrong, in words, in the order in which it was seen.
+
+    Raises:
+        ValueError: `every` is no integer >= 1, or the optimizer is no RMSprop of this
+            package.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_rmsprop import RMSprop
+        >>> from keras_rmsprop.callbacks import Monitor
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        >>> model.compile(RMSprop("auto"), "mse")
+        >>> monitor = Monitor(every=4)
+        >>> x = np.ones((32, 2))
+        >>> history = model.fit(x, x, batch_size=4, verbose=0, callbacks=[monitor])
+        >>> sorted(history.history)
+        ['learning_rate_in_force', 'loss']
+        >>> sorted({reading.variable.split("/")[-1] for reading in monitor.readings})
+        ['bias', 'kernel']
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        csv_file: str | Path | None = None,
+        log_dir: str | Path | None = None,
+        show: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(
+                f"`every` must be an integer >= 1. Received: every={every}"
+            )
+        self.every = every
+        self.csv_file = None if csv_file is None else Path(csv_file)
+        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.show = show
+        self.readings: list[Reading] = []
+        self.findings: list[str] = []
+        self._steps = 0
+        self._next = 0
+        self._before: Any = None
+        self._named: set[tuple[str, str]] = set()
+        self._writer: Any = None
+
+    @property
+    def _optimizer(self) -> Any:
+        optimizer = self.model.optimizer
+        return getattr(optimizer, "inner_optimizer", optimizer)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Check the optimizer."""
+        if not hasattr(self._optimizer, "found_learning_rate"):
+            raise ValueError(
+                "`Monitor` needs an RMSprop of keras_rmsprop. "
+                f"Received: {self._optimizer!r}"
+            )
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Remember weights and averages, if it is time."""
+        if self._steps >= self._next and self._optimizer.built:
+            self._next = self._steps + self.every
+            self._before = self._seen()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Compare, if it is time, and tell the learning rate."""
+        self._steps += 1
+        if self._before is not None:
+            before, self._before = self._before, None
+            self._compare(before, self._seen())
+        if logs is not None and self.readings:
+            logs["learning_rate_in_force"] = self.readings[-1].learning_rate
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Tell the learning rate of the moment."""
+        if logs is not None:
+            logs["learning_rate_in_force"] = self._rate()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _rate(self) -> float:
+        optimizer = self._optimizer
+        found = optimizer.found_learning_rate
+        return float(optimizer.learning_rate) if found is None else found
+
+    def _seen(self) -> tuple[Any, list[NDArray[Any]]]:
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()  # within an epoch weights are elsewhere
+        return self._optimizer.get_state(), [
+            keras.ops.convert_to_numpy(v) for v in self._optimizer._trainable_variables
+        ]
+
+    def _compare(self, before: Any, after: Any) -> None:
+        optimizer, rate = self._optimizer, self._rate()
+        (old, weights), (new, changed) = before, after
+        skipped = int(keras.ops.convert_to_numpy(optimizer.skipped_steps))
+        added = []
+        for i, path in enumerate(new.paths):
+            v, was = new.slots[i].velocity, old.slots[i].velocity
+            if v is None or not v.size:
+                continue
+            effective = rate / self._root(v, new.iterations)
+            low, median, high = np.quantile(effective, (0.05, 0.5, 0.95))
+            way = np.linalg.norm(changed[i].astype("float64") - weights[i])
+            length = np.linalg.norm(weights[i].astype("float64"))
+            rho, square = float(optimizer.rho), math.nan
+            if new.iterations > old.iterations:
+                both = v.sum(dtype="float64"), was.sum(dtype="float64")
+                square = max((both[0] - rho * both[1]) / (1 - rho), 0.0)
+            added.append(
+                Reading(
+                    self._steps,
+                    path,
+                    *(float(median), float(low), float(high)),
+                    float(way / (length + 1e-30)),
+                    math.sqrt(square),
+                    rate,
+                    skipped,
+                )
+            )
+        self.readings += added
+        for reading in added:
+            self._judge(reading)
+        self._write(added)
+
+    def _root(self, v: NDArray[Any], steps: int) -> NDArray[Any]:
+        """Return what gradients are divided by, of some elements."""
+        optimizer = self._optimizer
+        v = v.ravel()[:: -(-v.size // MOST_ELEMENTS)].astype("float64")
+        if optimizer.bias_correction and optimizer.rho:
+            v = v / (1 - float(optimizer.rho) ** max(steps, 1))
+        epsilon = float(optimizer.epsilon)
+        if optimizer.epsilon_inside_sqrt:
+            return np.sqrt(v + epsilon)
+        return np.sqrt(v) + epsilon
+
+    def _judge(self, reading: Reading) -> None:
+        """Say in plain words what looks wrong, once for each variable."""
+        path, ratio, norm = (
+            reading.variable,
+            reading.update_ratio,
+            reading.gradient_norm,
+        )
+        text = ""
+        if not math.isfinite(ratio) or norm == math.inf:
+            text = f"{path} is no longer finite"
+        elif norm == 0:
+            text = f"{path} gets no gradient"
+        elif not math.isnan(norm) and ratio < STALLED:
+            text = f"{path} has stalled: a step changes it by {ratio:.1g} of itself"
+        elif ratio > EXPLODING and reading.step > 10 * self.every:
+            text = f"{path} is exploding: a step changes it by {ratio:.1g} of itself"
+        kind = text.removeprefix(path).split(":")[0]
+        if text and (path, kind) not in self._named:
+            self._named.add((path, kind))
+            self.findings.append(f"step {reading.step}: {text}")
+            if self.show:
+                print(f"\n{self.findings[-1]}")
+
+    def _write(self, readings: list[Reading]) -> None:
+        if self.csv_file is not None:
+            is_new = not self.csv_file.exists()
+            self.csv_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.csv_file.open("a", newline="") as file:
+                lines = csv.writer(file)
+                if is_new:
+                    lines.writerow(Reading._fields)
+                lines.writerows(readings)
+        if self.log_dir is not None:
+            import tensorflow as tf
+
+            if self._writer is None:
+                self._writer = tf.summary.create_file_writer(str(self.log_dir))
+            with self._writer.as_default(step=self._steps):
+                for reading in readings:
+                    for name in ("effective_rate", "update_ratio", "gradient_norm"):
+                        value = getattr(reading, name)
+                        tf.summary.scalar(f"{name}/{reading.variable}", value)
+                if readings:
+                    tf.summary.scalar("learning_rate", readings[0].learning_rate)
+
+    def plot(self) -> Any:
+        """Draw effective rate, update ratio and gradient norm over steps.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure((13, 4), layout="constrained")
+        panels = figure.subplots(1, 3)
+        titles = {
+            "effective_rate": "effective rate, weight per gradient",
+            "update_ratio": "change of a step / weights",
+            "gradient_norm": "norm of the gradient",
+        }
+        for panel, (name, title) in zip(panels, titles.items(), strict=True):
+            for path in dict.fromkeys(r.variable for r in self.readings):
+                of_one = [r for r in self.readings if r.variable == path]
+                steps = [r.step for r in of_one]
+                panel.plot(steps, [getattr(r, name) for r in of_one], label=path)
+                if name == "effective_rate":
+                    low = [r.effective_rate_low for r in of_one]
+                    high = [r.effective_rate_high for r in of_one]
+                    panel.fill_between(steps, low, high, alpha=0.15)
+            panel.set(yscale="log", xlabel="step", title=title)
+            panel.grid(alpha=0.3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        if len(labels) <= 12:
+            figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        return figure

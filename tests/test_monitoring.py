@@ -1,0 +1,126 @@
+"""What the monitor says, against gradients computed by hand."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_models import dense_model, numbers, table_model
+from stepping import python
+
+from keras_rmsprop import RMSprop
+from keras_rmsprop.callbacks import Monitor
+
+
+def watched(model, x, y, monitor=None, **options):
+    monitor = monitor or Monitor(every=1, show=False)
+    options = {"batch_size": len(x), "epochs": 3, "verbose": 0} | options
+    history = model.fit(x, y, callbacks=[monitor], **options)
+    return monitor, history.history
+
+
+def test_norms_and_ratios_are_those_of_the_gradients():
+    model = dense_model(RMSprop(0.01))
+    model.optimizer.build(model.trainable_variables)
+    x, y = numbers(model)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.square(model(x) - y))
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    weights = model.get_weights()
+    monitor, _ = watched(model, x, y, epochs=1)
+    for reading, g, w, now in zip(
+        monitor.readings, gradients, weights, model.get_weights(), strict=True
+    ):
+        g = g.numpy()
+        assert reading.gradient_norm == pytest.approx(np.linalg.norm(g), rel=1e-4)
+        effective = 0.01 / np.sqrt(0.1 * g**2 + 1e-7)
+        assert reading.effective_rate == pytest.approx(np.median(effective), rel=1e-4)
+        if w.any():
+            ratio = np.linalg.norm(now - w) / np.linalg.norm(w)
+            assert reading.update_ratio == pytest.approx(ratio, rel=1e-4)
+
+
+def test_it_looks_every_so_many_batches_and_changes_nothing():
+    ends = []
+    for callbacks in ([], [Monitor(every=3, show=False)]):
+        model = dense_model(RMSprop("auto", use_ema=True))
+        x, y = numbers(model, batch=32)
+        model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
+        ends.append([v.numpy() for v in [*model.weights, *model.optimizer.variables]])
+    assert sorted({r.step for r in callbacks[0].readings}) == [2, 5, 8]
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_rate_is_in_the_logs():
+    model = dense_model(RMSprop("auto"))
+    x, y = numbers(model, batch=32)
+    _, history = watched(model, x, y)
+    assert history["learning_rate_in_force"][-1] == pytest.approx(
+        model.optimizer.found_learning_rate
+    )
+    model = dense_model(RMSprop(0.25))
+    _, history = watched(model, x, y)
+    assert history["learning_rate_in_force"] == [0.25] * 3
+
+
+def test_it_names_what_gets_no_gradient_and_what_is_not_finite():
+    model = dense_model(RMSprop(0.01))
+    x, y = numbers(model)
+    monitor, _ = watched(model, 0 * x, y)
+    assert any("body/kernel gets no gradient" in f for f in monitor.findings)
+    assert not any("head/bias" in f for f in monitor.findings)
+    monitor, _ = watched(model, np.nan * x, y)
+    assert any("is no longer finite" in f for f in monitor.findings)
+
+
+def test_a_layer_that_hardly_moves_has_stalled():
+    model = dense_model(RMSprop(1e-9))
+    x, y = numbers(model)
+    monitor, _ = watched(model, x, y)
+    assert any("body/kernel has stalled" in f for f in monitor.findings)
+
+
+def test_files(tmp_path):
+    model = table_model(RMSprop(0.01))
+    ids = np.random.default_rng(0).integers(0, 12, (16, 4))
+    monitor = Monitor(1, tmp_path / "a" / "watch.csv", tmp_path / "board", show=False)
+    watched(model, ids, np.ones((16, 1)), monitor)
+    with (tmp_path / "a" / "watch.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(monitor.readings) >= 6
+    assert float(lines[-1]["gradient_norm"]) == monitor.readings[-1].gradient_norm
+    assert list((tmp_path / "board").iterdir())
+    monitor.plot().savefig(tmp_path / "watch.png")
+    assert (tmp_path / "watch.png").stat().st_size > 10_000
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`every` must be an integer >= 1"):
+        Monitor(0)
+    model = dense_model(keras.optimizers.RMSprop())
+    with pytest.raises(ValueError, match="needs an RMSprop of keras_rmsprop"):
+        watched(model, *numbers(model))
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends(backend):
+    pytest.importorskip(backend)
+    out = python(
+        """
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+        from keras_rmsprop.callbacks import Monitor
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        model.compile(RMSprop("auto"), "mse")
+        monitor, x = Monitor(every=2), np.ones((32, 3))
+        model.fit(x, x[:, :2], batch_size=8, epochs=2, verbose=0, callbacks=[monitor])
+        steps = [r.step for r in monitor.readings]
+        assert steps[::2] == steps[1::2] and len(steps) in (6, 8)
+        assert all(r.gradient_norm > 0 < r.update_ratio for r in monitor.readings)
+        print(keras.backend.backend())
+        """,
+        KERAS_BACKEND=backend,
+    )
+    assert out.splitlines()[-1] == backend
