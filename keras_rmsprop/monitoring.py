@@ -23,7 +23,7 @@ class Reading(NamedTuple):
     variable: str
     """Its path."""
     effective_rate: float
-    """Median of eta / (root of v): how far a gradient of 1 would move a weight."""
+    """Median of eta / (root of v), where v > 0: how far a gradient of 1 would move it."""
     effective_rate_low: float
     """The same, 5 % of the weights are below."""
     effective_rate_high: float
@@ -185,9 +185,10 @@ class Monitor(keras.callbacks.Callback):
         self._write(added)
 
     def _root(self, v: NDArray[Any], steps: int) -> NDArray[Any]:
-        """Return what gradients are divided by, of some elements."""
+        """Return what gradients are divided by, of some elements that had any."""
         optimizer = self._optimizer
         v = v.ravel()[:: -(-v.size // MOST_ELEMENTS)].astype("float64")
+        v = v[v > 0] if (v > 0).any() else v
         if optimizer.bias_correction and optimizer.rho:
             v = v / (1 - float(optimizer.rho) ** max(steps, 1))
         epsilon = float(optimizer.epsilon)
