@@ -23,7 +23,7 @@ class Reading(NamedTuple):
     variable: str
     """Its path."""
     effective_rate: float
-    """Median of eta / (root of v), where v > 0: how far a gradient of 1 would move it."""
+    """Median of eta / (root of v), where v > 0: what a gradient of 1 would do."""
     effective_rate_low: float
     """The same, 5 % of the weights are below."""
     effective_rate_high: float
