@@ -25,9 +25,9 @@ class Reading(NamedTuple):
     effective_rate: float
     """Median of eta / (root of v), where v > 0: what a gradient of 1 would do."""
     effective_rate_low: float
-    """The same, 5 % of the weights are below."""
+    """The same, of the first quartile."""
     effective_rate_high: float
-    """And 95 %."""
+    """And of the third."""
     update_ratio: float
     """Norm of what the step changed, over the norm of the weights before it."""
     gradient_norm: float
@@ -161,7 +161,7 @@ class Monitor(keras.callbacks.Callback):
             if v is None or not v.size:
                 continue
             effective = rate / self._root(v, new.iterations)
-            low, median, high = np.quantile(effective, (0.05, 0.5, 0.95))
+            low, median, high = np.quantile(effective, (0.25, 0.5, 0.75))
             way = np.linalg.norm(changed[i].astype("float64") - weights[i])
             length = np.linalg.norm(weights[i].astype("float64"))
             rho, square = float(optimizer.rho), math.nan
