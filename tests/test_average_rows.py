@@ -89,7 +89,7 @@ rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4)
 steps = st.lists(st.one_of(rows, st.sampled_from(["none", "read"])), max_size=50)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(steps=steps, momentum=st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 1.0]))
 def test_random_steps_equal_the_dense_built_in(steps, momentum):
     options = OPTIONS | {"ema_momentum": momentum}
@@ -105,7 +105,7 @@ def test_random_steps_equal_the_dense_built_in(steps, momentum):
     assert_close(averages_of(ours.optimizer), averages_of(theirs.optimizer), 2e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(steps=steps, momentum=st.sampled_from([0.0, 0.05, 0.15, 0.5, 0.9, 1.0]))
 def test_random_steps_with_warm_up_equal_numpy(steps, momentum):
     options = OPTIONS | {"ema_momentum": momentum, "ema_warmup": True}
