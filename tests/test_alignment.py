@@ -148,3 +148,13 @@ def test_where_some_names_are_the_same_others_mean_others():
     assert aligned([a, b], [b, c]).places == [None, 0]
     assert aligned([a, b, c], [b, d]).places == [None, 0, None]
     assert aligned([a, b], [c, d]) == ([0, 1], True)
+
+
+def test_names_of_others_are_no_match_however_many_they_are():
+    others = [f"{name}/kernel" for name in "cdefghijk"]
+    mine = ["b/kernel", *(f"{path}s/kernel" for path in others)]
+    assert places([*others, "b/kernel"], mine) == [None] * 9 + [0]
+
+
+def test_names_of_variables_alone():
+    assert places(["b"], ["c", "b"]) == [1]

@@ -119,3 +119,127 @@ def test_cautious_enlarges_by_a_thousand_at_most():
     expected = w - reference.step(w, g, state, alpha=0.1, epsilon=1e-7, **options)
     assert expected.nonzero()[0].tolist() == [7]
     np.testing.assert_allclose(keras.ops.convert_to_numpy(taken), expected, rtol=1e-10)
+
+
+def tensor(x, dtype="float64"):
+    return keras.ops.convert_to_tensor(np.asarray(x, dtype))
+
+
+EVERYTHING = {
+    "momentum": 0.9,
+    "nesterov": True,
+    "centered": True,
+    "epsilon_inside_sqrt": False,
+    "bias_correction": True,
+    "lr_in_momentum": False,
+    "maximize": True,
+    "cautious": True,
+    "weight_decay": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        *({name: value, "momentum": 0.9} for name, value in EVERYTHING.items()),
+        {"bias_correction": True, "centered": True},
+        {"bias_correction": True, "beta": 0.0},
+        {"lr_in_momentum": False},
+        EVERYTHING,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_each_option_as_in_the_reference(given, as_tensors):
+    numbers = {"beta": 0.75, "epsilon": 0.01, "momentum": 0.0} | given
+    own = dict(numbers, rho=numbers["beta"])
+    decay, centered = own.pop("weight_decay", 0.0), own.pop("centered", False)
+    del own["beta"]
+    if as_tensors and own["rho"]:
+        own |= {name: tensor(own[name]) for name in ("rho", "epsilon", "momentum")}
+    zeros, rng, state = np.zeros(6), np.random.default_rng(0), {}
+    slots = rule.Slots(
+        tensor(zeros),
+        tensor(zeros) if numbers["momentum"] else None,
+        tensor(zeros) if centered else None,
+    )
+    w = rng.normal(size=6)
+    for t in (1, 2, 3):
+        g = rng.normal(size=6)
+        g[t] = 0.0  # which neither goes up nor down
+        taken, slots = rule.step(
+            tensor(g),
+            slots,
+            tensor(0.3),
+            rule.Options(**own),
+            t=tensor(t),
+            penalty=tensor(decay * w) if decay else None,
+        )
+        options = dict(numbers, centered=centered, decoupled_weight_decay=False)
+        expected = w - reference.step(w, g, state, alpha=0.3, **options)
+        np.testing.assert_allclose(taken, expected, rtol=1e-12)
+        for slot, name in zip(slots, ("v", "m", "mean"), strict=True):
+            if slot is not None:
+                np.testing.assert_allclose(slot, state[name], rtol=1e-12)
+    assert (slots.momentum is None) == (not numbers["momentum"])
+    assert (slots.average_gradient is None) == (not centered)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_averages_are_of_gradients_up_to_half_the_root_of_the_largest(dtype):
+    most = float(np.finfo(dtype).max) ** 0.5 / 2
+    below, above = 0.75 * most, 3.0 * most
+
+    def averages(g):
+        zero = tensor([0.0], dtype)
+        slots = rule.Slots(zero, None, zero)
+        options = rule.Options(rho=0.5)
+        _, new = rule.step(tensor([g], dtype), slots, tensor(1.0, dtype), options)
+        return [float(slot[0]) for slot in (new.velocity, new.average_gradient)]
+
+    for g, seen in ((below, below), (-below, -below), (above, most), (-above, -most)):
+        np.testing.assert_allclose(averages(g), [seen**2 / 2, seen / 2], rtol=2e-3)
+
+
+def test_cautious_takes_the_mean_it_is_given():
+    slots = rule.Slots(tensor([0.0] * 5))
+    options = rule.Options(rho=0.0, momentum=0.5, epsilon=1e-30, cautious=True)
+    seen = []
+
+    def mean(agrees):
+        seen.append(np.asarray(agrees).tolist())
+        return tensor(0.25)
+
+    g = tensor([2.0, -3.0, 4.0, -5.0, 0.0])  # over its root each is 1 or -1, or 0
+    slots = slots._replace(momentum=tensor([0.0, 0.0, -6.0, 6.0, 6.0]))
+    taken, _ = rule.step(g, slots, tensor(1.0), options, mean=mean)
+    np.testing.assert_allclose(taken, [4.0, -4.0, 0.0, 0.0, 0.0])
+    assert seen == [[1.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+def test_slots_that_are_there():
+    three, one = rule.Slots(1.0, 2.0, 3.0), rule.Slots(1.0)
+    assert three.map(lambda x: x + 1) == rule.Slots(2.0, 3.0, 4.0)
+    assert one.map(lambda x: x + 1) == rule.Slots(2.0, None, None)
+    assert three.with_momentum_times(5) == rule.Slots(1.0, 10.0, 3.0)
+    assert one.with_momentum_times(5) is one
+
+
+def test_options_are_cast_where_they_are_tensors():
+    given = rule.Options(rho=tensor(0.5), momentum=0.25, maximize=True)
+    cast = given.cast("float16")
+    assert keras.backend.standardize_dtype(cast.rho.dtype) == "float16"
+    assert float(cast.rho) == 0.5
+    assert all(x is y for x, y in zip(cast[1:], given[1:], strict=True))
+
+
+def test_all_may_be_known_when_it_runs_only():
+    x = keras.KerasTensor((3,), "float32")
+    number = keras.KerasTensor((), "float32")
+    options = rule.Options(number, number, number, bias_correction=True, cautious=True)
+    slots = rule.Slots(x, x, x)
+    taken, new = rule.step(x, slots, number, options, t=number, penalty=x)
+    for result in (taken, *new):
+        assert isinstance(result, keras.KerasTensor)
+        assert (result.shape, result.dtype) == ((3,), "float32")

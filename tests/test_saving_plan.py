@@ -74,6 +74,9 @@ def test_what_was_written_is_read():
     assert_same(read.values, {str(n): np.full(n, n) for n in range(12)})
     assert [*read.names.values()] == [*values]
     assert read.in_model_order
+    # What other versions will look for.
+    attributes = store._h5_entry_group["2"].attrs
+    assert attributes == {"kind": "velocity", "path": "2/kernel", "order": "model"}
 
 
 def test_without_attributes_places_are_left():
@@ -180,13 +183,20 @@ def test_clocks_of_0_1_0():
     named = file_of(state(A) | {Name("clock_last", A.path): last})
     positions = unnamed(state(A))
     positions.values["clock_0_last"] = last
-    positions.values["clock_1_last"] = positions.values["other_0_last"] = last
-    positions.values["clock_x"] = last
+    positions.values["clock_1_last"] = positions.values["other_0_last"] = last + 1
+    positions.values["clock_x"] = last + 1
     for file in named, positions:
         done = plan(file, state(A), [A])
         assert_same(done.clocks, {Name("clock_last", A.path): last})
         assert_same(done.values, state(A))
         assert not done.warning
+
+
+def test_what_is_left_out_is_counted_by_its_kind():
+    a, b = Name("average_gradient", A.path), Name("average_gradient", B.path)
+    more = state(A, B) | {b: np.ones(3), m(A): np.ones(2), a: np.ones(2)}
+    done = plan(file_of(more), state(A, B), [A, B])
+    assert done.warning.endswith("Left out: 2 `average_gradient`, 1 `momentum`.")
 
 
 def test_a_shape_that_does_not_fit_starts_fresh():
@@ -200,27 +210,40 @@ def test_a_shape_that_does_not_fit_starts_fresh():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({ITERATION: np.int64(1)}, "no averages in the file"),
+        ({ITERATION: np.int64(1)}, "there are no averages in the file"),
         (
-            state(B),
-            r"no shape fits: `velocity` of 'a/kernel': expected shape \(2,\), "
-            r"received \(3,\)",
+            state(*(Owner(f"{n}/kernel", (n,)) for n in (3, 4, 5, 6))),
+            "no shape fits: `velocity` of 'a/kernel': expected shape (2,), "
+            "received (3,), (4,), (5,)",
         ),
-        ({Name("", "z"): np.ones(3), RATE: 1, ITERATION: 1}, "received nothing"),
-        (state(A) | {v(A): np.array([1.0, -1e-9])}, "cannot be negative"),
+        (
+            {Name("", "z"): np.ones(3), RATE: 1, ITERATION: 1},
+            "no shape fits: `velocity` of 'a/kernel': expected shape (2,), "
+            "received nothing",
+        ),
+        (
+            state(A) | {v(A): np.array([1.0, -1e-9])},
+            "averages of squares cannot be negative, as some in the file are. It may "
+            "hold the state of SGD or Adam",
+        ),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(values, message):
     values = {name: np.asarray(value) for name, value in values.items()}
-    with pytest.raises(ForeignStateError, match=message):
+    with pytest.raises(ForeignStateError) as e:
         plan(file_of(values), state(A), [A])
+    assert str(e.value) == message
+
+
+def test_averages_may_be_zero():
+    values = state(A) | {v(A): np.array([0.0, 1e-9])}
+    assert_same(plan(file_of(values), state(A), [A]).values, values)
 
 
 def test_without_names_the_number_must_be_right():
-    with pytest.raises(
-        ForeignStateError, match="it has 3 variables, the file 4 without"
-    ):
+    with pytest.raises(ForeignStateError) as e:
         plan(unnamed(state(A, B)), state(A), [A])
+    assert str(e.value) == "it has 3 variables, the file 4 without names"
 
 
 def test_what_is_no_number_is_an_error():
@@ -241,6 +264,14 @@ def test_an_optimizer_that_is_not_built_takes_its_two_numbers():
     done = plan(file_of(state(A)), both, [])
     assert [*done.values] == [ITERATION, RATE]
     assert "Left out: 1 `velocity`" in done.warning
+
+
+def test_slots_in_a_file():
+    without = {ITERATION: np.ones(()), RATE: np.ones(())}
+    assert saving.has_slots(file_of(state(A)))
+    assert not saving.has_slots(file_of(without))
+    assert saving.has_slots(unnamed(without))  # nothing says what they are
+    assert not saving.has_slots(File({}, {}))
 
 
 def test_who_walks_through_all_attributes():

@@ -55,6 +55,8 @@ def test_several_of_one_kind_and_owner_are_told_apart_by_their_order():
         )
     assert len({*map(id, runs[0])}) == 5
     assert all(a is b for a, b in zip(*runs, strict=True))
+    kinds = [kept.kind for kept in keeper.all()]
+    assert kinds == ["own", "own", "own#1", "own#1", "own#2"]
 
 
 def test_the_optimizers_others_come_first():

@@ -1,5 +1,6 @@
 """Rows of tables, with `tf.Variable`s and no optimizer, against dense NumPy."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -184,3 +185,138 @@ def test_a_checkpoint_brings_rows_up_to_date_and_makes_clocks(tmp_path):
     tf.train.Checkpoint(clocks=other).restore(path)
     assert [*other] == [1]
     np.testing.assert_array_equal(other[1].last, [1, 2, 3, 4, 5])
+    # One that was there takes what is in the file, too, and none is made without need.
+    clocks.make(0).last.assign([5, 4, 3, 2, 1])
+    path = tf.train.Checkpoint(clocks=clocks).save(str(tmp_path / "d"))
+    tf.train.Checkpoint(clocks=other).restore(path)
+    assert sorted(other) == [0, 1]
+    np.testing.assert_array_equal(other[0].last, [5, 4, 3, 2, 1])
+    assert clocks._lookup_dependency("table") is None
+
+
+def test_only_what_writes_a_checkpoint_brings_rows_up_to_date():
+    asked = []
+    clocks = sparse.Clocks(lambda: [table()], lambda: asked.append(1))
+    clock = clocks.make(0)
+    for given in ((), ("savedmodel",)):
+        assert clocks._trackable_children(*given, cache={})["table_0"] is clock
+    with tf.Graph().as_default():
+        clocks._trackable_children("checkpoint")
+    assert not asked
+    clocks._trackable_children("checkpoint")
+    assert asked
+
+
+def test_before_there_are_tables_only_known_clocks_are_found():
+    tables = [table()]
+    clocks = sparse.Clocks(lambda: tables, lambda: None)
+    assert clocks.refused == set()
+    clock = clocks.make(0)
+    tables.clear()
+    assert clocks._lookup_dependency("table_0") is clock
+    assert clocks._lookup_dependency("table_1") is None
+
+
+def test_a_clock_counts_and_does_not_learn():
+    clock = sparse.Clock(table())
+    assert not clock.is_behind()
+    clock.updates.assign_add(1)
+    assert clock.is_behind() is True
+    clock.reset()
+    assert not clock.is_behind()
+    assert clock.trainable_variables == ()
+    assert clock.updates.dtype == clock.last.dtype == tf.int32
+
+
+def test_a_clock_is_where_its_table_is():
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
+    with strategy.scope():
+        weights = keras.Variable(np.ones((ROWS, WIDTH)))
+    clock = sparse.Clock(weights)
+    for variable in (clock.updates, clock.last):
+        assert variable.distribute_strategy is strategy
+    assert not clock.is_behind()
+
+
+def test_variables_of_keras_are_as_good():
+    weights = keras.Variable(np.ones((ROWS, WIDTH)), dtype="float32")
+    assert sparse.native(weights) is weights.value
+    sparse.write(weights, tf.zeros([1, WIDTH]), tf.constant([2]))
+    np.testing.assert_array_equal(
+        sparse.read(weights, tf.constant([1, 2]))[:, 0], [1, 0]
+    )
+    sparse.subtract(weights, tf.ones([ROWS, WIDTH], "float64"), None)
+    np.testing.assert_array_equal(weights.numpy()[:, 1], [0, 0, -1, 0, 0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2)])
+@pytest.mark.parametrize(
+    ("kept", "wide", "rtol"),
+    [
+        ("bfloat16", "float32", 1e-6),
+        ("float32", "float32", 1e-6),
+        ("float64",) * 2 + (1e-15,),
+    ],
+)
+@pytest.mark.parametrize("ids", [None, [2, 0]])
+def test_silence_is_made_up_for_in_the_dtype_of_a_step(shape, kept, wide, rtol, ids):
+    # A power of rho as float32 or float64 has it, and not as Python does.
+    rho = 0.999
+    clock = sparse.Clock(tf.zeros(shape))
+    clock.updates.assign(40)
+    clock.last.assign([40, 39, 0])
+    slots = Slots(*(tf.Variable(tf.fill(shape, tf.cast(x, kept))) for x in (1, 2, 4)))
+    of_rows = np.array([0, 1, 40])[slice(None) if ids is None else ids]
+    power = np.array(rho, wide).astype("float64") ** of_rows
+    power = power.reshape(-1, *[1] * (len(shape) - 1)) * np.ones(shape[1:])
+    rows = sparse.Rows(clock, None if ids is None else tf.constant(ids))
+    for given in (rho, tf.constant(rho, wide)):
+        v, m, a = sparse.caught_up(slots, rows, given)
+        assert {x.dtype.name for x in (v, m, a)} == {wide}
+        assert v.shape == a.shape == m.shape == power.shape
+        np.testing.assert_allclose(v, power, rtol=rtol)
+        np.testing.assert_allclose(a, 4 * power, rtol=rtol)
+        np.testing.assert_array_equal(m, np.full(power.shape, 2.0))
+    alone = sparse.caught_up(Slots(slots.velocity), rows, rho)
+    assert alone[1:] == (None, None)
+
+
+def test_what_is_caught_up_is_rounded_by_the_draw():
+    def caught(step):
+        slots = Slots(tf.Variable(tf.ones([1, 4096], "bfloat16")))
+        clock = sparse.Clock(slots.velocity)
+        clock.updates.assign(1)
+        sparse.catch_up(slots, clock, 0.999, Draw(tf.constant(5), tf.constant(step)))
+        return slots.velocity.numpy().astype("float64")
+
+    first, second = caught(1), caught(2)
+    assert (first != second).any()
+    for v in (first, second):
+        np.testing.assert_allclose(v.mean(), 0.999, rtol=1e-5)
+
+
+def test_means_of_tables_of_any_rank():
+    ids = tf.constant([2, 0, ROWS])
+    one_axis = tf.constant([3.0, 5.0, 100.0])
+    assert sparse.mean(one_axis, ids=ids, variable=tf.zeros([ROWS])) == 4.0
+    three_axes = tf.reshape(tf.range(12.0), [3, 2, 2])
+    assert sparse.mean(three_axes, ids=ids, variable=tf.zeros([ROWS, 2, 2])) == 3.5
+
+
+def test_an_error_names_ten_indices():
+    with pytest.raises(tf.errors.InvalidArgumentError) as e:
+        sparse.check_ids(slices(range(101, 115)), table())
+    assert "[An index of a sparse gradient is not in [0, 5)]" in str(e.value)
+    assert "110" in str(e.value)
+    assert "111" not in str(e.value)
+
+
+def test_without_the_private_function_all_is_as_under_xla(monkeypatch):
+    from tensorflow.python.ops import control_flow_util
+
+    assert sparse.inside_xla() is False
+    monkeypatch.delattr(control_flow_util, "GraphOrParentsInXlaContext")
+    assert sparse.inside_xla() is True
+    sums, ids = sparse.distinct(slices([1, 1]), table())
+    np.testing.assert_array_equal(ids, [1, ROWS])
+    np.testing.assert_allclose(sums, [slices([1, 1]).values.numpy().sum(0), [0, 0]])
