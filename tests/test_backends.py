@@ -98,13 +98,17 @@ def test_ways():
     ("shape", "short"),
     [
         ((2**14,), False),
+        ((), False),
         ((2**13, 2), True),
         ((2**12, 2), False),
         ((2**14, 1), False),
+        ((2**13 - 1, 2), False),
         ((2**9, 32), False),
         ((2**9, 33), True),
         ((2**9, 127), True),
         ((2**9, 129), False),
+        ((2**14, 3, 1), False),
+        ((2, 2**13, 5), True),
     ],
 )
 def test_short_axes(shape, short):

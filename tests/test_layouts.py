@@ -9,6 +9,7 @@ from stepping import assert_close
 from keras_rmsprop import RMSprop
 from keras_rmsprop.backends import layouts
 from keras_rmsprop.backends.tensorflow import XLA_EAGER_ELEMENTS
+from keras_rmsprop.rule import Slots
 
 SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (layouts.END_TO_END_ELEMENTS + 1,)]
 
@@ -133,3 +134,105 @@ def test_eager_steps_of_small_variables_are_not_compiled(shape, jit_compile, xla
     (program,) = optimizer._runner._programs._programs.values()
     attributes = program.concrete.function_def.attr
     assert attributes["_XlaMustCompile"].b is xla
+
+
+def toy(gradient, weights, slots):
+    """A step whose result says which numbers met, and on how many axes."""
+    assert len(gradient.shape) == len(weights.shape) == 1
+    v, m, a = slots
+    assert all(x is None or x.shape == gradient.shape for x in slots)
+    new = Slots(v + gradient, m if m is None else 2 * m, a if a is None else 3 * a)
+    return tf.cast(10 * gradient + 100 * weights, "float64"), new
+
+
+def numbered(shapes, kinds):
+    """Return gradients, variables and slots without two numbers that are equal."""
+    count = np.arange(10000, dtype="float32").__iter__()
+
+    def drawn(shape):
+        return np.array([next(count) for _ in range(int(np.prod(shape)))]).reshape(
+            shape
+        )
+
+    return [
+        (
+            tf.constant(drawn(shape), "float32"),
+            tf.Variable(tf.constant(drawn(shape), "float32")),
+            Slots(
+                *(
+                    tf.Variable(tf.constant(drawn(shape), "float32")) if there else None
+                    for there in kinds
+                )
+            ),
+        )
+        for shape in shapes
+    ]
+
+
+def expected_of(several):
+    return [
+        [w - 10 * g - 100 * w, v + g, *(() if m is None else (2 * m,))]
+        + ([] if a is None else [3 * a])
+        for g, w, (v, m, a) in (
+            (g.numpy(), w.numpy(), slots.map(lambda x: x.numpy()))
+            for g, w, slots in several
+        )
+    ]
+
+
+def values_of(several):
+    return [
+        [w.numpy(), *(x.numpy() for x in slots if x is not None)]
+        for _, w, slots in several
+    ]
+
+
+KINDS = [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize(
+    "shapes", [[(3,), (2,)], [(), (2, 3), (4,), (1,), (0,), (2, 1)]]
+)
+def test_end_to_end_each_gets_its_own_numbers(kinds, shapes):
+    several = numbered(shapes, kinds)
+    expected = expected_of(several)
+    layouts.update_end_to_end(*zip(*several, strict=True), toy)
+    for got, want in zip(values_of(several), expected, strict=True):
+        for x, y in zip(got, want, strict=True):
+            assert x.shape == y.shape
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_on_one_axis_and_back(kinds):
+    ((gradient, variable, slots),) = several = numbered([(2, 3, 2)], kinds)
+    before, expected = values_of(several), expected_of(several)
+    for undecided, want in ((False, before), (True, expected)):
+        layouts.update_on_one_axis(
+            gradient, variable, slots, toy, tf.constant(undecided)
+        )
+        for x, y in zip(values_of(several)[0], want[0], strict=True):
+            assert x.shape == y.shape
+            np.testing.assert_array_equal(x, y)
+
+
+def test_the_largest_that_is_small():
+    assert layouts.is_small(tf.zeros([4, layouts.END_TO_END_ELEMENTS // 4]))
+    assert not layouts.is_small(tf.zeros([layouts.END_TO_END_ELEMENTS + 1]))
+
+
+def test_vectors_are_not_reshaped():
+    # An operation on a small variable costs more than what it computes.
+    @tf.function
+    def update():
+        layouts.update_end_to_end(*zip(*several, strict=True), toy)
+
+    several = numbered([(3,), (2,)], (1, 0, 0))
+    kinds = [op.type for op in update.get_concrete_function().graph.get_operations()]
+    assert "Reshape" not in kinds
+    assert kinds.count("ConcatV2") == 3
+    several = numbered([(3,), (2, 1)], (1, 0, 0))
+    update = tf.function(update.python_function)
+    kinds = [op.type for op in update.get_concrete_function().graph.get_operations()]
+    assert kinds.count("Reshape") == 3 + 2

@@ -1,4 +1,4 @@
-"""The step of any backend, variable by variable, beside the reference; no TensorFlow."""
+"""The step of any backend, one variable after the other, beside the reference."""
 
 import contextlib
 

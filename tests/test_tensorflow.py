@@ -86,14 +86,14 @@ SPARSE = (
         (
             zeros(4, 3, dtype="int32"),
             TypeError,
-            "A gradient must be of floating point numbers. Received: int32 for variable "
-            "'w'",
+            "A gradient must be of floating point numbers. "
+            "Received: int32 for variable 'w'",
         ),
         (
             zeros(3, 4),
             ValueError,
-            "A gradient must have the shape of its variable. Received: shape (3, 4) for "
-            "variable 'w' of shape (4, 3)",
+            "A gradient must have the shape of its variable. Received: "
+            "shape (3, 4) for variable 'w' of shape (4, 3)",
         ),
         (
             rows(zeros(1, 3), tf.constant([1], "int16")),
@@ -125,7 +125,7 @@ def test_gradients_that_do_not_fit(gradient, error, message):
 
 def test_no_rows_of_a_scalar_and_no_gradient_without_a_variable():
     scalar = keras.Variable(0.0, name="s")
-    with pytest.raises(ValueError, match="of shape .* for variable 's' of shape"):
+    with pytest.raises(ValueError, match=r"of shape .* for variable 's' of shape"):
         backend.check(rows(zeros(1), tf.constant([0])), scalar)
     with pytest.raises(TypeError) as e:
         backend.check(zeros(4, 3), zeros(4, 3).numpy())
@@ -186,6 +186,7 @@ def test_debugging_tools_are_seen():
         context.context().remove_op_callback(watching)
 
 
+XLA = "XLA makes one loop of its operations"
 IN_GRAPH = {"in_program": False, "xla": False}
 IN_PROGRAM = {"in_program": True, "xla": True}
 
