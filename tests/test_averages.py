@@ -307,6 +307,7 @@ def test_warm_up_in_fit(jit_compile):
     assert_close(weights(model), oracle.averages, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("every", [None, 2])
 def test_warm_up_on_other_backends(backend, every):

@@ -22,10 +22,12 @@ def ours(**options):
     return RMSprop(**OPTIONS | options)
 
 
+@pytest.mark.slow
 def test_validation_and_callbacks_see_averages_wherever_it_stands():
     check(ours, places=(0, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -41,6 +43,7 @@ def test_other_optimizers_and_options(optimizer):
     check(optimizer)
 
 
+@pytest.mark.slow
 def test_with_xla_and_without_validation():
     check(ours, jit_compile=True)
     check(ours, validation_data=None)
@@ -50,6 +53,7 @@ def test_files_and_early_stopping():
     check_files(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

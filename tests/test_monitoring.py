@@ -104,6 +104,7 @@ def test_bad_input():
         watched(model, *numbers(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends(backend):
     pytest.importorskip(backend)
