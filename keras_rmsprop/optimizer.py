@@ -281,6 +281,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._clocks,
             # There is no public way to know. Without the private one it stays None.
             lambda: vars(self).get("_self_update_uid"),
+            finds_rate=auto is not None,
         )
 
     # What it keeps for each variable of the model.
@@ -678,16 +679,20 @@ class RMSprop(keras.optimizers.Optimizer):
 
     @property
     def found_learning_rate(self) -> Any:
-        """The learning rate found while training, of the last step; a number.
+        """The learning rate found while training, of the last step.
+
+        A number; in a `tf.function`, where the optimizer must be built, a tensor.
 
         It is `learning_rate` times the distance that was found, times `1 - momentum`.
         None without `learning_rate="auto"`. A warning says where it seems wrong.
         """
         if self._search is None:
             return None
+        factor = self._get_current_learning_rate()
+        if not backend.is_eager():
+            return self._rate_of(self._search.estimate[0], factor)
         self._warn(self._search.complaint())
-        distance = self._search.known().distance
-        return float(self._rate_of(distance, self._get_current_learning_rate()))
+        return float(self._rate_of(self._search.known().distance, factor))
 
     def _update(
         self, grads: Sequence[Any], variables: Sequence[Any], rate: Any

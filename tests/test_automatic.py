@@ -285,6 +285,33 @@ def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     )
 
 
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("finds", [False, True])
+def test_a_rate_in_a_file_is_no_factor_nor_the_other_way_round(tmp_path, built, finds):
+    rates = {True: "auto", False: 0.25}
+    source = dense_model(RMSprop(rates[not finds]))
+    x, y = numbers(source)
+    source.fit(x, y, verbose=0)
+    source.save_weights(tmp_path / "m.weights.h5")
+    model = dense_model(RMSprop(rates[finds]))
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_weights(tmp_path / "m.weights.h5")
+        model.fit(x, y, verbose=0)
+    assert int(model.optimizer.iterations) == 2
+    assert float(model.optimizer.learning_rate) == (1 if finds else 0.25)
+
+
+def test_the_rate_found_is_a_tensor_in_a_function():
+    optimizer, weight = RMSprop("auto"), keras.Variable([1.0, 2.0])
+    for _ in range(30):
+        optimizer.apply([weight.numpy()], [weight])
+    inside = tf.function(lambda: optimizer.found_learning_rate)()
+    assert float(inside) == pytest.approx(optimizer.found_learning_rate)
+
+
 def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
     x, y = numbers(model, batch=32)
