@@ -306,6 +306,15 @@ def test_settings_are_equal_where_all_attributes_are():
     assert settings.number(given | {"_self_tracked": object()}) == 0
 
 
+def test_the_most_settings_and_those_in_use_stay(monkeypatch):
+    monkeypatch.setattr(programs, "MOST_PROGRAMS", 3)
+    settings = programs.Settings()
+    given = [0, 1, 2, 0, 3, 2, 0, 1]  # the 3 is one too many, and 1 is the oldest
+    numbers = [settings.number({"x": x}) for x in given]
+    assert numbers == [0, 1, 2, 0, 3, 2, 0, 4]
+    assert settings.number({"x": 3}) == 5
+
+
 def test_a_dropped_list_does_not_leave_its_number_to_another():
     settings = programs.Settings()
     numbers = {settings.number({"x": [n]}) for n in range(50)}

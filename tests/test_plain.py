@@ -92,10 +92,20 @@ def test_the_mean_is_handed_on():
         return keras.ops.ones((), x.dtype)
 
     options = rule.Options(momentum=0.5, cautious=True)
-    step = Step(options, variable(0.5), Draw(None, 0))
+    # The count is read for the bias correction alone.
+    step = Step(options, variable(0.5), Draw(None, step=None))
     x = keras.ops.ones(2, "float64")
     step.taken(x, None, Slots(x, x), dtype="float64", mean=mean)
     assert len(asked) == 1
+
+
+def test_constants_that_are_tensors_are_cast():
+    options = rule.Options(rho=keras.ops.convert_to_tensor(0.5, "float32"), epsilon=0.0)
+    x = keras.ops.ones(2, "float64")
+    step = Step(options, variable(0.5), Draw(None, 0))
+    taken, new = step.taken(x, None, Slots(x * 3), dtype="float64")
+    np.testing.assert_allclose(new.velocity, [2.0] * 2, rtol=1e-12)
+    np.testing.assert_allclose(taken, [0.5 / 2**0.5] * 2, rtol=1e-12)
 
 
 def test_assigned_by_functions_that_are_given():
@@ -126,6 +136,14 @@ def test_what_is_no_number_stays_as_it_is():
         assert plain.as_gradient(given, variable([1.0])) is given
 
 
+@pytest.fixture(params=["float32", "float16"])
+def floatx(request):
+    keras.config.set_floatx(request.param)
+    yield request.param
+    keras.config.set_floatx("float32")
+
+
+@pytest.mark.usefixtures("floatx")
 def test_gradients_are_widened_where_they_are_narrow():
     for narrow in ("float16", "bfloat16"):
         wide = plain.widened(keras.ops.ones(1, narrow))
