@@ -158,3 +158,16 @@ def test_names_of_others_are_no_match_however_many_they_are():
 
 def test_names_of_variables_alone():
     assert places(["b"], ["c", "b"]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "expected"),
+    [
+        ("ca", "abc", [2, 0]),
+        ("cba", "ac", [1, None, 0]),
+        # Neither has all of the other: then the order counts, and leaves it open.
+        ("cax", "abc", [None] * 3),
+    ],
+)
+def test_by_name_some_of_them(theirs, mine, expected):
+    assert places(theirs, mine, by_name=True) == expected
