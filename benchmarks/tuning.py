@@ -242,8 +242,6 @@ def fix_threads(threads: int) -> None:
 
 def main() -> None:
     """Train what is missing, print the table, publish it if it is whole."""
-    import tuning_report
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="how often each one trains")
@@ -267,6 +265,8 @@ def main() -> None:
         runs = [r for r in plan(options) if r.competitor in mine and r not in done]
         train(runs, options.file)
         return
+    import tuning_report  # and with it Keras, on the backend set above
+
     failed = False
     for backend in backends:
         command = [sys.executable, __file__, *sys.argv[1:], "--backend", backend]
