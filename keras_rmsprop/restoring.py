@@ -11,7 +11,7 @@ from typing import Any
 from keras_rmsprop import saving
 from keras_rmsprop.alignment import Owner
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.slots import RATE_ESTIMATE, Keeper
+from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, RATE_ESTIMATE, Keeper
 
 
 class Restorer:
@@ -148,10 +148,14 @@ class Restorer:
         if plan.warning:
             warnings.warn(plan.warning, stacklevel=2)
         kept = {id(k.variable): k for k in self._keeper.all()}
+        # Parts of two searches would find a learning rate that is far too large.
+        restarts = any(name.kind == GRADIENT_SUM for name in plan.fresh)
         for name, variable in places.items():
             if name in self._not_meant(file):
                 continue
-            if name in plan.values and name not in keep:
+            if restarts and name.kind in OF_SEARCH:
+                kept[id(variable)].start_fresh()
+            elif name in plan.values and name not in keep:
                 variable.assign(plan.values[name])
             elif name in plan.fresh and id(variable) in kept:
                 kept[id(variable)].start_fresh()

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_rmsprop.alignment import Owner, aligned
-from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
+from keras_rmsprop.slots import OF_SEARCH
 from keras_rmsprop.state import is_real
 
 OURS = ("rounding_offset", "skipped_steps")
 """Kinds that the built-in does not have, and a file need not."""
-_NOT_IN_BUILT_IN = (*OURS, FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE)
+_NOT_IN_BUILT_IN = *OURS, *OF_SEARCH
 _ORDER = "order"
 """The attribute that says in which order variables stand: `"model"`, the model's. In
 files of version 0.1.0, which lack it, those unfrozen later come last."""

@@ -14,6 +14,7 @@ WEIGHT_AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
 FIRST_WEIGHT, GRADIENT_SUM = "first_weight", "gradient_sum"
 """Those of a learning rate that is found while training, and what is known of it."""
 RATE_ESTIMATE = "learning_rate_estimate"
+OF_SEARCH = FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
 
 
 class Kept(NamedTuple):

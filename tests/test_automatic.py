@@ -304,6 +304,28 @@ def test_a_rate_in_a_file_is_no_factor_nor_the_other_way_round(tmp_path, built, 
     assert float(model.optimizer.learning_rate) == (1 if finds else 0.25)
 
 
+def test_a_search_that_fits_in_parts_begins_anew(tmp_path):
+    def model(one_in):
+        auto = AutoLearningRate(one_in=one_in)
+        return dense_model(RMSprop(auto), units=(2000, 3))
+
+    source = model(one_in=1)
+    x, y = numbers(source, batch=32)
+    source.fit(x, y, epochs=20, verbose=0)
+    source.save_weights(tmp_path / "m.weights.h5")
+    other = model(one_in=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.load_weights(tmp_path / "m.weights.h5")
+        other.fit(x, y, verbose=0)
+    assert int(other.optimizer.iterations) == 21
+    distance, _, steps, _ = other.optimizer._search.estimate.numpy()
+    assert (distance, steps) == (np.float32(1e-5), 1)
+    for first, w in zip(other.optimizer._search.firsts, source.weights, strict=True):
+        sample = other.optimizer._search.options.sample(w.shape)
+        np.testing.assert_array_equal(first.numpy(), sample.of(w.numpy()))
+
+
 def test_the_rate_found_is_a_tensor_in_a_function():
     optimizer, weight = RMSprop("auto"), keras.Variable([1.0, 2.0])
     for _ in range(30):

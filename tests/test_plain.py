@@ -106,6 +106,12 @@ def test_constants_that_are_tensors_are_cast():
     taken, new = step.taken(x, None, Slots(x * 3), dtype="float64")
     np.testing.assert_allclose(new.velocity, [2.0] * 2, rtol=1e-12)
     np.testing.assert_allclose(taken, [0.5 / 2**0.5] * 2, rtol=1e-12)
+    decay = keras.ops.convert_to_tensor(1.0, "float32")
+    step = Step(options, 1.0, Draw(None, 0), decoupled_weight_decay=False)
+    taken, new = step.taken(x, x * 2, Slots(x * 3), dtype="float64", decay=decay)
+    # The gradient is 1 + 1 * 2, so v is 1.5 + 4.5.
+    np.testing.assert_allclose(new.velocity, [6.0] * 2, rtol=1e-12)
+    np.testing.assert_allclose(taken, [3 / 6**0.5] * 2, rtol=1e-12)
 
 
 def test_assigned_by_functions_that_are_given():
