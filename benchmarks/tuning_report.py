@@ -229,6 +229,7 @@ def panel_of(panel: Any, name: str, results: Results) -> None:
 def publish(results: Results) -> None:
     """Write figures, picture and, where the page has a place for it, the table."""
     table = rows(results)
+    harness.fix_threads()
     written = {
         "machine": harness.machine(),
         "verdicts": verdicts(results),
