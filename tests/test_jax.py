@@ -1,8 +1,10 @@
 """On JAX, in a process of its own: which backend Keras has is settled on import."""
 
+import pytest
 from stepping import python
 
 
+@pytest.mark.slow
 def test_low_precision_gradients_are_accumulated():
     out = python(
         """
