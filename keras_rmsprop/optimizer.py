@@ -673,6 +673,13 @@ class RMSprop(keras.optimizers.Optimizer):
         else:
             self._update(grads, trainable_variables, rate)
 
+    def _search_is_known(self) -> bool:
+        """Whether numbers are known here and now, not in a function being traced."""
+        estimate = self._search.estimate
+        if estimate is None:
+            return True
+        return backend.is_eager() and options.has_value(estimate[0])
+
     def _rate_of(self, distance: Any, factor: Any) -> Any:
         """Return the learning rate of a distance: with momentum, steps add up."""
         return factor * distance * (1 - self.momentum)
@@ -689,7 +696,7 @@ class RMSprop(keras.optimizers.Optimizer):
         if self._search is None:
             return None
         factor = self._get_current_learning_rate()
-        if not backend.is_eager():
+        if not self._search_is_known():
             return self._rate_of(self._search.estimate[0], factor)
         self._warn(self._search.complaint())
         return float(self._rate_of(self._search.known().distance, factor))
@@ -813,7 +820,7 @@ class RMSprop(keras.optimizers.Optimizer):
         Args:
             var_list: The model's variables.
         """
-        if self._search is not None and self.built:
+        if self._search is not None and self.built and self._search_is_known():
             self._warn(self._search.complaint(self._trainable_variables))
         super().finalize_variable_values(var_list)
 

@@ -334,6 +334,19 @@ def test_the_rate_found_is_a_tensor_in_a_function():
     assert float(inside) == pytest.approx(optimizer.found_learning_rate)
 
 
+def test_a_training_can_end_in_a_function():
+    optimizer, weight = RMSprop("auto", use_ema=True), keras.Variable([1.0, 2.0])
+    optimizer.build([weight])
+
+    @tf.function
+    def step():
+        optimizer.apply([tf.ones(2)], [weight])
+        optimizer.finalize_variable_values([weight])
+
+    step()
+    assert int(optimizer.iterations) == 1
+
+
 def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
     x, y = numbers(model, batch=32)
