@@ -45,6 +45,8 @@ MOST = 1e4
 """No distance is greater: down a slope without end it would grow to infinity."""
 SAMPLED_ELEMENTS = 2**12
 """From this size on not all elements of a variable are looked at."""
+INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
+COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
 LONGEST_STEP = 100.0
 """No weight is moved farther by a step than so many learning rates."""
 
@@ -57,9 +59,11 @@ class AutoLearningRate:
     `RMSprop(learning_rate=AutoLearningRate())`. Few need more.
 
     Args:
-        initial: $d_0$ > 0, the rate of the first step, in units of the weights. It is
-            to be smaller than any rate that could be right. Defaults to `1e-5`.
-        coefficient: $c$ > 0, what the distance found is multiplied by. Defaults to `1`.
+        initial: $d_0$ in [1e-12, 1], the rate of the first step, in units of the
+            weights. It is to be smaller than any rate that could be right. Defaults to
+            `1e-5`.
+        coefficient: $c$ in (0, 1000], what the distance found is multiplied by.
+            Defaults to `1`.
         growth: By how much the rate may grow in a step, a factor > 1: 1.02 is a slow
             warm-up. Defaults to infinity.
         one_in: The estimate looks at one in so many elements of each variable with more
@@ -97,8 +101,8 @@ class AutoLearningRate:
         one_in: int = 4,
         factor: Any = 1.0,
     ) -> None:
-        self.initial = checks.number("initial", initial, checks.POSITIVE)
-        self.coefficient = checks.number("coefficient", coefficient, checks.POSITIVE)
+        self.initial = checks.number("initial", initial, INITIAL)
+        self.coefficient = checks.number("coefficient", coefficient, COEFFICIENT)
         self.growth = checks.number("growth", growth, checks.ABOVE_ONE)
         self.one_in = checks.integer("one_in", one_in, 1)
         self.factor = checks.learning_rate(factor)
@@ -121,12 +125,17 @@ class AutoLearningRate:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AutoLearningRate":
         """Return one made of what `get_config` returned."""
-        growth = config["growth"]
-        factor = keras.saving.deserialize_keras_object(config["factor"])
-        return cls(
-            **config
-            | {"growth": math.inf if growth is None else growth, "factor": factor}
-        )
+        given = {**config}
+        if given.get("growth", 0) is None:
+            given["growth"] = math.inf
+        if "factor" in given:
+            given["factor"] = keras.saving.deserialize_keras_object(given["factor"])
+        return cls(**given)
+
+    def looks_like(self, other: "AutoLearningRate") -> bool:
+        """Whether another one is the same but for the factor."""
+        same = "initial", "coefficient", "growth", "one_in"
+        return all(getattr(self, name) == getattr(other, name) for name in same)
 
 
 class Estimate(NamedTuple):
@@ -460,7 +469,7 @@ def farthest(pairs: Sequence[tuple[Any, Any]], options: AutoLearningRate) -> flo
         options: How these are looked at.
     """
     ways = [
-        options.sample(x.shape).of(ops.convert_to_tensor(x)) - first
+        ops.stop_gradient(options.sample(x.shape).of(ops.convert_to_tensor(x)) - first)
         for x, first in pairs
         if math.prod(first.shape)
     ]

@@ -57,7 +57,8 @@ def integer(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: It is no integer, or less.
     """
-    if not isinstance(value, numbers.Integral) or value < least:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < least:
         raise ValueError(
             f"`{name}` must be an integer >= {least}. Received: {name}={value!r}"
         )
@@ -104,12 +105,12 @@ def learning_rate(value: Any) -> Any:
         value: A number, a schedule, a callable or a tensor.
 
     Raises:
-        TypeError: It is a string or None.
+        TypeError: It is a string, None or a class.
         ValueError: It is out of range.
     """
-    if not isinstance(value, numbers.Real | str | None):
+    if not isinstance(value, numbers.Real | str | type | None):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str | type):
         raise TypeError(
             '`learning_rate` must be a number, "auto", a schedule or a callable. '
             f"Received: learning_rate={value!r}"

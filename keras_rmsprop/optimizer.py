@@ -29,6 +29,7 @@ from keras_rmsprop.slots import (
     ACCUMULATOR,
     FIRST_WEIGHT,
     GRADIENT_SUM,
+    RATE_FACTOR,
     WEIGHT_AVERAGE,
     Keeper,
     in_order_of,
@@ -242,8 +243,10 @@ class RMSprop(keras.optimizers.Optimizer):
                 epsilon = automatic.EPSILON if epsilon == 1e-7 else epsilon
         own |= {"rho": rho, "momentum": momentum, "epsilon": epsilon}
         own = options.checked(own | {"centered": centered})
+        learning_rate = checks.learning_rate(learning_rate)
+        is_factor = auto is not None and isinstance(learning_rate, float)
         super().__init__(
-            learning_rate=checks.learning_rate(learning_rate),
+            learning_rate=(lambda: 0.0) if is_factor else learning_rate,
             ema_overwrite_frequency=ema_overwrite_frequency,
             name=name,
             **options.checked_of_keras(
@@ -263,6 +266,13 @@ class RMSprop(keras.optimizers.Optimizer):
         for option, value in own.items():
             setattr(self, option, value)
         self._search: Any = None if auto is None else automatic.Search(auto)
+        if is_factor:
+            self._learning_rate: Any = super().add_variable(
+                (),
+                keras.initializers.Constant(learning_rate),
+                _dtype_of_factor(),
+                name=RATE_FACTOR,
+            )
         self.skipped_steps: Any = 0
         self._keeper = Keeper()
         self._now = _Now()
@@ -281,7 +291,6 @@ class RMSprop(keras.optimizers.Optimizer):
             self._clocks,
             # There is no public way to know. Without the private one it stays None.
             lambda: vars(self).get("_self_update_uid"),
-            finds_rate=auto is not None,
         )
 
     # What it keeps for each variable of the model.
@@ -682,7 +691,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _rate_of(self, distance: Any, factor: Any) -> Any:
         """Return the learning rate of a distance: with momentum, steps add up."""
-        return factor * distance * (1 - self.momentum)
+        return ops.cast(factor, "float32") * distance * (1 - self.momentum)
 
     @property
     def found_learning_rate(self) -> Any:
@@ -1015,10 +1024,10 @@ class RMSprop(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         auto = automatic.asked_for(learning_rate)
         if auto is not None:
-            if self._search is None:
+            if self._search is None or not self._search.options.looks_like(auto):
                 raise ValueError(
-                    "A learning rate to be found must be asked for when the optimizer "
-                    f"is made. Received: learning_rate={learning_rate!r}"
+                    "How a learning rate is found must be said when the optimizer is "
+                    f"made. Received: learning_rate={learning_rate!r}"
                 )
             learning_rate = auto.factor
         inherited: Any = keras.optimizers.Optimizer.learning_rate
@@ -1060,6 +1069,17 @@ _OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_updat
 
 _signature = options.signature(RMSprop.__init__)
 RMSprop.__init__.__signature__ = _signature  # type: ignore[attr-defined]
+
+
+def _dtype_of_factor() -> str:
+    """Return a dtype that rates do not have, where `tf.train.Checkpoint` may come.
+
+    It asks for no names, but it refuses to load one dtype into another.
+    """
+    rates = str(keras.config.floatx())
+    if not on_tensorflow:
+        return rates
+    return "float32" if rates == "float64" else "float64"
 
 
 def _is_trainable(variable: Any) -> bool:

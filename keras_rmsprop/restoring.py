@@ -11,7 +11,7 @@ from typing import Any
 from keras_rmsprop import saving
 from keras_rmsprop.alignment import Owner
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, RATE_ESTIMATE, Keeper
+from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, Keeper
 
 
 class Restorer:
@@ -24,8 +24,6 @@ class Restorer:
         index_of: Returns the index of one of the model's variables.
         clocks: The clocks of the tables.
         checkpoints: Returns something else after a `tf.train.Checkpoint` was restored.
-        finds_rate: Whether the optimizer finds its learning rate, and that variable
-            holds a factor.
     """
 
     def __init__(
@@ -36,10 +34,7 @@ class Restorer:
         index_of: Callable[[Any], int],
         clocks: Any,
         checkpoints: Callable[[], Any],
-        *,
-        finds_rate: bool = False,
     ) -> None:
-        self._finds_rate = finds_rate
         self._keeper = keeper
         self._variables = variables
         self._owners = owners
@@ -109,7 +104,7 @@ class Restorer:
         self._before = [(name, v, v.numpy()) for name, v in named]
         by_name = {name: file.values[key] for key, name in file.names.items()}
         for name, variable in named:
-            if name in by_name and name not in self._not_meant(file):
+            if name in by_name:
                 variable.assign(by_name[name])
         self._file = file if saving.has_slots(file) else None
 
@@ -133,12 +128,6 @@ class Restorer:
                 for _, variable, value in before:
                     variable.assign(value)
 
-    def _not_meant(self, file: saving.File) -> set[saving.Name]:
-        """Return what of a file is not for this optimizer: a rate is no factor."""
-        finds_rate = any(name.kind == RATE_ESTIMATE for name in file.names.values())
-        is_other = finds_rate is not self._finds_rate
-        return {saving.Name("learning_rate", "")} if is_other else set()
-
     def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
         """Load a file, but for variables to keep."""
         owners = self._owners()
@@ -151,8 +140,6 @@ class Restorer:
         # Parts of two searches would find a learning rate that is far too large.
         restarts = any(name.kind == GRADIENT_SUM for name in plan.fresh)
         for name, variable in places.items():
-            if name in self._not_meant(file):
-                continue
             if restarts and name.kind in OF_SEARCH:
                 kept[id(variable)].start_fresh()
             elif name in plan.values and name not in keep:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_rmsprop.alignment import Owner, aligned
-from keras_rmsprop.slots import OF_SEARCH
+from keras_rmsprop.slots import OF_SEARCH, RATE, RATE_FACTOR
 from keras_rmsprop.state import is_real
 
 OURS = ("rounding_offset", "skipped_steps")
@@ -194,7 +194,11 @@ def _named(
     paths = [owner.path for owner in owners]
     if not file.names:
         keys = [key for key in file.values if key.isdigit()]
-        by_position = [n for n in places if n.kind not in _NOT_IN_BUILT_IN]
+        by_position = [
+            Name(RATE, "") if n.kind == RATE_FACTOR else n
+            for n in places
+            if n.kind not in _NOT_IN_BUILT_IN
+        ]
         if len(keys) == len(places):
             by_position = [*places]
         if len(keys) != len(by_position):

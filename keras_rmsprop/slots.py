@@ -15,6 +15,8 @@ FIRST_WEIGHT, GRADIENT_SUM = "first_weight", "gradient_sum"
 """Those of a learning rate that is found while training, and what is known of it."""
 RATE_ESTIMATE = "learning_rate_estimate"
 OF_SEARCH = FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
+RATE, RATE_FACTOR = "learning_rate", "learning_rate_factor"
+"""The names of the learning rate, and of what multiplies one that is found."""
 
 
 class Kept(NamedTuple):

@@ -215,10 +215,14 @@ def test_the_configuration_makes_an_equal_one():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"initial": 0}, ValueError, "`initial` must be finite and > 0"),
+        ({"initial": 0}, ValueError, r"`initial` must be in \[1e-12, 1\]"),
+        ({"initial": 1e-300}, ValueError, r"`initial` must be in \[1e-12, 1\]"),
+        ({"initial": 2}, ValueError, r"`initial` must be in \[1e-12, 1\]"),
+        ({"coefficient": 1e300}, ValueError, r"`coefficient` must be in \(0, 1000\]"),
         ({"coefficient": "1"}, TypeError, "`coefficient` must be a number"),
         ({"growth": 1}, ValueError, "`growth` must be > 1"),
         ({"one_in": 0}, ValueError, "`one_in` must be an integer >= 1"),
+        ({"one_in": True}, ValueError, "`one_in` must be an integer >= 1"),
         ({"factor": -1}, ValueError, "`learning_rate` must be finite and >= 0"),
     ],
 )
@@ -233,8 +237,20 @@ def test_it_is_asked_for_when_the_optimizer_is_made():
     with pytest.raises(ValueError, match="when the optimizer is made"):
         optimizer.learning_rate = "auto"
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
-    with pytest.raises(TypeError, match='"auto"'):
-        RMSprop("automatic")
+    for rate in "automatic", AutoLearningRate:
+        with pytest.raises(TypeError, match='"auto"'):
+            RMSprop(rate)
+    optimizer = RMSprop("auto")
+    optimizer.learning_rate = AutoLearningRate(factor=0.5)
+    assert float(optimizer.learning_rate) == 0.5
+    with pytest.raises(ValueError, match="when the optimizer is made"):
+        optimizer.learning_rate = AutoLearningRate(initial=1e-3)
+
+
+def test_a_config_need_not_be_complete():
+    whole = AutoLearningRate().get_config()
+    assert AutoLearningRate.from_config({}).get_config() == whole
+    assert AutoLearningRate.from_config({"growth": None}).get_config() == whole
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "use_ema": True}], ids=str)
@@ -285,13 +301,17 @@ def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     )
 
 
+@pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("finds", [False, True])
-def test_a_rate_in_a_file_is_no_factor_nor_the_other_way_round(tmp_path, built, finds):
+def test_a_rate_in_a_file_is_no_factor_nor_the_other_way_round(
+    tmp_path, built, finds, steps
+):
     rates = {True: "auto", False: 0.25}
     source = dense_model(RMSprop(rates[not finds]))
     x, y = numbers(source)
-    source.fit(x, y, verbose=0)
+    for _ in range(steps):
+        source.train_on_batch(x, y)
     source.save_weights(tmp_path / "m.weights.h5")
     model = dense_model(RMSprop(rates[finds]))
     if built:
@@ -300,8 +320,45 @@ def test_a_rate_in_a_file_is_no_factor_nor_the_other_way_round(tmp_path, built, 
         warnings.simplefilter("ignore")
         model.load_weights(tmp_path / "m.weights.h5")
         model.fit(x, y, verbose=0)
-    assert int(model.optimizer.iterations) == 2
+    assert int(model.optimizer.iterations) == steps + 1
     assert float(model.optimizer.learning_rate) == (1 if finds else 0.25)
+
+
+def test_a_rate_in_a_file_of_the_built_in_is_no_factor(tmp_path):
+    source = dense_model(keras.optimizers.RMSprop(0.25))
+    x, y = numbers(source)
+    source.train_on_batch(x, y)
+    source.save_weights(tmp_path / "m.weights.h5")
+    model = dense_model(RMSprop("auto"))
+    model.optimizer.build(model.trainable_variables)
+    with pytest.warns(UserWarning, match="1 `learning_rate_factor`"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    assert float(model.optimizer.learning_rate) == 1
+    for ours, theirs in zip(
+        model.optimizer._velocities, source.optimizer._velocities, strict=True
+    ):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+def test_a_factor_set_before_the_first_step_is_saved(tmp_path):
+    source = dense_model(RMSprop("auto"))
+    source.optimizer.learning_rate = 0.5
+    source.save_weights(tmp_path / "m.weights.h5")
+    model = dense_model(RMSprop("auto"))
+    model.load_weights(tmp_path / "m.weights.h5")
+    assert float(model.optimizer.learning_rate) == 0.5
+
+
+@pytest.mark.parametrize("rates", [("auto", 0.25), (0.25, "auto")])
+def test_a_checkpoint_of_a_rate_is_not_restored_as_a_factor(tmp_path, rates):
+    saved, other = (dense_model(RMSprop(rate)).optimizer for rate in rates)
+    path = tf.train.Checkpoint(optimizer=saved).save(tmp_path / "checkpoint")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"learning_rate.*dtype"):
+        tf.train.Checkpoint(optimizer=other).restore(path)
+    again = RMSprop(rates[0])
+    again.learning_rate = 2.0
+    tf.train.Checkpoint(optimizer=again).restore(path)
+    assert float(again.learning_rate) == float(saved.learning_rate)
 
 
 def test_a_search_that_fits_in_parts_begins_anew(tmp_path):
