@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_rmsprop.monitoring import Monitor as Monitor
+from keras_rmsprop.range_test import LearningRateFinder as LearningRateFinder
 
 
 class _Held(NamedTuple):

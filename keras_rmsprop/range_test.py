@@ -1,0 +1,239 @@
+"""A learning rate range test: which rates let the loss fall, seen in a few steps."""
+
+import math
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from numpy.typing import ArrayLike, NDArray
+
+from keras_rmsprop import checks
+
+WORSE, BATCHES = 4.0, 5
+"""The test ends where the mean of so many batches is so many times the first."""
+FEWEST_STEPS = 20
+
+
+class LearningRateFinder(keras.callbacks.Callback):
+    r"""Find a learning rate: raise it step by step, and see when the loss falls.
+
+    The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
+    `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
+    the loss of five batches is no longer finite or four times what it was. Then model and optimizer get
+    back what they were, to the bit: weights, slots, averages, statistics, seeds and the
+    learning rate. `fit` stops there, or goes on with the rate found. If `fit` is
+    interrupted in the test, the next `fit` with this callback puts them back.
+
+    What is suggested is a third of the rate at which the smoothed loss is lowest. It is
+    where to begin: what is best after a long training may be larger or smaller.
+
+    It works with any Keras optimizer whose learning rate is a number. `RMSprop("auto")`
+    needs none.
+
+    Args:
+        lowest: The first rate, > 0. Defaults to `1e-6`.
+        highest: The last rate, > `lowest`. Defaults to `1.0`.
+        steps: Number of batches, 20 at least. If an epoch has less, `fit` must have
+            more epochs. Defaults to `100`.
+        train: Whether to go on with the suggested rate; else `fit` stops after the
+            test, and the rate is what it was. Defaults to `False`.
+
+    Attributes:
+        rates: The rates that were tried, a list.
+        losses: The loss of each batch, a list.
+        suggestion: The rate to begin with; None if the loss never fell.
+
+    Raises:
+        ValueError: An argument is out of its range, or the optimizer's learning rate is
+            a schedule or found while training.
+        TypeError: An argument is not of its type.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_rmsprop import RMSprop
+        >>> from keras_rmsprop.callbacks import LearningRateFinder
+        >>> keras.utils.set_random_seed(0)
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile(RMSprop(), "mse")
+        >>> x = np.random.default_rng(0).normal(size=(800, 4))
+        >>> finder = LearningRateFinder()
+        >>> history = model.fit(
+        ...     x, x @ [1, 2, 3, 4], batch_size=8, verbose=0, callbacks=[finder]
+        ... )
+        >>> len(finder.rates), 1e-3 < finder.suggestion < 1
+        (100, True)
+
+    Reference:
+        - [Smith, 2015](https://arxiv.org/abs/1506.01186), section 3.3.
+    """
+
+    def __init__(
+        self,
+        lowest: float = 1e-6,
+        highest: float = 1.0,
+        steps: int = 100,
+        train: bool = False,
+    ) -> None:
+        super().__init__()
+        self.lowest = checks.number("lowest", lowest, checks.POSITIVE)
+        above = checks.Range(lambda x: self.lowest < x < math.inf, f"> {lowest}")
+        self.highest = checks.number("highest", highest, above)
+        self.steps = checks.integer("steps", steps, FEWEST_STEPS)
+        self.train = checks.flag("train", train)
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.suggestion: float | None = None
+        self._before: Any = None
+        self._rate_before = 0.0
+        self._running = False
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Copy what is to be put back."""
+        model, optimizer = self.model, self.model.optimizer
+        if self._before is not None:
+            self._put_back()  # what an interrupted test left
+        self._check()
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self.rates, self.losses, self.suggestion = [], [], None
+        self._rate_before = float(ops.convert_to_numpy(optimizer.learning_rate))
+        self._before = [_copied(v) for v in self._variables()]
+        self._running = True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Remember that the mean of the losses begins anew."""
+        self._batches, self._mean = 0, 0.0
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Raise the rate."""
+        if self._running:
+            share = len(self.rates) / (self.steps - 1)
+            rate = self.lowest * (self.highest / self.lowest) ** share
+            self._sync()
+            self.model.optimizer.learning_rate = rate
+            self.rates.append(rate)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Take down the loss, and see whether it is enough."""
+        if not self._running:
+            return
+        # What Keras tells is the mean of the epoch so far.
+        batches, mean = batch + 1, float((logs or {})["loss"])
+        new = batches * mean - self._batches * self._mean
+        self.losses.append(new / (batches - self._batches))
+        self._batches, self._mean = batches, mean
+        recent = np.mean(self.losses[-BATCHES:])
+        if not recent <= _worst(self.losses) or len(self.losses) == self.steps:
+            self._finish()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Put back what the end of `fit` changed."""
+        if self._running:
+            warnings.warn(
+                f"The test of learning rates has seen {len(self.losses)} of "
+                f"{self.steps} batches: give `fit` more epochs, or take fewer `steps`.",
+                stacklevel=2,
+            )
+            self._finish()
+        if not self.train:
+            self._put_back()
+        self._before = None
+
+    def _check(self) -> None:
+        optimizer = self.model.optimizer
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        found = getattr(inner, "found_learning_rate", None)
+        rate = inner.get_config().get("learning_rate")
+        if found is not None or not isinstance(rate, float):
+            raise ValueError(
+                "`LearningRateFinder` needs an optimizer whose learning rate is a "
+                f"number. Received: {rate!r}"
+            )
+
+    def _finish(self) -> None:
+        """End the test."""
+        self._running = False
+        self.suggestion = suggested(self.rates[: len(self.losses)], self.losses)
+        self._put_back()
+        if not self.train:
+            self.model.stop_training = True
+        elif self.suggestion is not None:
+            self.model.optimizer.learning_rate = self.suggestion
+
+    def _variables(self) -> list[Any]:
+        # If `fit` ends here, what it has measured stays.
+        measured = [] if self.train else self.model.metrics_variables
+        left = {id(v) for v in measured}
+        variables = [*self.model.variables, *self.model.optimizer.variables]
+        return [v for v in variables if id(v) not in left]
+
+    def _put_back(self) -> None:
+        self._sync()
+        for variable, value in zip(self._variables(), self._before, strict=True):
+            variable.assign(_copied(value))
+
+    def _sync(self) -> None:
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()  # within an epoch the state is elsewhere
+
+    def plot(self) -> Any:
+        """Draw the loss over the learning rate, with what is suggested.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure((7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        rates = self.rates[: len(self.losses)]
+        axes.plot(rates, self.losses, ".", color="0.6", label="loss of a batch")
+        axes.plot(rates, smoothed(self.losses), color="C0", label="smoothed")
+        if self.suggestion is not None:
+            label = f"suggested: {self.suggestion:.2g}"
+            axes.axvline(self.suggestion, color="C1", linestyle="--", label=label)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+
+def smoothed(losses: ArrayLike, width: int = 15) -> NDArray[np.float64]:
+    """Return means of losses, weighted by a bell of so many steps.
+
+    Args:
+        losses: One for each step.
+        width: Odd number of steps.
+    """
+    y = np.asarray(losses, "float64")
+    bell = np.hanning(width + 2)[1:-1]
+    weights = np.convolve(np.ones_like(y), bell, "same")
+    return np.convolve(y, bell, "same") / weights
+
+
+def suggested(rates: ArrayLike, losses: ArrayLike) -> float | None:
+    """Return a third of the rate where the smoothed loss is lowest.
+
+    None if that is where it began.
+
+    Args:
+        rates: Learning rates, rising.
+        losses: The loss of each.
+    """
+    y = np.asarray(losses, "float64")
+    # One loss that is a thousand times the others must not weigh on its neighbours.
+    lowest = int(np.argmin(smoothed(np.fmin(y, _worst(y)))))
+    return float(np.asarray(rates)[lowest]) / 3 if lowest else None
+
+
+def _worst(losses: ArrayLike) -> Any:
+    """Return the loss at which a test is over."""
+    first = np.mean(np.asarray(losses)[:BATCHES])
+    return first + (WORSE - 1) * np.abs(first)
+
+
+def _copied(x: Any) -> Any:
+    return ops.copy(ops.stop_gradient(ops.convert_to_tensor(x)))
