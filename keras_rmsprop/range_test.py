@@ -21,10 +21,11 @@ class LearningRateFinder(keras.callbacks.Callback):
 
     The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
     `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
-    the loss of five batches is no longer finite or four times what it was. Then model and optimizer get
-    back what they were, to the bit: weights, slots, averages, statistics, seeds and the
-    learning rate. `fit` stops there, or goes on with the rate found. If `fit` is
-    interrupted in the test, the next `fit` with this callback puts them back.
+    the loss of five batches is no longer finite or four times what it was. Then model
+    and optimizer get back what they were, to the bit: weights, slots, averages,
+    statistics, seeds and the learning rate. `fit` stops there, or goes on with the rate
+    found. If `fit` is interrupted in the test, the next `fit` with this callback puts
+    them back.
 
     What is suggested is a third of the rate at which the smoothed loss is lowest. It is
     where to begin: what is best after a long training may be larger or smaller.

@@ -1,4 +1,5 @@
 import os
+from zlib import crc32
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -14,6 +15,23 @@ collect_ignore = ["keras_suite.py"]
 # Compiling takes as long as it takes, and an example found is an example kept.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests with `one_in(n)`, leave the first case and one in n to every day.
+
+    The others are slow. Which is drawn from their names: every n-th could be those of
+    one option.
+    """
+    seen = set()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is not None:
+            drawn = crc32(item.name.encode()) % mark.args[0] == 0
+            if item.function in seen and not drawn:
+                item.add_marker(pytest.mark.slow)
+            seen.add(item.function)
 
 
 @pytest.fixture(autouse=True)

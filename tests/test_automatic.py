@@ -65,6 +65,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("way", "options"),
     [("eager", options) for options in OPTIONS]
@@ -301,6 +302,7 @@ def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("finds", [False, True])
@@ -423,6 +425,7 @@ def test_layers_that_are_unfrozen_begin_where_they_are():
 # Tables.
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit", [None, False, True])
 @pytest.mark.parametrize("width", [3, 40])  # of 40: not all columns are looked at
 def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):

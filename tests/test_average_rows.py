@@ -330,6 +330,7 @@ def model_on_tokens(optimizer, jit_compile=False):
     return model
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("warms_up", [False, True])
 def test_fit_ends_with_the_averages(jit_compile, warms_up):
@@ -349,6 +350,7 @@ def test_fit_ends_with_the_averages(jit_compile, warms_up):
     assert_close(model.get_weights(), oracle.averages, 1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "callback", [AverageForEvaluation, keras.callbacks.SwapEMAWeights]
 )

@@ -60,6 +60,7 @@ def test_a_frozen_layer_stays_and_the_other_gets_its_average(trained, frozen):
     assert_close(weights(ours, trained), weights(theirs, trained), 1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("trained", "frozen"), [("head", "body"), ("body", "head")])
 def test_fit_after_freezing(trained, frozen):
     model = dense_model(RMSprop(**OPTIONS))
@@ -208,6 +209,7 @@ class Warm:
         self.calls += 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("way", "options"),
     [
@@ -294,6 +296,7 @@ def test_warm_up_assigned_between_two_steps():
         found.append(weight.numpy())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_warm_up_in_fit(jit_compile):
     model = dense_model(RMSprop(**WARM))

@@ -41,6 +41,7 @@ def with_a_past(name):
 MODELS = [unbuilt, built, with_a_past]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("file", ["weights.h5", "keras"])
 @pytest.mark.parametrize("fresh_model", MODELS)
 @pytest.mark.parametrize("name", make.RUNS)
@@ -64,6 +65,7 @@ def test_a_model_is_loaded(name):
 
 # In a checkpoint TensorFlow matches by position, and where layers were unfrozen 0.1.0
 # had them in another order.
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [name for name in make.RUNS if name != "unfrozen"])
 @pytest.mark.parametrize("fresh_model", MODELS)
 def test_a_checkpoint_is_restored(name, fresh_model):

@@ -58,6 +58,7 @@ OPTIONS = {
 RTOL = {"float32": 1e-5, "float64": 1e-12}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "dtype", "way"),
     [
@@ -121,6 +122,7 @@ def in_reference(options):
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", ["eager", "tf.function"])  # the first one is XLA, too
 @pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS)
 def test_equals_the_reference(options, way):

@@ -17,6 +17,7 @@ import keras_rmsprop
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_jax_backend_trains_and_the_import_needs_no_tensorflow():
     out = python(
         """

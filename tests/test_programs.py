@@ -240,6 +240,7 @@ def test_changed_learning_rate_in_fit():
         assert before - variable_of(model) == pytest.approx(rate, rel=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_fit_equals_the_built_in(jit_compile, run_eagerly):

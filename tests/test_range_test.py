@@ -46,6 +46,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_it_leaves_no_trace(make, steps_before):
@@ -162,7 +163,9 @@ def test_bad_arguments(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    "rate", ["auto", keras.optimizers.schedules.CosineDecay(0.1, 10)], ids=str
+    "rate",
+    ["auto", keras.optimizers.schedules.CosineDecay(0.1, 10)],
+    ids=["auto", "schedule"],
 )
 def test_only_a_number_can_be_found(rate):
     model = dense_model(RMSprop(rate))

@@ -46,6 +46,7 @@ def loaded(model, path, built, **options):
 class TestOtherLayersAreTrained:
     """The model that is loaded into trains other layers than the one of the file."""
 
+    @pytest.mark.one_in(4)
     @pytest.mark.parametrize(
         "options", [{}, {"momentum": 0.5, "centered": True, "epsilon": 0.1}], ids=repr
     )
@@ -94,6 +95,7 @@ class TestOtherLayersAreTrained:
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize(
         ("units", "names"),
         [
@@ -120,6 +122,7 @@ class TestOtherLayersAreTrained:
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize(
         ("before", "after"), [(["body"], []), ([], ["other_body"])]
     )
@@ -289,6 +292,7 @@ def one_kernel(optimizer):
     return model
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("file", "state"),
     [

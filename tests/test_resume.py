@@ -214,6 +214,7 @@ def from_a_keras_file(make, path):
     return model, undisturbed
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make",
     [

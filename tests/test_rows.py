@@ -75,6 +75,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("name", "jit"),
     [
@@ -148,6 +149,7 @@ def tokens_and_targets(n=40):
     return tokens.astype("int32"), (tokens == 3).sum(1, keepdims=True).astype("float32")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("jit_compile", "shared"), [(False, False), (False, True), (True, True)]
 )
@@ -178,6 +180,7 @@ def test_fit_equals_the_one_hot_dense_model(jit_compile, shared):
     assert_close(model.get_weights(), twin.get_weights(), 1e-4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit", [None, False], ids=["eager", "graph"])
 @pytest.mark.parametrize(
     "options",  # with momentum, L2 or caution the step is a dense one
@@ -381,6 +384,7 @@ class TestLazy:
             assert_close([ours.numpy()], [theirs.numpy()], 1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_tables(dtype):
     tokens, y = tokens_and_targets()
@@ -453,6 +457,7 @@ class TestSaving:
         model.load_weights(tmp_path / "m.weights.h5")
         self.assert_same(self.trained(2, model), self.trained(2, saved))
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("build", [True, False])
     def test_a_checkpoint_resumes_to_the_same_bits(self, tmp_path, build):
         saved = self.trained(2)

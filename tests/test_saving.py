@@ -106,6 +106,7 @@ def test_weights_file(tmp_path):
     ids=["own", "to the built-in", "from the built-in"],
 )
 class TestStateMoves:
+    @pytest.mark.one_in(2)
     def test_in_a_keras_file(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         model.save(tmp_path / "m.keras")
@@ -113,6 +114,7 @@ class TestStateMoves:
         other.load_weights(tmp_path / "m.keras")
         assert_same_state(other, model)
 
+    @pytest.mark.one_in(2)
     def test_in_a_checkpoint(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(
@@ -124,6 +126,7 @@ class TestStateMoves:
         assert_same_state(other, model)
         assert other.optimizer.iterations.numpy() == 3
 
+    @pytest.mark.one_in(2)
     def test_as_a_loaded_model_compiled_anew(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         model.save(tmp_path / "m.keras")
@@ -184,6 +187,7 @@ def save(model, path):
 class TestRestoring:
     """What Keras' optimizers lose."""
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize("source", [RMSprop, keras.optimizers.RMSprop])
     def test_compile_then_load_weights(self, tmp_path, file, source):
@@ -210,6 +214,7 @@ class TestRestoring:
         assert other.optimizer.learning_rate.numpy() == 0.25
         assert other.optimizer.iterations.numpy() == 0
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("jit_compile", [False, True])
     def test_compile_then_load_weights_then_fit(self, tmp_path, jit_compile):
         path = tmp_path / "m.weights.h5"
@@ -243,6 +248,7 @@ class TestRestoring:
         for got, want in zip(state(other), state(model), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-6)
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize(
         ("file", "built"), [("m.keras", True), ("m.weights.h5", False)]
     )
@@ -325,6 +331,7 @@ class TestRestoring:
             optimizer.load_own_variables(store)
         assert not optimizer.variables[2].numpy().any()
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize("jit_compile", [False, True])
     @pytest.mark.parametrize(
         "options", [{}, {"momentum": 0.5, "centered": True, "use_ema": True}], ids=repr

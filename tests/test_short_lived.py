@@ -103,6 +103,7 @@ def leave_some_out(optimizer, step):
     return set(rng.choice(len(SHAPES), 6, replace=False).tolist())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("change", [change_momentum, change_rho, leave_some_out])
 def test_steps_of_which_no_two_are_alike_are_not_traced_each(traces, change):

@@ -49,6 +49,7 @@ def run(optimizer, apply, with_bad_steps, where=3):
     return [v.numpy() for v in variables], state
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "way"),
     [
@@ -81,6 +82,7 @@ def test_equals_itself_without_the_bad_steps(options, where):
     assert_close((weights, state), (expected, expected_state), 0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{}, {"centered": True}, {"momentum": 0.5}])
 def test_tables(way, options):
@@ -108,6 +110,7 @@ def test_tables(way, options):
         assert int(optimizer._clocks[i].updates) == 10 - len(BAD)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit(jit_compile):
     x, y = arrays([(12, 4, 3), (12, 4, 2)])
@@ -131,6 +134,7 @@ def test_fit(jit_compile):
     assert int(optimizer.iterations) == 2 * len(good)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("way", WAYS)
 def test_without_it_what_is_bad_stays_in_the_weights_as_in_the_built_in(bad, way):

@@ -54,6 +54,7 @@ class TestThreads:
             lambda: [v.numpy() for v in model.variables + model.optimizer.variables],
         )
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("kind", ["loop", "fit"])
     def test_optimizers_in_threads_do_not_disturb_each_other(self, kind):
         make, failed = getattr(self, kind), []

@@ -95,6 +95,7 @@ def assert_same_weights(model, expected):
     assert_close(model.get_weights(), expected.get_weights(), 1e-5)
 
 
+@pytest.mark.one_in(3)
 @overridden
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 @pytest.mark.parametrize(
@@ -265,6 +266,7 @@ class TestOwnSlots:
     def made(self, how, base=RMSprop, **options):
         return with_own_slots(base, how)(0.02, **options)
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("model", [dense_model, table_model])
     @pytest.mark.parametrize(
         ("file", "state"),
