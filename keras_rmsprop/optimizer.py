@@ -173,10 +173,10 @@ class RMSprop(keras.optimizers.Optimizer):
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does: `"exact"` gives the result of the same dense
             gradient, at the cost of its rows where silent rows stay (no momentum, no
-            weight decay of that variable, no accumulation; with `use_ema` no
-            constraint). Averages of silent rows, those of the weights included, are
-            brought up to date when they are read. `"lazy"` updates
-            the rows only, whatever the options but accumulation. Defaults to `"exact"`.
+            weight decay of that variable; with `use_ema` no constraint and no
+            accumulation). Averages of silent rows, those of the weights included, are
+            brought up to date when they are read. `"lazy"` updates the rows only,
+            whatever the options but accumulation with `use_ema`. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
             own: `"auto"` where that is faster (an eager step unless all variables are
             small, and in a `tf.function` the step of a model with large ones), `True`
@@ -281,6 +281,7 @@ class RMSprop(keras.optimizers.Optimizer):
             lambda: self._trainable_variables,
             self._catch_up_all,
             lambda: self.use_ema,
+            lambda: bool(self.gradient_accumulation_steps),
         )
         self._offset: Any = None
         self._restorer = Restorer(
@@ -539,7 +540,9 @@ class RMSprop(keras.optimizers.Optimizer):
     def _why_all_rows(self, variable: Any) -> str:
         """Return why a step must not leave out rows without gradient; else nothing."""
         reasons = {
-            "`gradient_accumulation_steps` sums all": self.gradient_accumulation_steps,
+            "`use_ema` averages at each call, `gradient_accumulation_steps` sums": (
+                self.use_ema and self.gradient_accumulation_steps
+            ),
             "`update_step` is a subclass'": self._has_own_step(),
             "`rho` may change unseen": options.is_tensor(self.rho),
             "the learning rate is found from whole rows": (
@@ -594,6 +597,9 @@ class RMSprop(keras.optimizers.Optimizer):
             for v, ids in zip(variables, rows, strict=True)
             if ids is not None
         }
+        given = [g for g in grads if g is not None]
+        if self.gradient_accumulation_steps:
+            grads = list(map(self._summand, grads, variables))
         indices = map(self._get_variable_index, variables)
         updated = {
             i: now.rows.get(i)
@@ -607,7 +613,6 @@ class RMSprop(keras.optimizers.Optimizer):
             now.averages = averages.before_step(tables, updated, self.iterations)
             apply(grads, variables)
 
-        given = [g for g in grads if g is not None]
         try:
             # Nothing is written before all indices are known to be good.
             with backend.after(asserts):
@@ -623,11 +628,25 @@ class RMSprop(keras.optimizers.Optimizer):
             now.learning_rate, now.in_program = None, False
             now.rows, now.averages = {}, {}
 
+    def _summand(self, gradient: Any, variable: Any) -> Any:
+        """Return a gradient as what is summed up: of a table, its rows."""
+        i = self._get_variable_index(variable)
+        ids = self._now.rows.get(i)
+        if ids is None:
+            return gradient
+
+        def on_sum(rows: Any) -> None:
+            self._now.rows[i] = rows
+
+        return sparse.Summand(gradient, ids, self._clocks[i], on_sum)
+
     def _clocks_in_step(
         self, grads: Sequence[Any], variables: Sequence[Any]
     ) -> list[Any]:
         """Return the clock of each table of which a step takes the rows, else None."""
         indices = [self._get_variable_index(v) for v in variables]
+        if self.gradient_accumulation_steps and backend.inside_xla():
+            return [None] * len(indices)  # which rows have sums is not known there
         if self._has_own_step():
             for i in {*indices} & {*self._clocks}:
                 self._catch_up(i)  # as such a step knows no clock
@@ -764,8 +783,28 @@ class RMSprop(keras.optimizers.Optimizer):
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
     ) -> None:
-        for gradient, accumulator in zip(grads, acc_grads, strict=True):
-            accumulator.assign_add(gradient)
+        places = {id(sums): i for i, sums in enumerate(self._accumulated_gradients)}
+        for gradient, sums in zip(grads, acc_grads, strict=True):
+            i = places[id(sums)]
+            if i in self._now.rows:
+                gradient.add_to(sums)
+                continue
+            sums.assign_add(gradient)
+            if i in self._clocks:
+                self._clocks[i].mark_sums(True)
+
+    def _backend_reset_gradient_accumulators(self) -> None:
+        if not self._clocks:
+            super()._backend_reset_gradient_accumulators()
+            return
+        for i, sums in enumerate(self._accumulated_gradients):
+            ids = self._now.rows.get(i)
+            if ids is None:
+                sums.assign(ops.zeros_like(sums))
+            else:
+                sparse.write(sums, ops.zeros_like(sparse.read(sums, ids)), ids)
+            if i in self._clocks:
+                self._clocks[i].mark_sums(False, ids)
 
     def _update_model_variables_moving_average(
         self, trainable_variables: Sequence[Any]
@@ -902,6 +941,7 @@ class RMSprop(keras.optimizers.Optimizer):
             if self._search is not None:
                 automatic.catch_up(self._search.sums[i], clock)
             sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
+        clock.mark_sums(True)  # what is written to the sums comes in another way
         table = self._averaged_by_rows().get(i)
         if table and (not backend.is_eager() or table.clock.is_behind()):
             table.catch_up()

@@ -83,12 +83,18 @@ class Clock(Ticks):
         average: The same of the average of the weights, or None.
         sum: float32 scalar, the sum that `automatic.py` keeps as it goes; it counts
             once there were updates.
+        summed: bool, one a row, whether `gradient_accumulation_steps` may have summed
+            gradients of it; or None.
     """
 
-    def __init__(self, table: Any, *, has_average: bool = False) -> None:
+    def __init__(
+        self, table: Any, *, has_average: bool = False, has_sums: bool = False
+    ) -> None:
         super().__init__(table)
         with _beside(table):
             self.sum = tf.Variable(0.0, trainable=False)
+            all_rows = tf.ones(table.shape[:1], tf.bool)
+            self.summed = tf.Variable(all_rows, trainable=False) if has_sums else None
         self.average = AverageTicks(table) if has_average else None
 
     def reset(self) -> None:
@@ -96,6 +102,18 @@ class Clock(Ticks):
         super().reset()
         if self.average is not None:
             self.average.reset()
+        self.mark_sums(True)
+
+    def mark_sums(self, whether: bool, ids: Any = None) -> None:
+        """Say whether gradients of some rows may have been summed.
+
+        Args:
+            whether: Whether they may.
+            ids: The rows; None: all.
+        """
+        if self.summed is not None:
+            shape = tf.shape(self.summed if ids is None else ids)
+            write(self.summed, tf.fill(shape, whether), ids)
 
 
 @contextlib.contextmanager
@@ -126,12 +144,14 @@ class Clocks(tf.Module):
         tables: Callable[[], Sequence[Any]],
         catch_up_all: Callable[[], None],
         have_averages: Callable[[], bool] = lambda: False,
+        have_sums: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self.refused: set[Any] = set()
         self._tables = tables
         self._catch_up_all = catch_up_all
         self._have_averages = have_averages
+        self._have_sums = have_sums
         self._being_made = False
 
     def __contains__(self, index: int) -> bool:
@@ -144,7 +164,11 @@ class Clocks(tf.Module):
         """Return the clock of this table, a new one where it has none."""
         if index not in self:
             self._being_made = True
-            clock = Clock(self._tables()[index], has_average=self._have_averages())
+            clock = Clock(
+                self._tables()[index],
+                has_average=self._have_averages(),
+                has_sums=self._have_sums(),
+            )
             setattr(self, f"table_{index}", clock)
             self._being_made = False
         return self[index]
@@ -182,6 +206,43 @@ class Rows(NamedTuple):
     clock: Clock
     ids: Any = None
     """The distinct indices of the rows, or None: all rows."""
+
+
+class Summand:
+    """The gradients of some rows of a table, as a part of sums over several steps.
+
+    Keras divides it, and at last adds the sums so far: that gives the sums of all rows
+    that have one.
+
+    Args:
+        values: The gradients, a row each.
+        ids: The rows' indices, distinct.
+        clock: The table's clock, which knows the rows that have sums.
+        on_sum: Function that is told the indices of these rows.
+    """
+
+    def __init__(
+        self, values: Any, ids: Any, clock: Clock, on_sum: Callable[[Any], None]
+    ) -> None:
+        self.values = values
+        self._rest = ids, clock, on_sum
+
+    def __truediv__(self, divisor: Any) -> "Summand":
+        return Summand(self.values / divisor, *self._rest)
+
+    def __add__(self, sums: Any) -> Any:
+        ids, clock, on_sum = self._rest
+        clock.mark_sums(True, ids)
+        rows = tf.cast(tf.where(tf.convert_to_tensor(clock.summed))[:, 0], ids.dtype)
+        on_sum(rows)
+        places = tf.searchsorted(rows, ids)[:, None]
+        return tf.tensor_scatter_nd_add(read(sums, rows), places, self.values)
+
+    def add_to(self, sums: Any) -> None:
+        """Add the gradients to the sums, in place."""
+        ids, clock, _ = self._rest
+        clock.mark_sums(True, ids)
+        subtract(sums, -self.values, ids)
 
 
 def check_ids(gradient: tf.IndexedSlices, variable: Any) -> Any:

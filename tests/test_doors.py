@@ -94,6 +94,7 @@ OPTIMIZERS = {
     "lazy momentum": lambda: named(momentum=0.5, sparse_update="lazy"),
     "averages": lambda: named(use_ema=True, ema_warmup=True),
     "bfloat16 slots": lambda: named(slot_dtype="bfloat16"),
+    "sums": lambda: named(gradient_accumulation_steps=3),
     "loss scale": scaled,
 }
 
@@ -108,6 +109,7 @@ OPTIMIZERS = {
         ("bfloat16 slots", through_a_weights_file),
         ("lazy momentum", through_a_checkpoint),
         *(("averages", door) for door in DOORS if door is not through_a_state_tree),
+        *(("sums", door) for door in DOORS if door is not through_a_state_tree),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
