@@ -92,6 +92,10 @@ examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/linear_regression.py
 	$(BIN)/python examples/text_classifier.py
 	$(BIN)/python examples/resume.py --fit
+	$(BIN)/python examples/wgan_digits.py --short
+	$(BIN)/python examples/dqn_cartpole.py --short
+	$(BIN)/python examples/policy_gradient.py --short
+	$(BIN)/python examples/char_lm.py --short
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -9,14 +9,15 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, capsys):
+def run(name, capsys, *arguments):
     """Return the result of a program's `main()` and what it printed."""
-    result = runpy.run_path(str(EXAMPLES / name))["main"]()
+    result = runpy.run_path(str(EXAMPLES / name))["main"](*arguments)
     return result, capsys.readouterr().out
 
 
@@ -42,6 +43,59 @@ def test_linear_regression_lands_on_the_same_theta(capsys):
         result.keras_decaying_alpha, result.least_squares, rtol=0, atol=1e-6
     )
     assert "land on the same theta" in output
+
+
+@pytest.fixture
+def run_used(capsys, monkeypatch, tmp_path):
+    """Return a function that runs one of the examples of `docs/used.md`."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run_it(name, *options):
+        return run(name, capsys, [*options, f"--output={tmp_path}"])
+
+    return run_it
+
+
+USED = {
+    "wgan_digits.py": "digits.png",
+    "dqn_cartpole.py": "returns.png",
+    "policy_gradient.py": "returns.png",
+    "char_lm.py": "sample.txt",
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_where_it_is_used(name, run_used, tmp_path):
+    options = ["--data=sample"] if "wgan" in name else []
+    numbers, output = run_used(name, "--short", *options)
+    assert np.isfinite(numbers).all()
+    assert len(numbers) >= 3
+    assert output.splitlines()[-1] == f"Written to {tmp_path}: {USED[name]}"
+    (written,) = tmp_path.iterdir()
+    if written.suffix == ".png":
+        height, width, _ = imread(written).shape
+        assert 500 <= height < width <= 2000
+    else:
+        assert written.read_text().strip() in output
+
+
+@pytest.mark.slow
+def test_policy_gradient_balances_the_pole(run_used):
+    returns, output = run_used("policy_gradient.py", "--steps=40")
+    assert np.mean(returns[-100:]) > 400 > 4 * np.mean(returns[:50])
+    assert f"{np.mean(returns[-100:]):.0f}." in output
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps=0"], ["--seed=x"], ["--output=/dev/null"]]
+)
+def test_complaints_are_one_line(options, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit, match="2"):
+        run("policy_gradient.py", capsys, options)
+    error = capsys.readouterr().err
+    assert error.startswith("policy_gradient.py: error: argument --")
+    assert error.count("\n") == 1
 
 
 @pytest.fixture
