@@ -35,9 +35,7 @@ def play(games: Any, policy: Any, rng: np.random.Generator) -> NDArray[Any]:
         rng: Draws the actions by the odds.
     """
     episodes = np.zeros((LENGTH, GAMES), STEP)
-    going = np.ones(
-        GAMES, bool
-    )  # a game that is over begins anew, which does not count
+    going = np.ones(GAMES, bool)  # a game that is over begins anew: that does not count
     states, _ = games.reset()
     for step in episodes:
         actions = (rng.random(GAMES) < policy(states)[:, 1]).astype("int32")
@@ -69,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     policy = keras.Sequential(
         [keras.Input((4,)), dense(64, "tanh"), dense(2, "softmax")]
     )
-    policy.compile(RMSprop(LEARNING_RATE), "sparse_categorical_crossentropy")
+    # Small steps at last, so that chance does not undo what is learned.
+    rate = keras.optimizers.schedules.PolynomialDecay(
+        LEARNING_RATE, options.steps, LEARNING_RATE / 10
+    )
+    policy.compile(RMSprop(rate), "sparse_categorical_crossentropy")
     baseline = keras.Sequential(
         [
             keras.Input((4,)),

@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import mnist_data
+import numpy as np
 import tensorflow as tf
 from command_line import example_parser
 from matplotlib.figure import Figure
@@ -136,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
     drawn = gan.generator(gan.noise()).numpy()
     draw(options.output / "digits.png", drawn, distances)
-    print(f"Distance, most: {max(distances):.3f}; at last: {distances[-1]:.3f}.")
+    first, last = np.mean(distances[:100]), np.mean(distances[-100:])
+    print(f"Distance, mean of 100 steps: {first:.2f} at first, {last:.2f} at last.")
     print(f"Written to {options.output}: digits.png")
     return distances
 
