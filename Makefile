@@ -14,7 +14,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tuning examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tuning compare examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,11 +87,19 @@ bench-quick: $(BENCH)  ## the same in three minutes, of less; ARGS='--against ..
 tuning: $(BENCH)  ## who needs a learning rate? eight networks, all rates, three seeds: two hours
 	$(BIN)/python benchmarks/tuning.py $(ARGS)
 
+compare: $(READY)  ## this optimizer, SGD, Adam and others on MNIST, at equal time: minutes
+	$(BIN)/python examples/compare_optimizers.py $(ARGS)
+
 examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/regression.py
 	$(BIN)/python examples/linear_regression.py
 	$(BIN)/python examples/text_classifier.py
 	$(BIN)/python examples/resume.py --fit
+	$(BIN)/python examples/wgan_digits.py --short
+	$(BIN)/python examples/dqn_cartpole.py --short
+	$(BIN)/python examples/policy_gradient.py --short
+	$(BIN)/python examples/char_lm.py --short
+	$(BIN)/python examples/compare_optimizers.py --short
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -12,18 +12,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mnist_data
 import mnist_report
 import numpy as np
+from command_line import OptionParser, folder, whole
 
 # Keras is imported where it is used: `--help` and a mistyped option need no TensorFlow.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-LARGEST = 2**32 - 1  # the largest seed of NumPy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,18 +164,6 @@ def train(
     )
 
 
-class OptionParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with exit code 2.
-
-        Args:
-            message: What is wrong.
-        """
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def option_parser() -> OptionParser:
     """Return the parser of the command line."""
     parser = OptionParser(
@@ -205,39 +191,6 @@ def option_parser() -> OptionParser:
     )
     add("--output", type=folder, default="runs/mnist", help="folder for the results")
     return parser
-
-
-def whole(smallest: int) -> Callable[[str], int]:
-    """Return a converter of text to a whole number not below `smallest`.
-
-    Args:
-        smallest: The smallest number that passes.
-    """
-
-    def convert(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if smallest <= int(text) <= LARGEST:
-                return int(text)
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {smallest} to {LARGEST}. Received: {text}"
-        )
-
-    return convert
-
-
-def folder(text: str) -> Path:
-    """Convert text to the path of a folder to write in, made if it is not there.
-
-    Args:
-        text: The path.
-    """
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=text).close()
-    except OSError as error:
-        message = f"cannot write to {text}: {error.strerror}"
-        raise argparse.ArgumentTypeError(message) from error
-    return Path(text)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The programs and the notebook in `examples/`, and the snippets in `docs/`."""
 
 import doctest
+import json
 import re
 import runpy
 import sys
@@ -9,14 +10,15 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, capsys):
+def run(name, capsys, *arguments):
     """Return the result of a program's `main()` and what it printed."""
-    result = runpy.run_path(str(EXAMPLES / name))["main"]()
+    result = runpy.run_path(str(EXAMPLES / name))["main"](*arguments)
     return result, capsys.readouterr().out
 
 
@@ -42,6 +44,105 @@ def test_linear_regression_lands_on_the_same_theta(capsys):
         result.keras_decaying_alpha, result.least_squares, rtol=0, atol=1e-6
     )
     assert "land on the same theta" in output
+
+
+@pytest.fixture
+def run_used(capsys, monkeypatch, tmp_path):
+    """Return a function that runs one of the examples of `docs/used.md`."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run_it(name, *options):
+        return run(name, capsys, [*options, f"--output={tmp_path}"])
+
+    return run_it
+
+
+USED = {
+    "wgan_digits.py": "digits.png",
+    "dqn_cartpole.py": "returns.png",
+    "policy_gradient.py": "returns.png",
+    "char_lm.py": "sample.txt",
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_where_it_is_used(name, run_used, tmp_path):
+    options = ["--data=sample"] if "wgan" in name else []
+    numbers, output = run_used(name, "--short", *options)
+    assert np.isfinite(numbers).all()
+    assert len(numbers) >= 3
+    assert output.splitlines()[-1] == f"Written to {tmp_path}: {USED[name]}"
+    (written,) = tmp_path.iterdir()
+    if written.suffix == ".png":
+        height, width, _ = imread(written).shape
+        assert 500 <= height < width <= 2000
+    else:
+        assert written.read_text().strip() in output
+
+
+def test_compare_optimizers(run_used, tmp_path):
+    rivals, output = run_used("compare_optimizers.py", "--short")
+    ends = [rival.accuracy[:, -1].mean() for rival in rivals.values()]
+    assert 10 < ends[-1] < ends[0] <= 100
+    assert ends == sorted(ends, reverse=True)
+    files = ["comparison.json", "comparison.md", "comparison.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert output.splitlines()[-1] == f"Written to {tmp_path}: {', '.join(files)}"
+    table = (tmp_path / "comparison.md").read_text()
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    for name, rival in rivals.items():
+        assert re.search(f"^[|] {name} .*{rival.accuracy[0, -1]:.2f} % ", table, re.M)
+        assert len(found["runs"][name][0]["history"]["val_accuracy"]) == 2
+    for sentence in found["words"]:
+        assert sentence in table
+    assert found["words"][0].startswith(f"After 2 epochs {next(iter(rivals))} is ahead")
+    height, width, _ = imread(tmp_path / "comparison.png").shape
+    assert 500 <= height < width <= 2000
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ([97.0, 98.0], [97.5, 97.0], "The seeds differ more than that."),
+        ([97.0, 98.0], [96.5, 96.9], "Its worst seed beats the other's best."),
+        ([97.0], [96.0], "one seed cannot say whether by chance."),
+    ],
+)
+def test_compare_optimizers_says_what_a_lead_is_worth(
+    first, second, verdict, monkeypatch
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    ahead = runpy.run_path(str(EXAMPLES / "compare_optimizers.py"))["ahead"]
+    seeds = {"worse": np.array(second), "better": np.array(first)}
+    words = ahead(seeds)
+    assert words.startswith(f"better is ahead: {np.mean(first):.2f} %, worse ")
+    assert words.endswith(verdict)
+
+
+@pytest.mark.slow
+def test_policy_gradient_balances_the_pole(run_used):
+    returns, output = run_used("policy_gradient.py", "--steps=40")
+    assert np.mean(returns[-100:]) > 400 > 4 * np.mean(returns[:50])
+    assert f"{np.mean(returns[-100:]):.0f}." in output
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("policy_gradient.py", "--steps=0"),
+        ("policy_gradient.py", "--seed=x"),
+        ("policy_gradient.py", "--output=/dev/null"),
+        ("compare_optimizers.py", "--seeds=0"),
+        ("compare_optimizers.py", "--data=mine"),
+    ],
+)
+def test_complaints_are_one_line(name, option, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit, match="2"):
+        run(name, capsys, [option])
+    error = capsys.readouterr().err
+    assert error.startswith(f"{name}: error: argument --")
+    assert error.count("\n") == 1
 
 
 @pytest.fixture
