@@ -14,7 +14,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tuning compare examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tune tuning compare examples wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,9 @@ bench: $(BENCH)  ## time this optimizer and its peers: an hour on a quiet machin
 bench-quick: $(BENCH)  ## the same in three minutes, of less; ARGS='--against ../other'
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
+tune: $(READY)  ## how sensitive is RMSprop? heat maps on MNIST: a quarter of an hour
+	$(BIN)/python examples/sensitivity.py $(ARGS)
+
 tuning: $(BENCH)  ## who needs a learning rate? eight networks, all rates, three seeds: two hours
 	$(BIN)/python benchmarks/tuning.py $(ARGS)
 
@@ -100,6 +103,7 @@ examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/policy_gradient.py --short
 	$(BIN)/python examples/char_lm.py --short
 	$(BIN)/python examples/compare_optimizers.py --short
+	$(BIN)/python examples/sensitivity.py --short
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -1,17 +1,14 @@
-"""The programs and the notebook in `examples/`, and the snippets in `docs/`."""
+"""The programs in `examples/`, and the snippets in `docs/`."""
 
 import doctest
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -120,6 +117,30 @@ def test_compare_optimizers_says_what_a_lead_is_worth(
 
 
 @pytest.mark.slow
+def test_sensitivity(run_used, tmp_path):
+    accuracies, output = run_used("sensitivity.py", "--short")
+    names = [f"sensitivity.{ending}" for ending in ("json", "md", "png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert output.splitlines()[-1] == f"Written to {tmp_path}: {', '.join(names)}"
+    written = json.loads((tmp_path / names[0]).read_text())
+    assert len(written) == len(accuracies) == 24
+    best = max(a for run, a in accuracies.items() if run.variant == "auto")
+    assert best > 0.8
+    assert f"best {best:.2%}" in (tmp_path / names[1]).read_text()
+    height, width, _ = imread(tmp_path / names[2]).shape
+    assert 500 <= height < width <= 2500
+
+
+def test_the_width_in_decades(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    width = runpy.run_path(str(EXAMPLES / "sensitivity.py"))["width"]
+    rates, found = np.array([1e-4, 1e-3, 1e-2]), np.array([0.96, 0.98, 0.96])
+    assert width(rates, found, 0.97) == pytest.approx(1, abs=1e-3)
+    assert width(rates, found, 0.99) == 0
+    assert width(rates, found, 0.9) == pytest.approx(2)
+
+
+@pytest.mark.slow
 def test_policy_gradient_balances_the_pole(run_used):
     returns, output = run_used("policy_gradient.py", "--steps=40")
     assert np.mean(returns[-100:]) > 400 > 4 * np.mean(returns[:50])
@@ -143,47 +164,6 @@ def test_complaints_are_one_line(name, option, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"{name}: error: argument --")
     assert error.count("\n") == 1
-
-
-@pytest.fixture
-def notebook():
-    return nbformat.read(EXAMPLES / "mnist.ipynb", as_version=4)
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def outputs(notebook):
-    """Return for each code cell the kinds of its outputs."""
-    return [
-        {o.get("name", o.output_type) for o in cell.outputs}
-        for cell in code_cells(notebook)
-    ]
-
-
-def test_notebook_is_stored_as_run(notebook):
-    counts = [cell.execution_count for cell in code_cells(notebook)]
-    assert counts == list(range(1, len(counts) + 1))
-    assert set.union(*outputs(notebook)) == {"stdout", "display_data"}
-
-
-@pytest.mark.slow
-def test_notebook_runs(notebook):
-    stored = outputs(notebook)
-    for cell in code_cells(notebook):
-        cell.outputs, cell.execution_count = [], None
-    which = nbformat.v4.new_code_cell("import sys; print(sys.executable)")
-    notebook.cells.append(which)
-    NotebookClient(
-        notebook,
-        kernel_name="python3",
-        timeout=300,
-        resources={"metadata": {"path": str(EXAMPLES)}},
-    ).execute()  # raises where a cell does
-    assert notebook.cells.pop().outputs[0].text.strip() == sys.executable
-    # What TensorFlow thinks of the machine goes to stderr and is not stored.
-    assert [kinds - {"stderr"} for kinds in outputs(notebook)] == stored
 
 
 @pytest.mark.parametrize(
