@@ -249,7 +249,7 @@ def option_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> Accuracies:
-    """Train, write table, picture and numbers, and return what each training reached."""
+    """Train, write down what came out, and return what each training reached."""
     options = option_parser().parse_args(arguments)
     if options.short:
         options.epochs, options.data = 1, "sample"
