@@ -44,7 +44,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
     were, to the bit: they are copied and put back.
 
     Its place in the list of callbacks does not matter: it steps in before all others,
-    but after `BackupAndRestore`, which needs the weights to go on from.
+    but after `BackupAndRestore` and `Monitor`, which need the weights as they are.
 
     It goes with any Keras optimizer that has `use_ema=True`, within a
     `LossScaleOptimizer`, too, on every backend and under `tf.distribute`. With
@@ -220,7 +220,7 @@ def _has_averages(optimizer: Any) -> bool:
 
 
 def _needs_raw_weights(callback: Any) -> bool:
-    return isinstance(callback, keras.callbacks.BackupAndRestore)
+    return isinstance(callback, keras.callbacks.BackupAndRestore | Monitor)
 
 
 def _copied(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +10,16 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_rmsprop import checks
+
 STALLED, EXPLODING = 1e-7, 0.3
 """Of itself, in a step: less, and float32 weights do not move; more is no training."""
-MOST_ELEMENTS = 10_000
-"""Medians are taken of so many elements, evenly spaced, of larger variables."""
+MOST_ELEMENTS = 2**17
+"""Of larger variables so many elements are looked at, evenly spaced."""
+SETTLING = 10
+"""After so many looks no weight should change much at once."""
+FEWEST_STEPS, MOST_TIME = 100, 0.04
+"""From one look to the next by default, and the share of the time that looks take."""
 
 
 class Reading(NamedTuple):
@@ -31,11 +38,24 @@ class Reading(NamedTuple):
     update_ratio: float
     """Norm of what the step changed, over the norm of the weights before it."""
     gradient_norm: float
-    """Norm of the gradient, after clipping; NaN if there was no update."""
+    """Norm of the gradient, after clipping; NaN if there was no update.
+
+    Of variables with more than 131,072 elements, this and the one above are estimates.
+    """
     learning_rate: float
     """The rate in force: that which was found, or given."""
     skipped_steps: int
     """By `skip_nonfinite`, so far."""
+
+
+def _some(x: NDArray[Any] | None) -> NDArray[np.float64] | None:
+    """Return elements of an array, all of a small one, as a list of numbers."""
+    if x is None:
+        return None
+    step = -(-x.size // MOST_ELEMENTS)
+    while step > 1 and math.gcd(step, x.shape[-1]) > 1:
+        step += 1  # else they would be of a few columns only
+    return x.ravel()[::step].astype("float64")
 
 
 class Monitor(keras.callbacks.Callback):
@@ -44,11 +64,14 @@ class Monitor(keras.callbacks.Callback):
     Every so many batches, from the first that finds the optimizer built, it compares
     weights and $v$ before and after the step: that
     gives the change of the weights, and from $v' = \rho v + (1 - \rho) g^2$ the norm
-    of the gradient $g$, whatever runs the step. In between it does nothing but put the
-    learning rate into the logs, for the progress bar, the history and other callbacks.
+    of the gradient $g$, whatever runs the step. In between it does nothing. At the end
+    of an epoch it puts the learning rate into the logs, for the progress bar, the
+    history and other callbacks.
 
     Args:
-        every: Number of batches from one look to the next. Defaults to `100`.
+        every: Number of batches from one look to the next; or `None`: 100, and more
+            where looking would take more than a twentieth of the time. Defaults to
+            `None`.
         csv_file: A file to write the readings to, a line a variable; or `None`.
         log_dir: A folder for TensorBoard; or `None`. Needs TensorFlow.
         show: Whether to print what looks wrong, once a variable. Defaults to `True`.
@@ -79,25 +102,24 @@ class Monitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        every: int = 100,
+        every: int | None = None,
         csv_file: str | Path | None = None,
         log_dir: str | Path | None = None,
         show: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(
-                f"`every` must be an integer >= 1. Received: every={every}"
-            )
-        self.every = every
+        self.every = None if every is None else checks.integer("every", every, 1)
         self.csv_file = None if csv_file is None else Path(csv_file)
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.show = show
         self.readings: list[Reading] = []
         self.findings: list[str] = []
         self._steps = 0
-        self._next = 0
+        self._next = 1
         self._before: Any = None
+        self._seconds = 0.0  # of the last look
+        self._since = 0.0
+        self._steps_since = 0
         self._named: set[tuple[str, str]] = set()
         self._writer: Any = None
 
@@ -115,22 +137,37 @@ class Monitor(keras.callbacks.Callback):
             )
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Remember weights and averages, if it is time."""
-        if self._steps >= self._next and self._optimizer.built:
-            self._next = self._steps + self.every
-            self._before = self._seen()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Compare, if it is time, and tell the learning rate."""
+        """Look before a step, or at what the last one has done, if it is time."""
+        # Not at the end of a batch: for that, Keras would wait for every single step.
+        self._look_after()
         self._steps += 1
-        if self._before is not None:
-            before, self._before = self._before, None
-            self._compare(before, self._seen())
-        if logs is not None and self.readings:
-            logs["learning_rate_in_force"] = self.readings[-1].learning_rate
+        if self._steps >= self._next and self._optimizer.built:
+            start = time.perf_counter()
+            self._next = self._steps + self._interval(start)
+            self._before = self._seen()
+            self._seconds = time.perf_counter() - start
+
+    def _look_after(self) -> None:
+        """Compare with what was seen before the last step, if anything was."""
+        if self._before is None:
+            return
+        start = time.perf_counter()
+        before, self._before = self._before, None
+        self._compare(before, self._seen())
+        self._since, self._steps_since = time.perf_counter(), self._steps
+        self._seconds += self._since - start
+
+    def _interval(self, now: float) -> int:
+        """Return the number of steps to the next look."""
+        if self.every is not None:
+            return self.every
+        steps = self._steps - self._steps_since
+        each = (now - self._since) / steps if self._since and steps else math.inf
+        return max(FEWEST_STEPS, math.ceil(self._seconds / MOST_TIME / each))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Tell the learning rate of the moment."""
+        """Compare, if it is time, and tell the learning rate of the moment."""
+        self._look_after()
         if logs is not None:
             logs["learning_rate_in_force"] = self._rate()
 
@@ -144,30 +181,36 @@ class Monitor(keras.callbacks.Callback):
         found = optimizer.found_learning_rate
         return float(optimizer.learning_rate) if found is None else found
 
-    def _seen(self) -> tuple[Any, list[NDArray[Any]]]:
+    def _seen(self) -> Any:
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()  # within an epoch weights are elsewhere
-        return self._optimizer.get_state(), [
-            keras.ops.convert_to_numpy(v) for v in self._optimizer._trainable_variables
+        state = self._optimizer.get_state()
+        velocities = [_some(slots.velocity) for slots in state.slots]
+        weights = [
+            _some(keras.ops.convert_to_numpy(v))
+            for v in self._optimizer._trainable_variables
         ]
+        return state.iterations, state.paths, velocities, weights
 
     def _compare(self, before: Any, after: Any) -> None:
         optimizer, rate = self._optimizer, self._rate()
-        (old, weights), (new, changed) = before, after
+        iterations, paths, velocities, weights = after
+        iterations_before, _, velocities_before, weights_before = before
+        sizes = [v.shape for v in optimizer._trainable_variables]
         skipped = int(keras.ops.convert_to_numpy(optimizer.skipped_steps))
         added = []
-        for i, path in enumerate(new.paths):
-            v, was = new.slots[i].velocity, old.slots[i].velocity
+        for i, path in enumerate(paths):
+            v, was = velocities[i], velocities_before[i]
             if v is None or not v.size:
                 continue
-            effective = rate / self._root(v, new.iterations)
+            effective = rate / self._root(v, iterations)
             low, median, high = np.quantile(effective, (0.25, 0.5, 0.75))
-            way = np.linalg.norm(changed[i].astype("float64") - weights[i])
-            length = np.linalg.norm(weights[i].astype("float64"))
+            way = np.linalg.norm(weights[i] - weights_before[i])
+            length = np.linalg.norm(weights_before[i])
             rho, square = float(optimizer.rho), math.nan
-            if new.iterations > old.iterations:
-                both = v.sum(dtype="float64"), was.sum(dtype="float64")
-                square = max((both[0] - rho * both[1]) / (1 - rho), 0.0)
+            if iterations > iterations_before:
+                stands_for = math.prod(sizes[i]) / v.size
+                square = max((v.sum() - rho * was.sum()) / (1 - rho), 0.0) * stands_for
             added.append(
                 Reading(
                     self._steps,
@@ -187,7 +230,6 @@ class Monitor(keras.callbacks.Callback):
     def _root(self, v: NDArray[Any], steps: int) -> NDArray[Any]:
         """Return what gradients are divided by, of some elements that had any."""
         optimizer = self._optimizer
-        v = v.ravel()[:: -(-v.size // MOST_ELEMENTS)].astype("float64")
         v = v[v > 0] if (v > 0).any() else v
         if optimizer.bias_correction and optimizer.rho:
             v = v / (1 - float(optimizer.rho) ** max(steps, 1))
@@ -210,7 +252,9 @@ class Monitor(keras.callbacks.Callback):
             text = f"{path} gets no gradient"
         elif not math.isnan(norm) and ratio < STALLED:
             text = f"{path} has stalled: a step changes it by {ratio:.1g} of itself"
-        elif ratio > EXPLODING and reading.step > 10 * self.every:
+        elif ratio > EXPLODING and reading.step > SETTLING * (
+            self.every or FEWEST_STEPS
+        ):
             text = f"{path} is exploding: a step changes it by {ratio:.1g} of itself"
         kind = text.removeprefix(path).split(":")[0]
         if text and (path, kind) not in self._named:

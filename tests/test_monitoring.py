@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_models import dense_model, numbers, table_model
+from small_models import compiled, dense_model, numbers, table_model
 from stepping import python
 
-from keras_rmsprop import RMSprop
-from keras_rmsprop.callbacks import Monitor
+from keras_rmsprop import RMSprop, monitoring
+from keras_rmsprop.callbacks import AverageForEvaluation, Monitor
 
 
 def watched(model, x, y, monitor=None, **options):
@@ -51,6 +51,40 @@ def test_it_looks_every_so_many_batches_and_changes_nothing():
     assert sorted({r.step for r in callbacks[0].readings}) == [2, 5, 8]
     for a, b in zip(*ends, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_averages_that_are_judged_are_not_looked_at():
+    seen = []
+    for more in ([], [AverageForEvaluation()]):
+        model = dense_model(RMSprop(0.1, use_ema=True))
+        x, y = numbers(model, batch=32)
+        monitor = Monitor(every=1, show=False)
+        model.fit(x, y, 32, 4, verbose=0, callbacks=[*more, monitor])
+        seen.append(monitor.readings)
+    assert len(seen[0]) >= 12
+    assert [r[2:] for r in seen[0]] == [r[2:] for r in seen[1]]
+
+
+def test_by_default_looks_take_a_small_part_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(monitoring.time, "perf_counter", lambda: now[0])
+    monitor = Monitor(show=False)
+    monitor.set_model(dense_model(RMSprop(0.1)))
+    model, looks = monitor.model, []
+    model.optimizer.build(model.trainable_variables)
+    seen = monitor._seen
+
+    def look():  # takes 2 s, a step takes 0.1 s
+        looks.append(now[0])
+        now[0] += 2
+        return seen()
+
+    monkeypatch.setattr(monitor, "_seen", look)
+    for _ in range(10_000):
+        monitor.on_train_batch_begin(0)
+        now[0] += 0.1
+    assert 10 < len(looks) / 2 < 12
+    assert 2 * len(looks) < 0.05 * now[0]
 
 
 def test_the_rate_is_in_the_logs():
@@ -125,3 +159,20 @@ def test_other_backends(backend):
         KERAS_BACKEND=backend,
     )
     assert out.splitlines()[-1] == backend
+
+
+def test_estimates_of_a_large_variable_are_close():
+    layers = [keras.layers.Dense(512, name="wide"), keras.layers.Dense(1)]
+    model = compiled(RMSprop(0.01), keras.Input((512,)), layers)
+    x, y = numbers(model, 64)
+    model.fit(x, y, verbose=0)
+    weights = model.get_weights()[0]
+    v = model.optimizer.get_state().slots[0].velocity
+    monitor, _ = watched(model, x, y, epochs=1)
+    new = model.optimizer.get_state().slots[0].velocity
+    reading = next(r for r in monitor.readings if r.variable.endswith("wide/kernel"))
+    norm = np.sqrt((new.astype("float64") - 0.9 * v).sum() / 0.1)
+    assert weights.size == 2 * monitoring.MOST_ELEMENTS
+    assert reading.gradient_norm == pytest.approx(norm, rel=0.05)
+    ratio = np.linalg.norm(model.get_weights()[0] - weights) / np.linalg.norm(weights)
+    assert reading.update_ratio == pytest.approx(ratio, rel=0.02)
