@@ -39,6 +39,8 @@ EPSILON = 1e-30
 """Instead of the default 1e-7, to which small gradients would be nothing."""
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """After so many steps a rate must have grown; a greater distance is too great."""
+LARGE_INITIAL = 1e-3
+"""A larger initial rate may be larger than the right one, which is then not found."""
 LASTING = 100
 """So many steps a distance found at the start lasts, until it fades."""
 MOST = 1e4
@@ -488,11 +490,13 @@ def complaint(
     """
     distance, _, steps, path = estimate
     if steps >= STUCK_STEPS and distance <= options.initial:
+        is_large = options.initial > LARGE_INITIAL
+        why = "it may be too large" if is_large else "the gradients do not agree"
+        other = 1e-5 if is_large else 100 * options.initial
         return (
             f"The learning rate is still at its initial value of {options.initial:g} "
-            f"after {steps:.0f} steps: the gradients do not agree on a way. If the "
-            "loss does not fall, raise `initial`: "
-            f"`AutoLearningRate(initial={100 * options.initial:g})`"
+            f"after {steps:.0f} steps: {why}. If the loss does not fall, use "
+            f"`AutoLearningRate(initial={other:g})`"
         )
     if not distance <= RUNAWAY_DISTANCE:  # NaN, too
         return (

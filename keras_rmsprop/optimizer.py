@@ -987,7 +987,8 @@ class RMSprop(keras.optimizers.Optimizer):
         """Return what the optimizer remembers of its variables, as NumPy arrays.
 
         The averages of silent rows are brought up to date in it, and slots in bfloat16
-        are float32. Averages of the weights (`use_ema`) are not part of it.
+        are float32. Averages of the weights (`use_ema`) are not part of it, nor is what
+        is known of a learning rate that is found while training.
 
         Raises:
             ValueError: The optimizer is not built.

@@ -661,8 +661,12 @@ def test_a_rate_that_is_stuck_is_told_of():
         UserWarning, match=r"still at its initial value of 1e-05 .*initial"
     ):
         model.fit(x, y, batch_size=1, epochs=15, verbose=0)
-    with pytest.warns(UserWarning, match="raise `initial`"):
+    with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
         assert model.optimizer.found_learning_rate == pytest.approx(1e-5)
+    estimate = automatic.Estimate(0.03, 0.0, 100.0, 0.0)
+    words = automatic.complaint(estimate, AutoLearningRate(initial=0.03))
+    assert "too large" in words
+    assert "(initial=1e-05)" in words
 
 
 def test_a_rate_that_runs_away_is_told_of():
