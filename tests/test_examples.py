@@ -123,7 +123,7 @@ def test_sensitivity(run_used, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert output.splitlines()[-1] == f"Written to {tmp_path}: {', '.join(names)}"
     written = json.loads((tmp_path / names[0]).read_text())
-    assert len(written) == len(accuracies) == 24
+    assert len(written) == len(accuracies) == 16
     best = max(a for run, a in accuracies.items() if run.variant == "auto")
     assert best > 0.8
     assert f"best {best:.2%}" in (tmp_path / names[1]).read_text()
