@@ -7,6 +7,7 @@ tuned: the table says where each is from. `make tuning` compares whole grids of 
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -124,11 +125,12 @@ def train(name: str, optimizer: Any, digits: mnist_data.Digits, **fit: Any) -> A
     from keras_rmsprop.callbacks import AverageForEvaluation
 
     model = mnist_train.network()
-    model.compile(optimizer, "sparse_categorical_crossentropy", ["accuracy"])
+    loss = "sparse_categorical_crossentropy"
+    model.compile(optimizer, loss, metrics=["accuracy"])
     begun, stepped, ended = list[float](), list[float](), list[float]()
 
     def note(times: list[float]) -> Callable[..., None]:
-        return lambda *_: times.append(time.perf_counter())
+        return lambda *_, **__: times.append(time.perf_counter())
 
     clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=note(begun),
@@ -183,14 +185,14 @@ def in_words(rivals: Rivals) -> list[str]:
     at_end = {name: rival.accuracy[:, -1] for name, rival in rivals.items()}
     ours, theirs = at_end[OURS], at_end[THEIRS]
     apart = abs(ours.mean() - theirs.mean())
-    agree = "agree" if apart <= max(np.ptp(ours), np.ptp(theirs)) else "do not agree"
+    agree = "agree" if apart <= max(np.ptp(ours), np.ptp(theirs)) else "differ"
     pairs = zip(rivals[OURS].runs, rivals[THEIRS].runs, strict=True)
     loss = max(mnist_report.loss_difference(pair)[0] for pair in pairs)
     return [
         f"After {rivals[OURS].accuracy.shape[1]} epochs {ahead(at_end)}",
         f"After {seconds:.1f} s, when {fastest} is done, {ahead(at_once)}",
-        f"{OURS} and {THEIRS} {agree}: they end {apart:.2f} points apart, and their "
-        f"training losses differ by {loss:.1e} at most.",
+        f"At the end {OURS} and {THEIRS} {agree}: they are {apart:.2f} points apart. "
+        f"Their training losses differ by {loss:.1g} (relative) at most.",
     ]
 
 
@@ -236,8 +238,8 @@ def draw(path: Path, title: str, rivals: Rivals) -> None:
     left.set_ylabel("test digits told wrong", size=12)
     left.set_xlabel("epoch", size=12)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    middle.set_xlabel("seconds of training, but for what compiling takes", size=12)
-    right.set_xlabel("at the end: each seed, and their mean", size=12)
+    middle.set_xlabel("seconds of training, without compiling", size=12)
+    right.set_xlabel("at the end, by seed; bar: mean", size=12)
     right.xaxis.set_major_formatter("{x:g} %")
     right.set_yticks(range(len(rivals)), list(rivals), size=12)
     right.invert_yaxis()
@@ -258,16 +260,18 @@ def draw(path: Path, title: str, rivals: Rivals) -> None:
 
 
 def write(output: Path, title: str, rivals: Rivals) -> None:
-    """Write the picture, the table and the numbers, and print the table."""
+    """Write the picture, the numbers and the table, and print the table."""
     draw(output / "comparison.png", title, rivals)
     runs = {name: [asdict(run) for run in rival.runs] for name, rival in rivals.items()}
     found = {"title": title, "words": in_words(rivals), "runs": runs}
     (output / "comparison.json").write_text(json.dumps(found, indent=2) + "\n")
-    with (output / "comparison.md").open("w") as file:
-        for console in (Console(highlight=False), Console(file=file, width=140)):
-            console.print(title, table(rivals), *in_words(rivals), sep="\n\n")
-    names = "comparison.json, comparison.md, comparison.png"
-    print(f"\nWritten to {output}: {names}")
+    page = io.StringIO()
+    console = Console(file=page, width=140)
+    console.print(title, table(rivals), *in_words(rivals), sep="\n\n")
+    text = "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+    (output / "comparison.md").write_text(text + "\n")
+    print(text)
+    print(f"\nWritten to {output}: comparison.json, comparison.md, comparison.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> Rivals:
@@ -302,7 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> Rivals:
     fit = {"epochs": options.epochs, "batch_size": options.batch_size}
     with progress.Progress(transient=True) as bar:
         task = bar.add_task("", total=options.epochs * options.seeds * len(rivals))
-        step = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: bar.advance(task))
+        step = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_, **__: bar.advance(task)
+        )
         for seed in range(options.seeds):
             for name, rival in rivals.items():
                 bar.update(task, description=f"seed {seed}, {name:<22}")
