@@ -18,7 +18,7 @@ from tuning_tasks import HELD_OUT, TASKS, Task
 HERE = Path(__file__).parent
 FIGURES = HERE / "results" / "tuning.json"
 PICTURE = HERE / "results" / "tuning.png"
-PAGE = HERE.parent / "docs" / "learning_rate.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmark:tuning -->\n", "<!-- /benchmark -->\n"
 COLORS = {"constant": "#e8710a", "decay": "#c9a227", "adam": "#6b6a66"}
 COLORS |= {"average": "#1a9076", "auto": "#2a78d6", "prodigy": "#9b3fb5"}
