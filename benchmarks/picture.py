@@ -1,6 +1,6 @@
 """Draw the picture of the README from what `bench.py` and `tuning.py` measured.
 
-python benchmarks/picture.py
+Both draw it when they have measured; `python benchmarks/picture.py` does, too.
 """
 
 import json
@@ -56,8 +56,8 @@ def draw_tables(panel: Any) -> None:
     for figure in report["figures"]:
         who, what, how = (figure[key] for key in ("who", "what", "how"))
         if how == "uniform ids, without XLA" and who in ("this", "Keras"):
-            rows = int(what.split()[0].replace(",", ""))
-            times[who][rows] = float(np.median(figure["values"]["time"]))
+            size = int(what.split()[0].replace(",", ""))
+            times[who][size] = float(np.median(figure["values"]["time"]))
     for who, color in (("Keras", BUILT_IN), ("this", THIS)):
         rows = sorted(times[who])
         panel.loglog(rows, [times[who][n] for n in rows], "o-", color=color, lw=2)

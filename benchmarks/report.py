@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import picture
 from figures import PARTS, WAYS, Figure, Part, short, spread
 from fit import KEPT, LARGE, SMALL, TABLE_JIT, TABLES, WIDTH
 from harness import sentence
@@ -231,6 +232,8 @@ def publish(folder: Path) -> dict[str, Part]:
     insert(page, text + markdown(tables(rest)), ": updates, fit and memory")
     for page, text in pages.items():
         (page if folder == RESULTS else folder / page.name).write_text(text)
+    if folder == RESULTS:
+        picture.main()
     return parts
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import harness
 import numpy as np
+import picture
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -237,6 +238,7 @@ def publish(results: Results) -> None:
     }
     FIGURES.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     draw(results, PICTURE)
+    picture.main()
     if not PAGE.exists() or BEGIN not in PAGE.read_text():
         return
     turned = [list(column) for column in zip(*table, strict=True)]
