@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 BENCH := $(VENV)/.bench
 MUTANTS := $(VENV)/.mutants
+DOCS := $(VENV)/.docs
 OLDEST := .venv-oldest
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
@@ -14,7 +15,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tune tuning compare examples wheel clean
+.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,11 @@ $(BENCH): $(PEERS)
 $(MUTANTS): $(READY)
 	@echo "Adding what makes mutants."
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[mutants]'
+	@touch $@
+
+$(DOCS): $(READY)
+	@echo "Adding what makes the site."
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # The pins that are not in constraints-oldest.txt are those of constraints.txt.
@@ -105,9 +111,12 @@ examples: $(READY)  ## run the short example programs
 	$(BIN)/python examples/compare_optimizers.py --short
 	$(BIN)/python examples/sensitivity.py --short
 
+docs: $(DOCS)  ## build the site: site/index.html; a dead link is an error
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:  ## remove what was made, the virtual environments too
-	rm -rf $(VENV) $(OLDEST) runs mutants build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs mutants site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

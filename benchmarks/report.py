@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import picture
 from figures import PARTS, WAYS, Figure, Part, short, spread
 from fit import KEPT, LARGE, SMALL, TABLE_JIT, TABLES, WIDTH
 from harness import sentence
@@ -22,27 +23,12 @@ from update import SETS, numbers
 FIGURES = "bench.json"
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-FRAME = "<!-- of `make bench` -->\n", "<!-- end -->\n"
-"""What stands around the tables in pages that are not written as a whole."""
+BEGIN, END = "<!-- of `make bench`{} -->\n", "<!-- end -->\n"
+"""What stands around the tables in pages that are written by hand."""
 PEERS = "best of torch foreach, optax"
 TIMES = {"time": "Milliseconds a step", "first": "Seconds to first step"}
 COLORS = {"this": "#2a78d6", "Keras": "#e8710a", "torch": "#1a9076"}
 GREY = "#6b6a66"
-INTRODUCTION = """\
-# Benchmarks
-
-`python benchmarks/bench.py` measured the figures of this page and wrote all of it: edit
-the script, not the page. Each competitor runs in a process of its own, warmed up, with
-as many threads as the others, and all take turns, round by round. A round gives the
-median of its steps; a figure is the median of the rounds, with their range in brackets.
-A ratio is taken within each round first. "This" is keras_rmsprop, "the limit" a fused
-loop over the same numbers at the speed of memory, in numba; "everything" is momentum,
-centering, clipping by the global norm and weight decay together. Two within 5 % of
-each other count as equally fast; all other targets must hold as the figures stand.
-
-"""
-PICTURE = "\n![Times of one update](../benchmarks/results/bench.png)\n"
-
 Rows = list[list[str]]
 """A table: the headings, then the rows."""
 Pages = dict[str, Rows]
@@ -196,10 +182,14 @@ def markdown(pages: Pages) -> str:
     text = ""
     for title, (headings, *rows) in pages.items():
         rule = [":--", *[":--" if title == "Targets" else "--:"] * (len(headings) - 1)]
-        text += f"\n{'## ' * (title == 'Targets')}{title}\n\n" if title else ""
+        text += f"\n{_heading(title)}\n\n" if title else ""
         for cells in (headings, rule, *rows):
             text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def _heading(title: str) -> str:
+    return f"### {title}" if title == "Targets" else f"**{title}**"
 
 
 def save(path: Path, name: str, part: Part) -> None:
@@ -217,33 +207,33 @@ def publish(folder: Path) -> dict[str, Part]:
     Args:
         folder: Where the figures are; any but the usual one gets the pages, too.
     """
+    pages: dict[Path, str] = {}
 
-    def write(page: Path, text: str) -> None:
-        (page if folder == RESULTS else folder / page.name).write_text(text)
-
-    def insert(page: Path, text: str) -> None:
-        before, _, rest = page.read_text().partition(FRAME[0])
-        write(page, before + text.join(FRAME) + rest.partition(FRAME[1])[2])
+    def insert(page: Path, text: str, place: str = "") -> None:
+        begin = BEGIN.format(place)
+        before, _, rest = (pages.get(page) or page.read_text()).partition(begin)
+        pages[page] = before + begin + text + END + rest.partition(END)[2]
 
     report = json.loads((folder / FIGURES).read_text())
     parts = {
         name: Part(of["machine"], [Figure(**figure) for figure in of["figures"]])
         for name, of in sorted(report.items(), key=lambda item: PARTS.index(item[0]))
     }
-    rest = dict(parts)
+    rest, page = dict(parts), DOCS / "benchmarks.md"
     if embedding := rest.pop("embedding", None):
         draw_embeddings(folder / "embedding.png", embedding)
         text = f"Measured on: {sentence(embedding.machine)}.\n"
-        insert(
-            DOCS / "embeddings.md", text + markdown(tables({"embedding": embedding}))
-        )
+        text += markdown(tables({"embedding": embedding}))
+        insert(page, text, ": embeddings")
     if "update" in rest:
         draw_updates(folder / "bench.png", rest["update"])
         insert(DOCS.parent / "README.md", markdown({"": _eager(rest["update"])}))
-    text = INTRODUCTION
-    for name, part in rest.items():
-        text += f"- {name}: {sentence(part.machine)}\n"
-    write(DOCS / "benchmarks.md", text + PICTURE + markdown(tables(rest)))
+    text = "".join(f"- {name}: {sentence(of.machine)}\n" for name, of in rest.items())
+    insert(page, text + markdown(tables(rest)), ": updates, fit and memory")
+    for page, text in pages.items():
+        (page if folder == RESULTS else folder / page.name).write_text(text)
+    if folder == RESULTS:
+        picture.main()
     return parts
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import harness
 import numpy as np
+import picture
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -18,7 +19,7 @@ from tuning_tasks import HELD_OUT, TASKS, Task
 HERE = Path(__file__).parent
 FIGURES = HERE / "results" / "tuning.json"
 PICTURE = HERE / "results" / "tuning.png"
-PAGE = HERE.parent / "docs" / "learning_rate.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmark:tuning -->\n", "<!-- /benchmark -->\n"
 COLORS = {"constant": "#e8710a", "decay": "#c9a227", "adam": "#6b6a66"}
 COLORS |= {"average": "#1a9076", "auto": "#2a78d6", "prodigy": "#9b3fb5"}
@@ -237,6 +238,7 @@ def publish(results: Results) -> None:
     }
     FIGURES.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     draw(results, PICTURE)
+    picture.main()
     if not PAGE.exists() or BEGIN not in PAGE.read_text():
         return
     turned = [list(column) for column in zip(*table, strict=True)]

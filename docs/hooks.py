@@ -1,0 +1,47 @@
+"""For MkDocs: pages link to files outside `docs/`, which the site then has, too.
+
+On GitHub a page reaches `examples/resume.py` as `../examples/resume.py`. Here each such
+file becomes a part of the site: a program a page that shows it, any other file itself.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, InclusionLevel
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"\]\(\.\./([^)#\s]+)")
+
+
+def _target(path: str) -> str:
+    """Return what the site calls a file of the project."""
+    return f"{path}.md" if path.endswith(".py") else path
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the files that pages link to."""
+    linked = set()
+    for file in files.documentation_pages():
+        linked |= set(LINK.findall(file.content_string))
+    for path in sorted(linked):
+        source = ROOT / path
+        if not source.is_file():
+            continue  # MkDocs says which link leads nowhere
+        given: dict[str, Any] = {"abs_src_path": str(source)}
+        if path.endswith(".py"):
+            text = source.read_text()
+            given = {"content": f"# {path}\n\n````python\n{text}````\n"}
+        elif path.endswith(".md"):
+            given = {"content": source.read_text().replace("](docs/", "](")}
+        files.append(
+            File.generated(
+                config, _target(path), inclusion=InclusionLevel.NOT_IN_NAV, **given
+            )
+        )
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Point links at these files."""
+    return LINK.sub(lambda match: f"]({_target(match[1])}", markdown)

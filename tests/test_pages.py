@@ -1,0 +1,136 @@
+"""The pages: their code runs, their links lead somewhere, and the API page is whole."""
+
+import ast
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import keras_rmsprop
+from keras_rmsprop import callbacks, dialects, transfer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+BLOCK = re.compile(
+    r"^(?P<indent> *)(?:<!-- not run: (?P<reason>[^\n]+) -->\n+ *)?"
+    r"```python\n(?P<code>.*?)^ *```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(page):
+    """Return for each block of Python: its line, its code, and why it is not run."""
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text[: match.start("code")].count("\n")
+        indent = len(match["indent"])
+        code = "".join(x[indent:] or "\n" for x in match["code"].splitlines(True))
+        found.append((line, code, match["reason"]))
+    return found
+
+
+def run(page, line, code, names):
+    """Run a block with the names of the blocks before it; check outputs, if any."""
+    if not code.startswith(">>>"):
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+        return
+    test = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), line)
+    test.globs = names
+    results = doctest.DocTestRunner().run(test, clear_globs=False)
+    assert results.attempted
+    assert results.failed == 0
+
+
+@every_page
+def test_code_runs_and_outputs_are_true(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for line, code, reason in blocks(page):
+        if not reason:
+            run(page, line, code, names)
+
+
+def test_most_code_is_run():
+    reasons = [reason for page in PAGES for _, _, reason in blocks(page)]
+    assert len([reason for reason in reasons if reason]) < len(reasons) / 10
+    fences = sum(page.read_text().count("```python\n") for page in PAGES)
+    assert len(reasons) == fences
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, and of what it shows of the API."""
+    found = {*re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)}
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE):
+        words = re.sub(r"[^\w\s-]", "", heading.lower()).strip()
+        found.add(re.sub(r"\s+", "-", words))
+    return found
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+@every_page
+def test_make_has_what_it_is_told_to_make(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", page.read_text(), re.M))
+    assert named <= targets
+
+
+def test_every_page_is_in_the_navigation():
+    # Read as text, for these tests need no MkDocs.
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\n\n")[0]
+    named = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
+    assert sorted(named) == sorted(p.name for p in ROOT.glob("docs/*.md"))
+
+
+def public_names():
+    """Return what users may import, by its full name."""
+    names = {
+        f"keras_rmsprop.{name}"
+        for name in keras_rmsprop.__all__
+        if not inspect.ismodule(getattr(keras_rmsprop, name))
+    }
+    for module in (callbacks, dialects, transfer):
+        again = {
+            alias.name
+            for node in ast.parse(inspect.getsource(module)).body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if alias.asname == alias.name  # `import X as X`: for others to import
+        }
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", None) == module.__name__
+            if not name.startswith("_") and (own or name.isupper() or name in again):
+                names.add(f"{module.__name__}.{name}")
+    return names
+
+
+def test_the_api_page_is_whole():
+    page = (ROOT / "docs/api.md").read_text()
+    shown = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    assert len(shown) == len({*shown})
+    assert public_names() - {*shown} == set()
+    for name in shown:
+        owner, _, last = name.rpartition(".")
+        assert hasattr(inspect.importlib.import_module(owner), last), name
+
+
+def test_the_table_of_make_tune_is_what_came_out():
+    page = (ROOT / "docs/learning_rate.md").read_text()
+    shown = page.split("<!-- of `make tune` -->\n")[1].split("<!-- end -->")[0]
+    results = (ROOT / "benchmarks/results/sensitivity.md").read_text()
+    assert shown.strip() in results
