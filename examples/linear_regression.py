@@ -97,4 +97,7 @@ small g is. An alpha that decays to zero (here CosineDecay) ends the hopping."""
 
 
 if __name__ == "__main__":
+    from command_line import OptionParser
+
+    OptionParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     main()

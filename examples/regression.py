@@ -1,4 +1,4 @@
-"""A small network learns a line from noisy points, with the documents' optimizer."""
+"""A small network learns a line from noisy points, with `rmsprop_optimizer`."""
 
 import os
 from typing import NamedTuple
@@ -61,4 +61,7 @@ def main() -> Result:
 
 
 if __name__ == "__main__":
+    from command_line import OptionParser
+
+    OptionParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     main()

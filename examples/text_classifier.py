@@ -126,4 +126,7 @@ def main() -> list[Result]:
 
 
 if __name__ == "__main__":
+    from command_line import OptionParser
+
+    OptionParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     main()
