@@ -1,4 +1,4 @@
-"""A small network learns a line from noisy points, with the documents' optimizer."""
+"""A small network learns a line from noisy points, with the textbook's optimizer."""
 
 import os
 from typing import NamedTuple
