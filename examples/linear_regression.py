@@ -44,7 +44,7 @@ def make_data(n: int = 100) -> tuple[Array, Array]:
 
 
 def with_numpy(x: Array, y: Array, alpha: float) -> Array:
-    """Return theta after RMSprop as the documents give it."""
+    """Return theta after RMSprop as most textbooks give it."""
     return reference.minimize(
         lambda theta: x.T @ (x @ theta - y) * 2 / len(y),
         np.zeros(2),

@@ -1,8 +1,8 @@
-"""Which of a model's variables is which of those in a file.
+"""Which variable in a file belongs to which variable of the model.
 
-Keras finds weights by their place in the model, and so does this for their slots. Names
-are a check: Keras numbers layers as they are made, so `dense_1` in one process may be
-`dense` in another.
+Keras finds weights by their place in the model, and this module does the same for their
+slots. Names are a check: Keras numbers layers as they are made, so `dense_1` in one
+process may be `dense` in another.
 """
 
 import re
@@ -18,10 +18,10 @@ class Owner(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """Which is which."""
+    """Which variable in the file is which of mine."""
 
     places: list[int | None]
-    """Of each in the file the index among mine, or None."""
+    """For each variable in the file, its index among mine, or None."""
     names_differ: bool = False
     """Whether variables were matched whose names say that they are others."""
 
@@ -31,10 +31,10 @@ def aligned(
 ) -> Alignment:
     """Find the variables of a file among those of a model.
 
-    Of as many variables with the same shapes each is at its place, unless the names,
-    apart from numbers that Keras gives, are the same in another order, or some are the
-    same and others not. Otherwise the order is kept, and of several ways to match them
-    only what all agree on counts.
+    If there are as many, with the same shapes, each is at its place: unless the names,
+    apart from the numbers that Keras gives, are the same in another order, or only some
+    are the same. Otherwise the order is kept, and if there are several ways to match
+    them, only what all of them agree on counts.
 
     Args:
         theirs: The variables in the file, in its order.
@@ -95,7 +95,7 @@ def _all_equal(
 def _by_name(
     theirs: Sequence[Owner], mine: Sequence[Owner], short: Callable[[str], str]
 ) -> list[int | None] | None:
-    """Return the places by name, None if one is missing, fits not or is there twice."""
+    """Return the places by name; None if one is missing, misfits or occurs twice."""
     places = {short(o.path): i for i, o in enumerate(mine)}
     names = [short(o.path) for o in theirs]
     if len(places) < len(mine) or len({*names}) < len(names):

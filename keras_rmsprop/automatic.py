@@ -1,8 +1,8 @@
 r"""A learning rate found while training: how far the weights must travel, estimated.
 
-It is the distance estimate of Prodigy with RMSprop's steps. For weights $x$ that began
-at $x_0$ and have gradients $g$, a distance $d$, a factor $f$ on it (a schedule's, say)
-and $b = \sqrt{0.999}$, step $t = 1, 2, \dots$ is, before the weights change:
+It is the distance estimate of Prodigy, with RMSprop's steps. The weights $x$ began at
+$x_0$ and have gradients $g$. The distance is $d$, a factor on it is $f$ (a schedule's,
+say), and $b = \sqrt{0.999}$. Before the weights change, step $t = 1, 2, \dots$ does:
 
 $$\begin{aligned}
   \lambda &= f d^2 / d_0 \\
@@ -11,10 +11,10 @@ $$\begin{aligned}
   d &\leftarrow \max(d_0,\; d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|)
 \end{aligned}$$
 
-If the gradients keep pointing from where the weights are back to where they began, the
-weights went too far, and $r$ is small; if they point on, $r / \sum |s|$ says how far
-there is to go. The steps are those of RMSprop with the learning rate $f d$. The scale
-of the loss drops out of all of it.
+If the way down the gradients leads back to where the weights began, the weights went
+too far, and $r$ is small. If it leads on, $r / \sum |s|$ says how far there is to go.
+The steps are those of RMSprop with the learning rate $f d$. The scale of the loss
+cancels.
 """
 
 import itertools
@@ -34,46 +34,47 @@ if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import sparse
 
 FORGETTING = 0.999**0.5
-"""b, the decay rate of the sums: some 2000 steps are remembered."""
+"""b, the decay rate of the sums: they remember some 2000 steps."""
 EPSILON = 1e-30
-"""Instead of the default 1e-7, to which small gradients would be nothing."""
+"""Used instead of the default 1e-7, beside which small gradients would not count."""
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
-"""After so many steps a rate must have grown; a greater distance is too great."""
+"""The rate must have grown after so many steps; a larger distance is too large."""
 LARGE_INITIAL = 1e-3
-"""A larger initial rate may be larger than the right one, which is then not found."""
+"""A larger initial rate may exceed the right one, which is then not found."""
 LASTING = 100
-"""So many steps a distance found at the start lasts, until it fades."""
+"""For so many steps a distance found at the start lasts, before it fades."""
 MOST = 1e4
-"""No distance is greater: down a slope without end it would grow to infinity."""
+"""No distance is larger: on a slope without end it would grow to infinity."""
 SAMPLED_ELEMENTS = 2**12
-"""From this size on not all elements of a variable are looked at."""
+"""From this size on, only a sample of a variable's elements is looked at."""
 INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
 COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
 LONGEST_STEP = 100.0
-"""No weight is moved farther by a step than so many learning rates."""
+"""No step moves a weight farther than so many learning rates."""
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
 class AutoLearningRate:
-    r"""A learning rate that is found while training: how to look for it.
+    r"""How to find a learning rate while training.
 
     `RMSprop(learning_rate="auto")` is short for
     `RMSprop(learning_rate=AutoLearningRate())`. Few need more.
 
     Args:
         initial: $d_0$ in [1e-12, 1], the rate of the first step, in units of the
-            weights. It is to be smaller than any rate that could be right. Defaults to
-            `1e-5`.
-        coefficient: $c$ in (0, 1000], what the distance found is multiplied by.
+            weights. It should be smaller than any rate that could be right. Defaults
+            to `1e-5`.
+        coefficient: $c$ in (0, 1000]; the distance found is multiplied by it.
             Defaults to `1`.
-        growth: By how much the rate may grow in a step, a factor > 1: 1.02 is a slow
+        growth: The factor > 1 by which the rate may grow in a step: 1.02 is a slow
             warm-up. Defaults to infinity.
-        one_in: The estimate looks at one in so many elements of each variable with more
-            than 4096, and costs memory and time for these alone: two numbers each.
-            Defaults to `4`.
-        factor: What multiplies the rate found: a number or what else may be a learning
-            rate, such as a `keras.optimizers.schedules.LearningRateSchedule`. It is
-            what `optimizer.learning_rate` is then. Defaults to `1`.
+        one_in: In each variable with 4096 elements or more, the estimate looks at one
+            element in so many. It needs memory and time for these alone: two numbers
+            each. Defaults to `4`.
+        factor: The rate found is multiplied by it: a number or anything else that may
+            be a learning rate, such as a
+            `keras.optimizers.schedules.LearningRateSchedule`. It becomes
+            `optimizer.learning_rate`. Defaults to `1`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -110,11 +111,11 @@ class AutoLearningRate:
         self.factor = checks.learning_rate(factor)
 
     def sample(self, shape: Sequence[int]) -> "Sample":
-        """Return which elements are looked at of a variable with this shape."""
+        """Return which elements of a variable with this shape are looked at."""
         return Sample(shape, self.one_in)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make an equal one."""
+        """Return the arguments to make an equal one with."""
         return {
             "initial": self.initial,
             "coefficient": self.coefficient,
@@ -126,7 +127,7 @@ class AutoLearningRate:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AutoLearningRate":
-        """Return one made of what `get_config` returned."""
+        """Return one made from what `get_config` returned."""
         given = {**config}
         if given.get("growth", 0) is None:
             given["growth"] = math.inf
@@ -135,7 +136,7 @@ class AutoLearningRate:
         return cls(**given)
 
     def looks_like(self, other: "AutoLearningRate") -> bool:
-        """Whether another one is the same but for the factor."""
+        """Whether another one is the same except for the factor."""
         same = "initial", "coefficient", "growth", "one_in"
         return all(getattr(self, name) == getattr(other, name) for name in same)
 
@@ -144,11 +145,11 @@ class Estimate(NamedTuple):
     """What is known so far: four numbers, kept in one variable."""
 
     distance: Any
-    """d; times the factor it is the learning rate."""
+    """d; the learning rate is this times the factor."""
     gain: Any
     """r."""
     steps: Any
-    """t, how many there were."""
+    """t, the number of steps so far."""
     path: Any
     """The sum of the learning rates so far: how far a weight can have come."""
 
@@ -160,9 +161,9 @@ class Part(NamedTuple):
     gradient: Any
     """A tensor of the variable's shape, or of its rows'; None: it has no step now."""
     first: Any
-    """Keeps its first weights, those that are looked at."""
+    """Keeps its first weights, of the elements that are looked at."""
     sums: Any
-    """Keeps s, of the same."""
+    """Keeps s, of the same elements."""
     rows: Any = None
     """The rows of a table (`sparse.Rows`); None: it has no clock."""
 
@@ -177,15 +178,15 @@ def asked_for(learning_rate: Any) -> AutoLearningRate | None:
 class Sample:
     """Which elements of a variable are looked at: all of a small one, else one in n.
 
-    The shorter side is thinned: of large tables, each row can then be followed on its
-    own; of square kernels whole lines of memory are left out.
+    The shorter side is thinned. So in a large table each row can be followed on its
+    own, and in a square kernel whole lines of memory are left out.
 
     Args:
         shape: The variable's shape.
         one_in: n.
 
     Attributes:
-        is_small: Whether all are looked at, however many shall be of others.
+        is_small: Whether all are looked at, whatever `one_in` is.
         shape: The shape of these elements.
         whole_rows: Whether they are all elements of some rows.
         stands_for: How many elements of the variable one of these stands for.
@@ -262,7 +263,7 @@ class Search:
         sign: int,
         fold: bool,
     ) -> Any:
-        """Estimate anew how far the weights must travel; see `find`.
+        """Update the estimate of how far the weights must travel; see `find`.
 
         Args:
             variables: The model's variables.
@@ -293,10 +294,10 @@ class Search:
         return Estimate(*as_array(self.estimate).tolist())
 
     def complaint(self, variables: Sequence[Any] = ()) -> str:
-        """Return what a user should know of the estimate; see `complaint`.
+        """Return what a user should know about the estimate; see `complaint`.
 
         Args:
-            variables: The model's variables, to look how far they have come; or none.
+            variables: The model's variables, to see how far they have come; or none.
         """
         way = None
         if variables:
@@ -315,7 +316,7 @@ def find(
     sign: int = 1,
     fold: bool = False,
 ) -> Any:
-    """Estimate anew from this step's gradients; return the distance, a scalar.
+    """Update the estimate with this step's gradients; return the distance, a scalar.
 
     Args:
         parts: All variables, before the step.
@@ -362,7 +363,7 @@ def find(
 def _begin(parts: Sequence[Part], samples: Sequence[Sample], is_first: Any) -> None:
     """Keep the first weights, if this is the first step.
 
-    Others may have been loaded since the optimizer was built.
+    Other weights may have been loaded since the optimizer was built.
     """
 
     def begin() -> None:
@@ -394,7 +395,7 @@ def _follow(part: Part, sample: Sample, weight: Any, fold: bool) -> tuple[Any, A
 
 
 def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
-    """Do the same for small variables, of which operations cost more than numbers."""
+    """Do the same for small variables, where operations cost more than numbers."""
     dtype = parts[0].sums.dtype
 
     def shaped(x: Any, shape: Sequence[int]) -> Any:
@@ -440,7 +441,7 @@ def _follow_rows(
 
 
 def _silent(part: Part, fold: bool) -> Any:
-    """Return the sum of |s| of a variable as it stands; of a table its clock knows."""
+    """Return the current sum of |s| of a variable; for a table, its clock knows it."""
 
     def whole() -> Any:
         sums = ops.absolute(ops.convert_to_tensor(part.sums))
@@ -464,7 +465,7 @@ def catch_up(sums: Any, clock: Any) -> None:
 
 
 def farthest(pairs: Sequence[tuple[Any, Any]], options: AutoLearningRate) -> float:
-    """Return the longest way of a weight from where it began.
+    """Return how far the farthest weight is from where it began.
 
     Args:
         pairs: Variables, and what keeps their first weights.
@@ -481,12 +482,12 @@ def farthest(pairs: Sequence[tuple[Any, Any]], options: AutoLearningRate) -> flo
 def complaint(
     estimate: Estimate, options: AutoLearningRate, farthest: float | None = None
 ) -> str:
-    """Return what a user should know of an estimate, with the remedy; or nothing.
+    """Return what a user should know about an estimate, with the remedy; or nothing.
 
     Args:
         estimate: The estimate, as numbers.
         options: How it was looked for.
-        farthest: The longest way of a weight from where it began, if known.
+        farthest: How far the farthest weight is from where it began, if known.
     """
     distance, _, steps, path = estimate
     if steps >= STUCK_STEPS and distance <= options.initial:

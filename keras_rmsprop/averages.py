@@ -1,9 +1,9 @@
-"""Averages of the weights, `use_ema`: how they follow, and how they replace.
+"""Averages of the weights (`use_ema`): they follow the weights, and can replace them.
 
-A row of a table without gradient keeps its weights w, and its average goes on following
+A row of a table without a gradient keeps its weights w. Its average still follows
 them: avg <- m avg + (1 - m) w. After n such updates that is M avg + (1 - M) w, where M
-is the product of the n shares m. So it can wait until w changes, or until the average
-is read; a clock (`sparse.AverageTicks`) knows the updates.
+is the product of the n shares m. So the update can wait until w changes, or until the
+average is read. A clock (`sparse.AverageTicks`) counts the updates.
 """
 
 import functools
@@ -22,12 +22,12 @@ if keras.backend.backend() == "tensorflow":
 
 
 class Momentum(NamedTuple):
-    """Which share of an average an update keeps."""
+    """The share of an average that an update keeps."""
 
     most: Any
     """`ema_momentum`."""
     warms_up: bool = False
-    """Whether it is (1 + t) / (10 + t) as long as that is less."""
+    """Whether the share is (1 + t) / (10 + t) as long as that is less."""
 
     def at(self, t: Any, dtype: Any) -> Any:
         """Return the share after t updates: 0 at first, which copies the weights."""
@@ -45,7 +45,7 @@ class Momentum(NamedTuple):
         Args:
             start: Tensor of integers >= 1.
             end: Likewise.
-            dtype: Of the numbers that dense arithmetic would multiply.
+            dtype: The dtype of the numbers that dense arithmetic would multiply.
         """
         a, b = tf.cast(start, tf.float64), tf.cast(end, tf.float64)
         m = tf.cast(tf.constant(self.most, dtype), tf.float64)
@@ -60,7 +60,7 @@ class Momentum(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of whose average only some rows follow at a step."""
+    """A table with an average of which a step updates only some rows."""
 
     weights: Any
     average: Any
@@ -94,7 +94,7 @@ class Table(NamedTuple):
         self.clock.reset()
 
     def tick(self, ids: Any, t: Any) -> None:
-        """Count an update of the average after t others, in which some rows followed.
+        """Count an update of the average, after t others, in which some rows followed.
 
         Args:
             ids: The rows, or None: no row.
@@ -112,7 +112,7 @@ class Table(NamedTuple):
 def before_step(
     tables: Mapping[int, Table], updated: Mapping[int, Any], iterations: Any
 ) -> dict[int, Any]:
-    """Read the averages that depend on weights which a step is about to change.
+    """Read the averages that depend on weights that a step is about to change.
 
     Args:
         tables: Tables, by their index.
@@ -151,13 +151,14 @@ def follow(
 
     Args:
         variables: The variables.
-        averages: Of each its average, or None.
-        rows: By their index, the tables of which only some rows were updated, and
-            these. Of one that is not in `before` the others do not follow.
+        averages: The average of each, or None.
+        rows: The rows that were updated, by the index of their table, for tables of
+            which only some rows were. If a table is not in `before`, the averages of
+            its other rows do not follow.
         iterations: How many updates there were.
-        momentum: Says m.
+        momentum: Gives m.
         tables: See `before_step`.
-        before: What that has returned.
+        before: What `before_step` returned.
     """
     for i, (variable, average) in enumerate(zip(variables, averages, strict=True)):
         if average is None:

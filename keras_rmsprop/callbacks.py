@@ -25,37 +25,37 @@ class _Held(NamedTuple):
             variable.assign(value)
 
     def is_in_place(self) -> bool:
-        """Whether the model has these averages still, to the bit."""
+        """Whether the model still has these averages, to the bit."""
         pairs = zip(self.variables, self.averages, strict=True)
         return all(np.array_equal(_array(v), _array(a)) for v, a in pairs)
 
 
 _held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
-"""By its model. Not of a callback, as after an interrupted `fit` there is another."""
+"""By model, not by callback: after an interrupted `fit` there may be another one."""
 
 
 class AverageForEvaluation(keras.callbacks.Callback):
-    """With `use_ema`, judge and save averages of the weights, and train the weights.
+    """With `use_ema`, evaluate and save the averages, but train the weights.
 
-    Keras puts the averages in the model when `fit` ends, but validates and saves the
-    weights of the moment until then. With this callback validation, `ModelCheckpoint`,
-    `EarlyStopping(restore_best_weights=True)` and what else reads the model at the end
-    of an epoch see the averages. After that training goes on from the weights as they
-    were, to the bit: they are copied and put back.
+    Keras puts the averages of the weights into the model when `fit` ends. Until then it
+    validates and saves the current weights. With this callback, validation,
+    `ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)` and all else that
+    reads the model at the end of an epoch see the averages. Then training goes on from
+    the weights as they were, to the bit: they are copied and put back.
 
-    Its place in the list of callbacks does not matter: it steps in before all others,
-    but after `BackupAndRestore` and `Monitor`, which need the weights as they are.
+    Its place in the list of callbacks does not matter: it runs before all others,
+    except `BackupAndRestore` and `Monitor`, which need the weights themselves.
 
-    It goes with any Keras optimizer that has `use_ema=True`, within a
-    `LossScaleOptimizer`, too, on every backend and under `tf.distribute`. With
-    `evaluate(..., callbacks=[AverageForEvaluation()])` and `predict` it works as well.
+    It works with any Keras optimizer that has `use_ema=True`, also inside a
+    `LossScaleOptimizer`, on every backend and under `tf.distribute`. It also works
+    with `evaluate(..., callbacks=[AverageForEvaluation()])` and `predict`.
 
     What to know:
 
     - While the averages are in the model, there are one or two more copies of the
       weights in memory.
-    - If a callback saves after so many batches (`save_freq` is a number), weights are
-      copied and averages put in after every batch.
+    - If a callback saves every few batches (`save_freq` is a number), the weights are
+      copied and the averages put in after every batch.
     - If `fit` is interrupted while the averages are in the model, they stay there until
       the next `fit` with this callback, or until `put_back`.
 
@@ -79,7 +79,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
     """
 
     async_safe = True
-    """After a batch it does nothing, unless another callback is not safe either."""
+    """After a batch it does nothing, unless another callback is not safe, either."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class AverageForEvaluation(keras.callbacks.Callback):
     def put_back(self) -> None:
         """Give the model its own weights again, if it has the averages.
 
-        There is need for that only after a `fit` that was interrupted. Weights that
-        were changed since then stay as they are.
+        This is needed only after a `fit` that was interrupted. Weights that were
+        changed since then stay as they are.
         """
         self._forget()
         held = _held.pop(self.model, None)
@@ -126,7 +126,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
             self._enter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Put the averages in, for the other callbacks. The last ones stay."""
+        """Put the averages in for other callbacks; after the last epoch, for good."""
         if not self._in_epoch_end:
             self._in_epoch_end = True
             self._enter()
@@ -189,7 +189,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
         self._holds = True
 
     def _leave(self) -> None:
-        """Put the weights back, if nothing else needs the averages there."""
+        """Put the weights back, if nothing else needs the averages in the model."""
         self._depth -= 1
         if self._depth == 0 and self._holds:
             self._holds = False

@@ -1,4 +1,4 @@
-"""What an argument must be; errors say what was expected and what was received."""
+"""Checks of arguments. Their errors say what was expected and what was received."""
 
 import math
 import numbers
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Range(NamedTuple):
-    """Which numbers an argument may be."""
+    """The numbers that an argument may be."""
 
     holds: Callable[[float], bool]
     name: str
@@ -42,7 +42,7 @@ def number(name: str, value: Any, allowed: Range) -> float:
 
 
 def optional(name: str, value: Any, allowed: Range) -> float | None:
-    """Return an argument as a float, or None as it is; see `number`."""
+    """Return an argument as a float, or None if it is None; see `number`."""
     return None if value is None else number(name, value, allowed)
 
 
@@ -55,7 +55,7 @@ def integer(name: str, value: Any, least: int) -> int:
         least: The smallest that it may be.
 
     Raises:
-        ValueError: It is no integer, or less.
+        ValueError: It is not an integer, or it is too small.
     """
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < least:
@@ -73,7 +73,7 @@ def flag(name: str, value: Any) -> bool:
         value: What was received.
 
     Raises:
-        TypeError: It is neither True nor False.
+        TypeError: It is neither `True` nor `False`.
     """
     if not isinstance(value, int | np.bool_) or value not in (0, 1):
         raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
@@ -99,13 +99,13 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
 
 
 def learning_rate(value: Any) -> Any:
-    """Return a learning rate; what is not a number is for Keras to check.
+    """Return a learning rate; Keras checks what is not a number.
 
     Args:
         value: A number, a schedule, a callable or a tensor.
 
     Raises:
-        TypeError: It is a string, None or a class.
+        TypeError: It is a string, `None` or a class.
         ValueError: It is out of range.
     """
     if not isinstance(value, numbers.Real | str | type | None):

@@ -1,8 +1,9 @@
 """How a slot is kept: the dtype of its variable, and how numbers get in and out.
 
-A step is computed in float32 or float64. A codec says in which dtype its results are
-kept between steps (`dtype`), what else that takes (`extra`), and turns the one into the
-other (`encode`, `decode`). Nothing else in the package knows how a slot is kept.
+A step is computed in float32 or float64. A codec says in which dtype the results are
+kept between steps (`dtype`) and which variables that needs besides (`extra`). It
+converts between the two (`encode`, `decode`). Nothing else in the package knows how a
+slot is kept.
 """
 
 import random
@@ -24,18 +25,18 @@ class Draw(NamedTuple):
     offset: Any
     """The variable `ROUNDING_OFFSET`, or None."""
     step: Any
-    """How many steps there were."""
+    """The number of steps so far."""
 
 
 class Float:
-    """Keeps numbers in a floating dtype that rounds them as it does.
+    """Keeps numbers in a floating dtype, with its usual rounding.
 
     Args:
-        kept: The dtype; None: that of the weights, but float32 at least.
+        kept: The dtype, or None for that of the weights, but at least float32.
     """
 
     extra: ClassVar[Mapping[str, Callable[[], int]]] = {}
-    """What else it needs: int32 scalars by name, and what each starts with."""
+    """What else it needs: int32 scalars, by name, and what each starts with."""
     elementwise = True
     """Whether how an element is kept depends on nothing but its value."""
 
@@ -43,18 +44,18 @@ class Float:
         self._kept = kept
 
     def dtype(self, weights: Any) -> str:
-        """Return the dtype of a slot of weights with this dtype."""
+        """Return the dtype of a slot whose weights have this dtype."""
         wide = keras.backend.result_type(
             keras.backend.standardize_dtype(weights), "float32"
         )
         return self._kept or wide
 
     def decode(self, stored: Any, dtype: str) -> Any:
-        """Return what is kept, in the dtype of a step."""
+        """Return the kept values in the dtype of a step."""
         return ops.cast(stored, dtype)
 
     def encode(self, values: Any, dtype: str, draw: Draw, slot: int) -> Any:
-        """Return new values as they are kept.
+        """Return new values in the form in which they are kept.
 
         Args:
             values: The values, in the dtype of the step.
@@ -90,12 +91,12 @@ def named(slot_dtype: str | None) -> Codec:
 
 
 def of(stored: Any) -> Codec:
-    """Return the codec of a slot that there is, whatever the option says now."""
+    """Return the codec of an existing slot, whatever the option says now."""
     return named(keras.backend.standardize_dtype(stored.dtype))
 
 
 def encoded(slots: Slots, values: Slots, draw: Draw) -> Slots:
-    """Return new values of slots as these keep them."""
+    """Return new values of slots in the form in which the slots keep them."""
     return Slots(
         *(
             None
@@ -121,8 +122,8 @@ def encoded(slots: Slots, values: Slots, draw: Draw) -> Slots:
 # steady average closer, but err where gradients repeat, as those of an epoch do.)
 
 ELEMENT_STRIDE, SLOT_STRIDE = 49471, 27147
-"""From an element's draw to the next and from a slot's to the next, in units of 2^-16:
-1/p, where p^3 = p + 1, and the fraction of the root of 2; odd, so that all are met."""
+"""From one element's draw to the next, and from one slot's, in units of 2^-16: 1/p,
+where p^3 = p + 1, and the fraction of the root of 2. Both are odd: so all are met."""
 
 
 def stochastically(x: Any, offset: Any, t: Any, slot: int) -> Any:
@@ -150,7 +151,7 @@ def stochastically(x: Any, offset: Any, t: Any, slot: int) -> Any:
 
 
 def _mixed(n: Any) -> Any:
-    """Return a number below 2^16 for each n below 2^16, all of them, in no order."""
+    """Map the numbers below 2^16 onto themselves, in an order that looks random."""
     for _ in range(3):
         n = _low(n * 40503 + 12345)
         n = ops.bitwise_xor(n, ops.right_shift(n, 8))

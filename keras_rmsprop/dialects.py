@@ -1,8 +1,8 @@
-"""RMSprop as other frameworks spell it.
+"""RMSprop as other frameworks have it.
 
-Each function has the names and defaults of the arguments that its framework has, and
+Each function takes the arguments of its framework, with their names and defaults, and
 returns the `RMSprop` that does the same arithmetic. `docs/dialects.md` compares them.
-Parameters are not among the arguments: a Keras optimizer gets them from the model.
+The model's parameters are not an argument: a Keras optimizer gets them from the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from keras_rmsprop.optimizer import RMSprop
 def documents(
     learning_rate: Any = 0.001, rho: float = 0.9, epsilon: float = 1e-8
 ) -> RMSprop:
-    """Return an `RMSprop` with the documents' arguments and their defaults.
+    """Return an `RMSprop` with the three arguments that most textbooks have.
 
     Args:
         learning_rate: See `RMSprop`.
@@ -26,7 +26,7 @@ def documents(
 
     Raises:
         ValueError: An argument is out of its range.
-        TypeError: An argument that must be a number is none.
+        TypeError: An argument that must be a number is not one.
 
     Example:
         >>> documents(rho=0.95).epsilon
@@ -39,7 +39,7 @@ def keras(*args: Any, **kwargs: Any) -> RMSprop:
     """Return the `RMSprop` that does what `keras.optimizers.RMSprop` does.
 
     Args:
-        *args: Those of `keras.optimizers.RMSprop`, all of which `RMSprop` shares.
+        *args: The arguments of `keras.optimizers.RMSprop`. `RMSprop` has all of them.
         **kwargs: See `args`.
 
     Raises:
@@ -62,10 +62,11 @@ def tensorflow_v1(
     centered: bool = False,
     name: str = "RMSProp",
 ) -> RMSprop:
-    r"""Return what `tf.compat.v1.train.RMSPropOptimizer` is for dense gradients.
+    r"""Return an `RMSprop` like `tf.compat.v1.train.RMSPropOptimizer`.
 
-    $v$ starts at 1 and epsilon stands inside the root. (For sparse gradients that one
-    updates rows as `sparse_update="lazy"` does, without the decay of silent rows.)
+    $v$ starts at 1 and epsilon stands inside the root. Dense gradients give the same
+    results. (For sparse ones the original updates rows as `sparse_update="lazy"` does,
+    but without the decay of silent rows.)
 
     Args:
         learning_rate: $\eta$.
@@ -109,7 +110,7 @@ def tf_keras_legacy(
     decay: float = 0.0,
     **kwargs: Any,
 ) -> RMSprop:
-    r"""Return what `tf.keras.optimizers.RMSprop` was until TensorFlow 2.10.
+    r"""Return an `RMSprop` like that of `tf.keras` until TensorFlow 2.10.
 
     Today that is `tf_keras.optimizers.legacy.RMSprop`. Its epsilon stands outside the
     root without momentum, and inside with it.
@@ -163,7 +164,7 @@ def torch(
     maximize: bool = False,
     **kwargs: Any,
 ) -> RMSprop:
-    r"""Return what `torch.optim.RMSprop` is.
+    r"""Return an `RMSprop` like `torch.optim.RMSprop`.
 
     Epsilon stands outside the root, the learning rate outside the sum of updates, and
     weight decay is the L2 penalty.
@@ -176,8 +177,8 @@ def torch(
         momentum: $\mu$.
         centered: Whether to divide by the root of the variance.
         maximize: Whether to go up the gradient.
-        **kwargs: `foreach`, `capturable` and `differentiable` say how PyTorch is to
-            compute; they have no counterpart here and are refused.
+        **kwargs: `foreach`, `capturable` and `differentiable` say how PyTorch
+            computes. They have no counterpart here and are refused.
 
     Raises:
         ValueError: An argument is out of its range, or has no counterpart.
@@ -217,10 +218,10 @@ def optax(
     nesterov: bool = False,
     bias_correction: bool = False,
 ) -> RMSprop:
-    r"""Return what `optax.rmsprop` is.
+    r"""Return an `RMSprop` like `optax.rmsprop`.
 
     Args:
-        learning_rate: $\eta$; for a schedule, Keras' kind of it.
+        learning_rate: $\eta$, a number or one of Keras' schedules.
         decay: $\rho$.
         eps: $\epsilon$.
         initial_scale: $v_0$.
@@ -264,7 +265,7 @@ def timm(
     caution: bool = False,
     **kwargs: Any,
 ) -> RMSprop:
-    r"""Return what `timm.optim.RMSpropTF` is.
+    r"""Return an `RMSprop` like `timm.optim.RMSpropTF`.
 
     It follows TensorFlow 1: $v$ starts at 1 and epsilon stands inside the root.
 
@@ -312,10 +313,10 @@ def stable_baselines3(
     momentum: float = 0,
     centered: bool = False,
 ) -> RMSprop:
-    r"""Return what `RMSpropTFLike` of Stable-Baselines3 is.
+    r"""Return an `RMSprop` like `RMSpropTFLike` of Stable-Baselines3.
 
-    It is PyTorch's with $v$ starting at 1 and epsilon inside the root, so that A2C
-    trains as it did with TensorFlow. Unless told to use it, A2C takes PyTorch's own.
+    It is PyTorch's RMSprop, but $v$ starts at 1 and epsilon stands inside the root, so
+    that A2C trains as it did with TensorFlow. By default A2C takes PyTorch's own.
 
     Args:
         lr: $\eta$.
@@ -354,7 +355,7 @@ def deepmind_dqn(
 ) -> RMSprop:
     r"""Return the optimizer of DeepMind's DQN, named as in the table of their paper.
 
-    It is centered; what the table calls momentum are the decay rates of the averages.
+    It is centered. What the table calls momentum is the decay rate of an average.
 
     Args:
         learning_rate: $\eta$.

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from keras_rmsprop.backends.plain import Way
 
 MOST_NAMES = 4
-"""How many variables are named that go one way."""
+"""How many variables of each way are named."""
 
 
 def explained(steps: Mapping[str, Sequence[Way]], variables: Sequence[str]) -> str:
     """Return a paragraph for each kind of step, with a line for each way in it.
 
     Args:
-        steps: What is to be said of a kind of step, and the way of each variable.
-        variables: What to call the variables.
+        steps: For each kind of step, described in words, the way of each variable.
+        variables: The names of the variables.
 
     Example:
         >>> alone, together = Way("on its own", "large"), Way("end to end", "small")

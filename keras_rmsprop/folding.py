@@ -1,6 +1,7 @@
-"""Reductions that XLA can take in parallel.
+"""Reductions that XLA can run in parallel.
 
-On CPU, XLA reduces on one thread, element by element; the rest it does on all threads.
+On a CPU, XLA runs a reduction on one thread, element by element, and all else on all
+threads.
 """
 
 import functools
@@ -13,7 +14,7 @@ from keras import ops
 
 PARTS = 8
 FOLDED_ELEMENTS = 2**12
-"""From this size on `total` folds."""
+"""From this size on, `total` folds."""
 
 
 def folded(x: Any, combine: Callable[[Any, Any], Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which of their parameters is which of my variables, and how its axes lie."""
+"""Which parameter of another framework is which variable here, and its axes' order."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,8 +68,8 @@ def resolved(
         names: Names for the keys.
 
     Raises:
-        ValueError: The mapping has not one entry for each variable, one that is no key,
-            or one twice.
+        ValueError: The mapping does not have one entry for each variable, or has an
+            unknown one, or the same one twice.
     """
     if len(mapping) != len(paths):
         raise ValueError(

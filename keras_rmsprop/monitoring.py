@@ -13,43 +13,44 @@ from numpy.typing import NDArray
 from keras_rmsprop import checks
 
 STALLED, EXPLODING = 1e-7, 0.3
-"""Of itself, in a step: less, and float32 weights do not move; more is no training."""
+"""Change of a step, as a share of the weights: less, and float32 weights stay as they
+are; more, and it is no training."""
 MOST_ELEMENTS = 2**17
-"""Of larger variables so many elements are looked at, evenly spaced."""
+"""Of a larger variable only so many elements are looked at, evenly spaced."""
 SETTLING = 10
-"""After so many looks no weight should change much at once."""
+"""After so many looks, no weight should change much in one step."""
 FEWEST_STEPS, MOST_TIME = 100, 0.04
-"""From one look to the next by default, and the share of the time that looks take."""
+"""Steps from one look to the next by default, and the share of time that looks take."""
 
 
 class Reading(NamedTuple):
     """What was seen of one variable in one step."""
 
     step: int
-    """From 1, in steps of this monitor's trainings."""
+    """The number of the step, from 1, over all that this monitor has watched."""
     variable: str
-    """Its path."""
+    """The path of the variable."""
     effective_rate: float
-    """Median of eta / (root of v), where v > 0: what a gradient of 1 would do."""
+    """Median of eta / (root of v), where v > 0: the step for a gradient of 1."""
     effective_rate_low: float
-    """The same, of the first quartile."""
+    """Its first quartile."""
     effective_rate_high: float
-    """And of the third."""
+    """Its third quartile."""
     update_ratio: float
-    """Norm of what the step changed, over the norm of the weights before it."""
+    """Norm of the change in this step, over the norm of the weights before it."""
     gradient_norm: float
     """Norm of the gradient, after clipping; NaN if there was no update.
 
     Of variables with more than 131,072 elements, this and the one above are estimates.
     """
     learning_rate: float
-    """The rate in force: that which was found, or given."""
+    """The rate in force: the one that was found, or the one that was given."""
     skipped_steps: int
-    """By `skip_nonfinite`, so far."""
+    """How many steps `skip_nonfinite` has skipped so far."""
 
 
 def _some(x: NDArray[Any] | None) -> NDArray[np.float64] | None:
-    """Return elements of an array, all of a small one, as a list of numbers."""
+    """Return some elements of an array, or all of a small one, as a flat array."""
     if x is None:
         return None
     step = -(-x.size // MOST_ELEMENTS)
@@ -61,28 +62,28 @@ def _some(x: NDArray[Any] | None) -> NDArray[np.float64] | None:
 class Monitor(keras.callbacks.Callback):
     r"""Watch what RMSprop does to each variable, and say what looks wrong.
 
-    Every so many batches, from the first that finds the optimizer built, it compares
-    weights and $v$ before and after the step: that
-    gives the change of the weights, and from $v' = \rho v + (1 - \rho) g^2$ the norm
-    of the gradient $g$, whatever runs the step. In between it does nothing. At the end
-    of an epoch it puts the learning rate into the logs, for the progress bar, the
-    history and other callbacks.
+    Once the optimizer is built, it compares the weights and $v$ before and after a
+    step, every few batches. That gives the change of the weights and, from
+    $v' = \rho v + (1 - \rho) g^2$, the norm of the gradient $g$, whatever runs the
+    step. In between it does nothing. At the end of an epoch it puts the learning rate
+    into the logs, for the progress bar, the history and other callbacks.
 
     Args:
         every: Number of batches from one look to the next; or `None`: 100, and more
             where looking would take more than a twentieth of the time. Defaults to
             `None`.
-        csv_file: A file to write the readings to, a line a variable; or `None`.
+        csv_file: A file to write the readings to, one line each; or `None`.
         log_dir: A folder for TensorBoard; or `None`. Needs TensorFlow.
-        show: Whether to print what looks wrong, once a variable. Defaults to `True`.
+        show: Whether to print what looks wrong, once for each variable. Defaults to
+            `True`.
 
     Attributes:
         readings: A list of `Reading`.
-        findings: What looked wrong, in words, in the order in which it was seen.
+        findings: What looked wrong, in words, in the order in which it was noticed.
 
     Raises:
-        ValueError: `every` is no integer >= 1, or the optimizer is no RMSprop of this
-            package.
+        ValueError: `every` is not an integer >= 1, or the optimizer is not this
+            package's RMSprop.
 
     Example:
         >>> import keras
@@ -166,7 +167,7 @@ class Monitor(keras.callbacks.Callback):
         return max(FEWEST_STEPS, math.ceil(self._seconds / MOST_TIME / each))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Compare, if it is time, and tell the learning rate of the moment."""
+        """Compare, if it is time, and put the current learning rate into the logs."""
         self._look_after()
         if logs is not None:
             logs["learning_rate_in_force"] = self._rate()

@@ -42,17 +42,17 @@ if on_tensorflow:
 
 
 class _Now:
-    """What holds while a step is taken, or while a slot is made."""
+    """What is set while a step is taken, or while a slot is made."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Any] = {}
-        """By their index, the tables of which a step takes rows, and these rows."""
+        """The rows that a step takes of tables, by the index of the table."""
         self.averages: dict[int, Any] = {}
-        """By their index, the averages of the rows of tables before the step."""
+        """The averages of these rows before the step, by the index of the table."""
         self.learning_rate: Any = None
-        """The learning rate, where it was given to the step."""
+        """The learning rate, if it was given to the step."""
         self.in_program = False
-        """Whether a program is traced, one that holds the step and nothing else."""
+        """Whether a program that holds the step and nothing else is being traced."""
         self.slot: tuple[str, Any, str, Sequence[int]] | None = None
         """Kind, owner, dtype and shape of the slot that is being made."""
 
@@ -61,8 +61,8 @@ class _Now:
 class RMSprop(keras.optimizers.Optimizer):
     r"""RMSprop: gradients divided by the root of their recent mean square.
 
-    A drop-in for `keras.optimizers.RMSprop`, whose positional arguments, defaults,
-    variables and results it shares. For each weight $w$ with gradient $g$, decay rate
+    A drop-in for `keras.optimizers.RMSprop`, with the same positional arguments,
+    defaults, variables and results. For each weight $w$ with gradient $g$, decay rate
     $\rho$ = `rho`, learning rate $\eta$ = `learning_rate` and $\epsilon$ = `epsilon`:
 
     $$v \leftarrow \rho v + (1 - \rho) g^2, \qquad
@@ -99,24 +99,24 @@ class RMSprop(keras.optimizers.Optimizer):
     Args:
         learning_rate: $\eta$, a number >= 0, a
             `keras.optimizers.schedules.LearningRateSchedule`, a callable without
-            arguments that returns a number, or `"auto"`: then it is found while
-            training, from how the gradients lie to the way gone so far (see
-            `AutoLearningRate`), and `found_learning_rate` says what it is. What is
+            arguments that returns a number, or `"auto"`. Then the rate is found while
+            training, from the gradients and the way that the weights have gone so far
+            (see `AutoLearningRate`), and `found_learning_rate` is the rate. A value
             assigned to `learning_rate`, by a callback say, multiplies it. Unless
-            `centered`, `bias_correction` is on by default then, and an epsilon of
-            1e-7 gives way to 1e-30, so that the scale of the loss does not matter.
-            Best with `use_ema` and `ema_warmup`. Defaults to `0.001`.
+            `centered`, `bias_correction` is then on by default, and an epsilon of
+            1e-7 becomes 1e-30, so that the scale of the loss does not matter. It works
+            best with `use_ema` and `ema_warmup`. Defaults to `0.001`.
         rho: $\rho$, the decay rate of $v$ and $a$, in [0, 1). About
             $1 / (1 - \rho)$ steps are remembered. Defaults to `0.9`.
         momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
             Defaults to `0.0`.
-        epsilon: $\epsilon$ > 0, in units of the squared gradient where it stands inside
+        epsilon: $\epsilon$ > 0, in units of the squared gradient if it stands inside
             the root, else of the gradient. Defaults to `1e-7`.
         centered: Whether to divide by the root of the variance, $v - a^2$; else there
             is no $a$. Defaults to `False`.
         weight_decay: Number or `None`: $\omega$, before the update each weight loses
             `weight_decay * learning_rate` of itself; or $\lambda$, see
-            `decoupled_weight_decay`. `exclude_from_weight_decay` excepts variables.
+            `decoupled_weight_decay`. `exclude_from_weight_decay` exempts variables.
         clipnorm: Number or `None`: the largest norm one gradient may have.
         clipvalue: Number or `None`: the largest magnitude an element of a gradient may
             have.
@@ -129,17 +129,18 @@ class RMSprop(keras.optimizers.Optimizer):
             weights, or `None`: only when training ends.
         loss_scale_factor: Number or `None`: multiplies the loss and divides the
             gradients, against underflow in float16.
-        gradient_accumulation_steps: Integer >= 2 or `None`: updates happen every so
-            many calls, with the mean gradient.
+        gradient_accumulation_steps: Integer >= 2 or `None`: the number of calls for one
+            update, which takes their mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
         epsilon_inside_sqrt: Which $d$: `True` the first, `False` the second, where
             epsilon is in units of the gradient. Defaults to `True`.
         initial_accumulator_value: $v_0$ >= 0, in units of the squared gradient; 1
             keeps the first steps short. Defaults to `0.0`.
         bias_correction: Which $c_t$: `False` 1; `True` the second, so that $\hat v$ is
-            the mean square of the steps there were. Defaults to `False`.
+            the mean square over the steps so far. Defaults to `False`.
         nesterov: Which $u$: `False` the first; `True` the second, the sum of updates as
-            the next step would have it. Without momentum the same. Defaults to `False`.
+            the next step would have it. Without momentum both are the same. Defaults to
+            `False`.
         lr_in_momentum: Whether $\eta$ enters the sum of updates, as above; else
             $m \leftarrow \mu m + g / d$ and the update is $\eta\,k \odot u$, so that a
             changed learning rate scales past updates, too. Defaults to `True`.
@@ -155,8 +156,8 @@ class RMSprop(keras.optimizers.Optimizer):
         slot_dtype: Dtype of the slots: `None` as said above, `"float32"`, `"float64"`,
             or `"bfloat16"`, which halves them: steps are computed in float32 and what
             is kept is rounded stochastically, up or down at random, right on average.
-            What that depends on is drawn when the optimizer is built (see
-            `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
+            The random numbers start from one that is drawn when the optimizer is built
+            (see `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
             digits, too few for `centered` where gradients vary little. Defaults to
             `None`.
         ema_warmup: Whether the average of the weights begins with a short memory: after
@@ -164,27 +165,28 @@ class RMSprop(keras.optimizers.Optimizer):
             $(1 + t) / (10 + t)$, so that a short run does not drag its first weights
             along. Defaults to `False`.
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
-            nothing - weights, slots, averages, accumulators, `iterations` - but
+            nothing - weights, slots, averages, accumulators, `iterations` - except
             `skipped_steps`, which counts such steps. Else a NaN stays in weights and
             slots for good. It looks at the gradients as they come in: a
             `global_clipnorm` that overflows is not seen. A
             `keras.optimizers.LossScaleOptimizer` around this one skips such steps
             itself. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
-            (of an embedding) does: `"exact"` gives the result of the same dense
-            gradient, at the cost of its rows where silent rows stay (no momentum, no
-            weight decay of that variable; with `use_ema` no constraint and no
-            accumulation). Averages of silent rows, those of the weights included, are
-            brought up to date when they are read. `"lazy"` updates the rows only,
-            whatever the options but accumulation with `use_ema`. Defaults to `"exact"`.
+            (of an embedding) does. `"exact"` gives the result of the same dense
+            gradient. It costs what its rows cost if silent rows (those without a
+            gradient) stay as they are: no momentum, no weight decay of that variable,
+            and with `use_ema` no constraint and no accumulation. Averages of silent
+            rows, those of the weights included, are brought up to date when they are
+            read. `"lazy"` updates the rows only, whatever the options, except for
+            accumulation with `use_ema`. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
-            own: `"auto"` where that is faster (an eager step unless all variables are
-            small, and in a `tf.function` the step of a model with large ones), `True`
-            in every `tf.function` and in subclasses with an `update_step` of their
-            own, too, `False` never. Inside a function that XLA
-            compiles the step is part of that program. Steps with sparse gradients,
+            own. `"auto"`: where that is faster (an eager step, unless all variables
+            are small; in a `tf.function`, the step of a model with large ones).
+            `True`: also in every `tf.function`, and in subclasses with an
+            `update_step` of their own. `False`: never. Inside a function that XLA
+            compiles, the step is part of that program. Steps with sparse gradients,
             under `tf.distribute` or with variables on several devices are never
-            compiled on their own. `False` is also for constraints that compute outside
+            compiled on their own. Use `False` for constraints that compute outside
             TensorFlow. `explain` says what happens. Defaults to `"auto"`.
         **kwargs: `lr`, the deprecated spelling of `learning_rate`.
 
@@ -341,7 +343,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
         Args:
             reference_variable: The model's variable.
-            name: What the slot is; it is found again by that.
+            name: The kind of slot, such as `velocity`; it is found again by that.
             initializer: What it starts with.
         """
         dtype = keras.backend.standardize_dtype(reference_variable.dtype)
@@ -367,7 +369,8 @@ class RMSprop(keras.optimizers.Optimizer):
     ) -> Any:
         """Add a variable to the optimizer; see `keras.optimizers.Optimizer`.
 
-        When it is built anew, as after layers were unfrozen, return the one there is.
+        When the optimizer is built anew, as after layers were unfrozen, return the
+        variable that exists.
         """
         given: tuple[Any, Any, Any, Any] = kwargs.get("name"), None, dtype, shape
         kind, owner, dtype, wanted = self._now.slot or given
@@ -406,7 +409,7 @@ class RMSprop(keras.optimizers.Optimizer):
             )
 
     def _build_anew(self, variables: list[Any]) -> None:
-        """Build for more variables; what there is for the others serves again."""
+        """Build for more variables; reuse what exists for the others."""
         before = self._trainable_variables
         self._keeper.begin()
         self.built = False
@@ -474,7 +477,7 @@ class RMSprop(keras.optimizers.Optimizer):
         return self._runner.run(self._take, grads, variables, request)
 
     def _also_baked_in(self) -> tuple[Any, ...]:
-        """Return what a trace holds as constants that is no attribute of this."""
+        """Return what a trace holds as constants besides the attributes of this."""
         if not (self.use_ema and self.ema_overwrite_frequency):
             return (*self._clocks,)
         return *self._clocks, *map(_is_trainable, self._trainable_variables)
@@ -508,7 +511,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def _tables_to_be(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
         """Return the tables that get a clock with this step, by their index.
 
-        A table that a graph of others updates without a clock gets none later: that
+        A table that somebody's graph updates without a clock gets none later: that
         graph would not know of it.
         """
         found = set()
@@ -538,7 +541,7 @@ class RMSprop(keras.optimizers.Optimizer):
         return not self._why_all_rows(variable)
 
     def _why_all_rows(self, variable: Any) -> str:
-        """Return why a step must not leave out rows without gradient; else nothing."""
+        """Return why a step must not leave out rows without a gradient, or nothing."""
         reasons = {
             "`use_ema` averages at each call, `gradient_accumulation_steps` sums": (
                 self.use_ema and self.gradient_accumulation_steps
@@ -574,12 +577,12 @@ class RMSprop(keras.optimizers.Optimizer):
         learning_rate: Any = None,
         in_program: bool = False,
     ) -> None:
-        """Take a step as Keras does, sparse gradients as those of their rows.
+        """Take a step as Keras does, with sparse gradients as those of their rows.
 
         Args:
             grads: A tensor, slices or None for each variable.
             variables: The variables.
-            learning_rate: The learning rate, or None: that of the moment.
+            learning_rate: The learning rate, or None for the current one.
             in_program: Whether this is traced for a program of its own.
         """
         self._prepare(grads, variables)
@@ -629,7 +632,7 @@ class RMSprop(keras.optimizers.Optimizer):
             now.rows, now.averages = {}, {}
 
     def _summand(self, gradient: Any, variable: Any) -> Any:
-        """Return a gradient as what is summed up: of a table, its rows."""
+        """Return a gradient in the form that is summed up: for a table, its rows."""
         i = self._get_variable_index(variable)
         ids = self._now.rows.get(i)
         if ids is None:
@@ -702,7 +705,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._update(grads, trainable_variables, rate)
 
     def _search_is_known(self) -> bool:
-        """Whether numbers are known here and now, not in a function being traced."""
+        """Whether the estimate is known now, and not in a function being traced."""
         estimate = self._search.estimate
         if estimate is None:
             return True
@@ -716,10 +719,9 @@ class RMSprop(keras.optimizers.Optimizer):
     def found_learning_rate(self) -> Any:
         """The learning rate found while training, of the last step.
 
-        A number; in a `tf.function`, where the optimizer must be built, a tensor.
-
-        It is `learning_rate` times the distance that was found, times `1 - momentum`.
-        None without `learning_rate="auto"`. A warning says where it seems wrong.
+        It is a number, or a tensor in a `tf.function`, where the optimizer must be
+        built: `learning_rate` times the distance that was found, times `1 - momentum`.
+        It is None without `learning_rate="auto"`. A warning says if it seems wrong.
         """
         if self._search is None:
             return None
@@ -831,7 +833,7 @@ class RMSprop(keras.optimizers.Optimizer):
         self._weight_averages = variables
 
     def _averaged_by_rows(self) -> dict[int, averages.Table]:
-        """Return the tables of whose averages silent rows may wait, by their index."""
+        """Return the tables in whose averages silent rows may wait, by their index."""
         is_lazy = self.sparse_update == "lazy"
         if not self.use_ema or is_lazy or options.is_tensor(self.ema_momentum):
             return {}
@@ -922,7 +924,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def variables(self) -> list[Any]:
         """The optimizer's variables: those of the built-in, in its order.
 
-        Asked for outside a function, the averages of all rows are up to date in them.
+        If you read them outside a function, the averages of all rows are up to date.
         """
         if backend.is_eager() and not saving.is_walking():
             self._load_what_waits()
@@ -961,7 +963,7 @@ class RMSprop(keras.optimizers.Optimizer):
         self._restorer.save(store, built=self.built)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load the state; where the optimizer is not built yet, as soon as it is.
+        """Load the state, or keep it until the optimizer is built, if it is not yet.
 
         Values are matched by their place among the model's variables, with names as a
         check. What the file does not have starts fresh, and a warning says so.
@@ -970,12 +972,12 @@ class RMSprop(keras.optimizers.Optimizer):
             store: See `keras.optimizers.Optimizer`.
 
         Raises:
-            ValueError: What should be numbers is not; nothing is changed.
+            ValueError: A value in the file is not numeric; nothing is changed.
         """
         self._restorer.load(store, built=self.built, who=self.name)
 
     def _load_what_waits(self) -> None:
-        """Load the file that came before there were variables, now that there are."""
+        """Load the file that waits, if there are variables now."""
         if self.built:
             self._restorer.load_what_waits(self.name)
 
@@ -986,9 +988,9 @@ class RMSprop(keras.optimizers.Optimizer):
     def get_state(self) -> State:
         """Return what the optimizer remembers of its variables, as NumPy arrays.
 
-        The averages of silent rows are brought up to date in it, and slots in bfloat16
-        are float32. Averages of the weights (`use_ema`) are not part of it, nor is what
-        is known of a learning rate that is found while training.
+        The averages of silent rows are up to date in it, and slots in bfloat16 are
+        float32. It does not include the averages of the weights (`use_ema`), nor the
+        estimate behind `learning_rate="auto"`.
 
         Raises:
             ValueError: The optimizer is not built.
@@ -1011,9 +1013,9 @@ class RMSprop(keras.optimizers.Optimizer):
                 with, in that order. `paths` is not read.
 
         Raises:
-            TypeError: It is no `State`.
-            ValueError: The optimizer is not built, or the state does not fit; then
-                nothing is changed, and the message says what does not.
+            TypeError: It is not a `State`.
+            ValueError: The optimizer is not built, or the state does not fit. Then
+                nothing is changed, and the message says what does not fit.
         """
         self._check_built()
         if not isinstance(state, State):
@@ -1041,7 +1043,7 @@ class RMSprop(keras.optimizers.Optimizer):
         return list(map(Owner, self._paths(), shapes))
 
     def _paths(self) -> list[str]:
-        """Return the paths of the variables; those of TensorFlow have but names."""
+        """Return the paths of the variables; those of TensorFlow only have names."""
         paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
         if len({*paths}) < len(paths):
             paths = [f"{path}#{i}" for i, path in enumerate(paths)]
@@ -1058,7 +1060,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The learning rate of the moment; a number can be assigned at any time."""
+        """The current learning rate; a number can be assigned at any time."""
         return super().learning_rate
 
     @learning_rate.setter
@@ -1080,7 +1082,7 @@ class RMSprop(keras.optimizers.Optimizer):
         return checks.learning_rate(super()._get_current_learning_rate())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; programs that hold another value of it serve no longer."""
+        """Set an attribute; programs that hold another value are not used any more."""
         if name in _OF_SILENT_ROWS and backend.is_eager() and "_clocks" in vars(self):
             self._catch_up_all()  # silent rows have followed the old one so far
         super().__setattr__(name, value)
@@ -1089,7 +1091,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._runner.forget_settings()
 
     def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make an equal optimizer, without its state."""
+        """Return the arguments to make an equal optimizer with, without its state."""
         config = super().get_config()
         config |= {name: getattr(self, name) for name in options.OPTIONS}
         if self._search is not None:
@@ -1103,19 +1105,19 @@ _STEP_METHODS = {
     name: getattr(RMSprop, name)
     for name in ("update_step", "assign", "assign_add", "assign_sub")
 }
-"""What a subclass overrides to take steps in its own way."""
+"""The methods that a subclass overrides to take steps in its own way."""
 
 _OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
-"""The options that say what silent rows wait for."""
+"""The options that decide how silent rows are brought up to date."""
 
 _signature = options.signature(RMSprop.__init__)
 RMSprop.__init__.__signature__ = _signature  # type: ignore[attr-defined]
 
 
 def _dtype_of_factor() -> str:
-    """Return a dtype that rates do not have, where `tf.train.Checkpoint` may come.
+    """Return a dtype that rates do not have, if `tf.train.Checkpoint` may be used.
 
-    It asks for no names, but it refuses to load one dtype into another.
+    It compares no names, but it refuses to load one dtype into another.
     """
     rates = str(keras.config.floatx())
     if not on_tensorflow:

@@ -16,7 +16,7 @@ Check = Callable[[str, Any], Any]
 
 
 class Option(NamedTuple):
-    """What there is to know of an option."""
+    """The default and the check of an option."""
 
     default: Any
     check: Check
@@ -91,7 +91,7 @@ KERAS: dict[str, Check] = {
         value and checks.integer(name, value, 2)
     ),
 }
-"""What every Keras optimizer has: Keras has the defaults, and the configuration."""
+"""Options of every Keras optimizer. Keras keeps their defaults and configuration."""
 
 
 def _rows(table: type) -> dict[str, Option]:

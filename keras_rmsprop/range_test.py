@@ -1,4 +1,4 @@
-"""A learning rate range test: which rates let the loss fall, seen in a few steps."""
+"""A learning rate range test: a few steps show at which rates the loss falls."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from keras_rmsprop import checks
 
 WORSE, BATCHES = 4.0, 5
-"""The test ends where the mean of so many batches is so many times the first."""
+"""The test ends when the mean of the last BATCHES losses is WORSE times the first."""
 FEWEST_STEPS = 20
 
 
@@ -21,14 +21,14 @@ class LearningRateFinder(keras.callbacks.Callback):
 
     The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
     `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
-    the loss of five batches is no longer finite or four times what it was. Then model
-    and optimizer get back what they were, to the bit: weights, slots, averages,
-    statistics, seeds and the learning rate. `fit` stops there, or goes on with the rate
-    found. If `fit` is interrupted in the test, the next `fit` with this callback puts
-    them back.
+    the mean loss of five batches is no longer finite, or four times the first. Then
+    the model and the optimizer are put back as they were, to the bit: weights, slots,
+    averages, statistics, seeds and the learning rate. `fit` stops there, or goes on
+    with the rate found. If `fit` is interrupted during the test, the next `fit` with
+    this callback puts them back.
 
-    What is suggested is a third of the rate at which the smoothed loss is lowest. It is
-    where to begin: what is best after a long training may be larger or smaller.
+    It suggests a third of the rate at which the smoothed loss is lowest. That is a
+    place to start: the best rate for a long training may be larger or smaller.
 
     It works with any Keras optimizer whose learning rate is a number. `RMSprop("auto")`
     needs none.
@@ -36,7 +36,7 @@ class LearningRateFinder(keras.callbacks.Callback):
     Args:
         lowest: The first rate, > 0. Defaults to `1e-6`.
         highest: The last rate, > `lowest`. Defaults to `1.0`.
-        steps: Number of batches, 20 at least. If an epoch has less, `fit` must have
+        steps: Number of batches, at least 20. If an epoch has fewer, `fit` must have
             more epochs. Defaults to `100`.
         train: Whether to go on with the suggested rate; else `fit` stops after the
             test, and the rate is what it was. Defaults to `False`.
@@ -105,7 +105,7 @@ class LearningRateFinder(keras.callbacks.Callback):
         self._running = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Remember that the mean of the losses begins anew."""
+        """Note that Keras' mean of the losses starts again."""
         self._batches, self._mean = 0, 0.0
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -118,7 +118,7 @@ class LearningRateFinder(keras.callbacks.Callback):
             self.rates.append(rate)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Take down the loss, and see whether it is enough."""
+        """Note the loss, and end the test if it is time."""
         if not self._running:
             return
         # What Keras tells is the mean of the epoch so far.
@@ -181,7 +181,7 @@ class LearningRateFinder(keras.callbacks.Callback):
             self.model.jax_state_sync()  # within an epoch the state is elsewhere
 
     def plot(self) -> Any:
-        """Draw the loss over the learning rate, with what is suggested.
+        """Draw the loss over the learning rate, with the suggested rate.
 
         Returns:
             A matplotlib figure.
@@ -203,11 +203,11 @@ class LearningRateFinder(keras.callbacks.Callback):
 
 
 def smoothed(losses: ArrayLike, width: int = 15) -> NDArray[np.float64]:
-    """Return means of losses, weighted by a bell of so many steps.
+    """Return running means of losses, weighted by a bell curve.
 
     Args:
         losses: One for each step.
-        width: Odd number of steps.
+        width: The number of steps that the bell covers; odd.
     """
     y = np.asarray(losses, "float64")
     bell = np.hanning(width + 2)[1:-1]
@@ -218,7 +218,7 @@ def smoothed(losses: ArrayLike, width: int = 15) -> NDArray[np.float64]:
 def suggested(rates: ArrayLike, losses: ArrayLike) -> float | None:
     """Return a third of the rate where the smoothed loss is lowest.
 
-    None if that is where it began.
+    Return None if that is the first rate.
 
     Args:
         rates: Learning rates, rising.
@@ -231,7 +231,7 @@ def suggested(rates: ArrayLike, losses: ArrayLike) -> float | None:
 
 
 def _worst(losses: ArrayLike) -> Any:
-    """Return the loss at which a test is over."""
+    """Return the loss at which a test ends."""
     first = np.mean(np.asarray(losses)[:BATCHES])
     return first + (WORSE - 1) * np.abs(first)
 

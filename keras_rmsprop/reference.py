@@ -1,7 +1,8 @@
-"""RMSprop as the documents give it, in NumPy float64.
+"""RMSprop as most textbooks give it, with every option, in NumPy float64.
 
-The oracle of the tests and the first half of `examples/linear_regression.py`. It
-shares no code with the optimizer, and the optimizer never imports it.
+The tests compare the optimizer with it. It is also the first half of
+`examples/linear_regression.py`. It shares no code with the optimizer, and the
+optimizer never imports it.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ def step(
 ) -> Array:
     """Return theta after one RMSprop step; `state` starts as `{}` and is updated.
 
-    As the documents have it, then with every option:
+    By default, as most textbooks have it (the arguments add the other variants):
 
         v     <- beta v + (1 - beta) g^2
         theta <- theta - alpha g / sqrt(v + epsilon)
@@ -49,16 +50,17 @@ def step(
         epsilon: Keeps the root away from zero.
         momentum: Decay rate of the sum of past updates.
         centered: Divide by the root of the variance, v - (average gradient)^2.
-        nesterov: Take the step that the sum of updates would take next.
-        epsilon_inside_sqrt: Else epsilon is added to the root.
+        nesterov: Take the step that the sum of updates would make next.
+        epsilon_inside_sqrt: Add epsilon inside the root; else add it to the root.
         initial_accumulator_value: Where v starts.
         bias_correction: Divide both averages by 1 - beta^t.
-        lr_in_momentum: Sum updates times alpha; else the sum is multiplied by it.
+        lr_in_momentum: Multiply each update by alpha before it is summed; else the sum.
         weight_decay: How much theta shrinks, as a share of alpha.
-        decoupled_weight_decay: Else weight_decay times theta joins the gradient.
-        maximize: Go up.
+        decoupled_weight_decay: Shrink theta directly; else add weight_decay times theta
+            to the gradient.
+        maximize: Go up the gradient.
         cautious: With momentum, skip elements of the update that go up, and enlarge the
-            others as much as elements are missing.
+            others to make up for them.
 
     Example:
         >>> state = {}
@@ -114,14 +116,14 @@ def automatic_step(
     Args:
         thetas: The parameters.
         gradients: The gradient of the loss at each.
-        state: What is remembered; starts as `{}` and is updated.
+        state: What is kept between steps; starts as `{}` and is updated.
         initial: The first distance.
         coefficient: What the distance is multiplied by.
-        growth: The most by which the distance grows in a step.
+        growth: The largest factor by which the distance may grow in a step.
         one_in: One in so many elements of a large parameter is looked at, along the
             shorter side, and stands for the others.
         factor: What multiplies the distance to the learning rate.
-        **hyperparameters: Of `step`.
+        **hyperparameters: Arguments of `step`.
 
     Example:
         >>> state = {}

@@ -1,7 +1,7 @@
-"""Saving and loading the optimizer's variables, whenever a file comes.
+"""Saving and loading the optimizer's variables, at any time.
 
-A file may come before the optimizer is built, and so before there is anything to load
-it into. Then it waits, unless something else is restored in the meantime.
+A file may be loaded before the optimizer is built, and so before there are variables to
+load it into. Then it waits, unless something else is restored in the meantime.
 """
 
 import warnings
@@ -48,7 +48,7 @@ class Restorer:
 
     @property
     def waits(self) -> bool:
-        """Whether a file came that could not be loaded yet."""
+        """Whether a file waits to be loaded."""
         return self._file is not None
 
     def named(self) -> list[tuple[saving.Name, Any]]:
@@ -87,7 +87,7 @@ class Restorer:
             who: What a warning calls the optimizer.
 
         Raises:
-            ValueError: What should be numbers is not; nothing is changed.
+            ValueError: A value in the file is not numeric; nothing is changed.
         """
         file = saving.read(store)
         self._file, self._before = None, ()
@@ -109,7 +109,7 @@ class Restorer:
         self._file = file if saving.has_slots(file) else None
 
     def load_what_waits(self, who: str) -> None:
-        """Load the file that came before there were variables, now that there are.
+        """Load the file that waits, now that there are variables.
 
         Args:
             who: What a warning calls the optimizer.
@@ -129,7 +129,7 @@ class Restorer:
                     variable.assign(value)
 
     def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
-        """Load a file, but for variables to keep."""
+        """Load a file, except for the variables to keep."""
         owners = self._owners()
         paths = [owner.path for owner in owners]
         places = dict(self.named())

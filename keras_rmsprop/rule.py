@@ -21,7 +21,7 @@ Tensor = Any
 class Slots(NamedTuple):
     """What RMSprop remembers of one variable: numbers, or where they are kept.
 
-    In a step each has the variable's shape. How they are kept says `codecs.py`.
+    In a step each has the variable's shape. `codecs.py` says how they are kept.
     """
 
     velocity: Tensor
@@ -32,7 +32,7 @@ class Slots(NamedTuple):
     """a, the moving average of the gradient; None unless centered."""
 
     def map(self, function: Callable[[Any], Any]) -> "Slots":
-        """Return what a function makes of each slot there is."""
+        """Return the slots with a function applied to each one that exists."""
         return Slots(*(slot if slot is None else function(slot) for slot in self))
 
     def with_momentum_times(self, factor: Any) -> "Slots":
@@ -58,12 +58,12 @@ class Options(NamedTuple):
     cautious: bool = False
 
     def cast(self, dtype: str) -> "Options":
-        """Return the constants with those that are tensors in a dtype."""
+        """Return the constants, with tensors among them cast to a dtype."""
         return Options(*(cast(x, dtype) for x in self))
 
 
 def cast(x: Any, dtype: str) -> Any:
-    """Return a number as it is, a tensor in a dtype."""
+    """Return a number as it is, and a tensor cast to a dtype."""
     return x if _is_number(x) else ops.cast(x, dtype)
 
 
@@ -79,7 +79,7 @@ def step(
 ) -> tuple[Tensor, Slots]:
     """Return what to take from the weights w for gradient g, and the new slots.
 
-    As the options are by default, and then what each changes:
+    With the default options, and with the slots and options that change it:
 
     v <- rho * v + (1 - rho) * g^2
     a <- rho * a + (1 - rho) * g                        (with a slot for a)
@@ -94,7 +94,7 @@ def step(
         lr: Learning rate, a scalar of the slots' dtype.
         options: The constants.
         t: The number of this step, from 1; read for the bias correction alone.
-        penalty: Gradient of a penalty on w, of g's shape: w times L2 decay.
+        penalty: Gradient of a penalty on w, of g's shape: w times the L2 decay.
         mean: Function from a tensor of g's shape to the mean of its elements.
     """
     rho, mu, epsilon = options.rho, options.momentum, options.epsilon

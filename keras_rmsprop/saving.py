@@ -1,9 +1,9 @@
 """State in files: what is written, and which value belongs where when it is read.
 
-Values are saved in the places that Keras gives them, so that a file moves between this
-optimizer and `keras.optimizers.RMSprop`. Beside each stands, as an attribute in the
-file, what it is and of which variable. By that it is found again when an option was
-switched on or off since, or when layers were frozen or unfrozen.
+Values are saved in the places that Keras gives them, so that a file can move between
+this optimizer and `keras.optimizers.RMSprop`. An attribute beside each value says what
+it is and which variable it belongs to. So it is found again when an option has been
+switched on or off since, or when layers have been frozen or unfrozen.
 """
 
 import sys
@@ -19,7 +19,7 @@ from keras_rmsprop.slots import OF_SEARCH, RATE, RATE_FACTOR
 from keras_rmsprop.state import is_real
 
 OURS = ("rounding_offset", "skipped_steps")
-"""Kinds that the built-in does not have, and a file need not."""
+"""Kinds that the built-in does not have, and that a file may lack."""
 _NOT_IN_BUILT_IN = *OURS, *OF_SEARCH
 _ORDER = "order"
 """The attribute that says in which order variables stand: `"model"`, the model's. In
@@ -33,11 +33,11 @@ class Name(NamedTuple):
     kind: str
     """As in `velocity` or `iteration`."""
     path: str
-    """The path of the model's variable that it belongs to; empty if to none."""
+    """The path of the model's variable that it belongs to; empty if there is none."""
 
 
 class File(NamedTuple):
-    """What was saved."""
+    """The contents of a file."""
 
     values: dict[str, NDArray[Any]]
     """In the order in which they were saved."""
@@ -59,17 +59,17 @@ class Plan(NamedTuple):
     """What loading a file would do."""
 
     values: dict[Name, NDArray[Any]]
-    """What goes where."""
+    """The value for each place."""
     fresh: list[Name]
     """What starts fresh, as the file has nothing for it."""
     clocks: dict[Name, NDArray[Any]]
     """The row clocks in a file of version 0.1.0."""
     warning: str = ""
-    """What a user should know."""
+    """What a user should know, or nothing."""
 
 
 class ForeignStateError(Exception):
-    """A file does not hold the state of such an optimizer."""
+    """A file does not hold the state of an RMSprop optimizer."""
 
 
 def write(store: Any, values: Iterable[tuple[Name, Any]]) -> None:
@@ -124,7 +124,7 @@ def has_slots(file: File) -> bool:
 def _attributes(store: Any, key: str) -> Any:
     """Return the attributes of a value in an HDF5 file; there is no public way there.
 
-    Elsewhere it is a dict, soon lost: then values are found by their position.
+    For other stores return a dict that is thrown away: their values have no names.
     """
     try:
         return store._h5_entry_group[key].attrs
@@ -133,7 +133,7 @@ def _attributes(store: Any, key: str) -> Any:
 
 
 def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Plan:
-    """Say what of a file goes where, and what starts fresh.
+    """Decide where each value in a file goes, and what starts fresh.
 
     Args:
         file: What was saved.
@@ -142,8 +142,8 @@ def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Pla
         owners: The model's variables that the optimizer was built with.
 
     Raises:
-        ForeignStateError: It is the state of another optimizer, or there is none in it.
-        ValueError: A value is no number.
+        ForeignStateError: The file holds the state of another optimizer, or none.
+        ValueError: A value is not numeric.
     """
     values, names_differ = _named(file, places, owners)
     wrong = [name for name, value in values.items() if not is_real(value)]

@@ -1,8 +1,8 @@
-"""Which variables an optimizer keeps for those of a model: made, found, extended.
+"""The variables that an optimizer keeps for those of a model: made, found, extended.
 
 A slot is found by its kind (`velocity`, `momentum`, ...) and by the model's variable
 that it belongs to. So when an optimizer is built anew for more variables, as after
-layers were unfrozen, each slot that there is serves again, in any subclass, too.
+layers were unfrozen, it reuses each slot that exists, in any subclass, too.
 """
 
 from collections import Counter
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 WEIGHT_AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
 """The kinds of slots that Keras makes: of `use_ema`, and to accumulate gradients."""
 FIRST_WEIGHT, GRADIENT_SUM = "first_weight", "gradient_sum"
-"""Those of a learning rate that is found while training, and what is known of it."""
+"""The kinds that the search for a learning rate needs; then, its estimate."""
 RATE_ESTIMATE = "learning_rate_estimate"
 OF_SEARCH = FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
 RATE, RATE_FACTOR = "learning_rate", "learning_rate_factor"
-"""The names of the learning rate, and of what multiplies one that is found."""
+"""The names of the learning rate, and of the factor on one that is found."""
 
 
 class Kept(NamedTuple):
@@ -24,7 +24,7 @@ class Kept(NamedTuple):
 
     variable: Any
     kind: str
-    """With a number, as in `norm#1`, if there are more of a kind."""
+    """With a number, as in `norm#1`, if there are several of a kind."""
     owner: Any
     """The model's variable that it belongs to; None if to no single one."""
     start: Callable[[], Any]
@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
 
 class Key(NamedTuple):
-    """By what a variable of the optimizer is found again."""
+    """The key by which a variable of the optimizer is found again."""
 
     kind: str
     owner: Hashable

@@ -7,7 +7,7 @@ result as the whole dense gradient, whose other rows are 0.
 A row without gradient keeps its weights, and its averages only shrink: v <- rho * v.
 So a row that was silent for n updates needs v <- rho^n * v before its turn, and nothing
 in between. The `Clock` of a table knows n. Whoever reads the averages of a whole table
-brings all rows up to date first (`catch_up`), so a clock is never seen from outside.
+brings all rows up to date first (`catch_up`), so nobody outside sees a clock.
 
 Imported only on the TensorFlow backend.
 """
@@ -24,11 +24,11 @@ from keras_rmsprop.rule import Slots, cast
 
 
 class Ticks(tf.Module):
-    """How far each row of a table is, counted in updates since all were up to date.
+    """Up to which update each row of a table is up to date.
 
     Attributes:
-        updates: int32 scalar, the updates so far.
-        last: int32, one a row, the update after which it is as it stands.
+        updates: int32 scalar, the updates since all rows were last up to date.
+        last: int32, one for each row: the update up to which the row is up to date.
     """
 
     def __init__(self, table: Any) -> None:
@@ -80,11 +80,11 @@ class Clock(Ticks):
     """When each row of a table was last updated, counted in updates of that table.
 
     Attributes:
-        average: The same of the average of the weights, or None.
-        sum: float32 scalar, the sum that `automatic.py` keeps as it goes; it counts
-            once there were updates.
-        summed: bool, one a row, whether `gradient_accumulation_steps` may have summed
-            gradients of it; or None.
+        average: The clock of the average of the weights, or None.
+        sum: float32 scalar, the running sum of `automatic.py`; valid once there were
+            updates.
+        summed: bool, one for each row: whether `gradient_accumulation_steps` may have
+            summed gradients of the row; or None.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Clock(Ticks):
 
 @contextlib.contextmanager
 def _beside(table: Any) -> Iterator[None]:
-    """Make variables where a table is, whoever asks.
+    """Make variables where a table is, wherever this is called from.
 
     A checkpoint may be restored anywhere.
     """
@@ -161,7 +161,7 @@ class Clocks(tf.Module):
         return getattr(self, f"table_{index}")
 
     def make(self, index: int) -> Clock:
-        """Return the clock of this table, a new one where it has none."""
+        """Return the clock of this table; make one if it has none."""
         if index not in self:
             self._being_made = True
             clock = Clock(
@@ -178,7 +178,7 @@ class Clocks(tf.Module):
         return (int(name.removeprefix("table_")) for name in names)
 
     def move(self, places: Mapping[int, int]) -> None:
-        """Give the clocks other indices, as the variables got them."""
+        """Give the clocks the new indices of their variables."""
         clocks = {places[i]: self[i] for i in self}
         for i in self:
             delattr(self, f"table_{i}")
@@ -246,7 +246,7 @@ class Summand:
 
 
 def check_ids(gradient: tf.IndexedSlices, variable: Any) -> Any:
-    """Fail where an index is outside the table; XLA drops this, and such rows."""
+    """Fail if an index is outside the table. XLA drops this check, and such rows."""
     ids = gradient.indices
     good = tf.reduce_all((ids >= 0) & (ids < variable.shape[0]))
     message = f"An index of a sparse gradient is not in [0, {variable.shape[0]})"
@@ -261,7 +261,7 @@ def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:
 
 
 def widened(values: Any) -> Any:
-    """Return values in float32, or in float64 if they are."""
+    """Return values in float32, or in float64 if that is their dtype."""
     return tf.cast(values, keras.backend.result_type(values.dtype.name, "float32"))
 
 
@@ -296,7 +296,7 @@ def update(
     *,
     reads_weights: bool,
 ) -> None:
-    """Catch up with the silence of some rows of a table, then update them.
+    """Bring some rows of a table up to date, then update them.
 
     Args:
         variable: The table.
@@ -306,7 +306,7 @@ def update(
         draw: What random rounding depends on.
         step: Function from the weights of the rows and their slots before the update
             to what it takes from the weights, and the slots after it.
-        reads_weights: Whether that looks at the weights.
+        reads_weights: Whether `step` uses the weights.
     """
     clock, ids = rows
     weights = read(variable, ids) if reads_weights else None
@@ -331,7 +331,7 @@ def catch_up(slots: Slots, clock: Clock, rho: Any, draw: Draw) -> None:
 
 
 def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
-    """Return some rows of slots as they are after the silent updates so far.
+    """Return some rows of slots, brought up to date.
 
     Args:
         slots: The slots of a table.
@@ -369,7 +369,7 @@ def _write_slots(slots: Slots, values: Slots, ids: Any, draw: Draw) -> None:
 
 
 def mean(values: Any, *, ids: Any, variable: Any) -> Any:
-    """Return the mean over rows of a table, without those that `distinct` made up.
+    """Return the mean over rows of a table, without those that `distinct` added.
 
     Args:
         values: Something for each element of the rows.
@@ -405,7 +405,7 @@ def subtract(variable: Any, values: Any, ids: Any) -> None:
 
 
 def native(variable: Any) -> Any:
-    """Return the TensorFlow variable that is, or is in, this one of Keras."""
+    """Return the TensorFlow variable inside a Keras variable, or the one given."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of its variables, apart from any framework."""
+"""What an optimizer remembers of its variables, independent of any framework."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ def matched(
 ) -> list[tuple[Any, Any]]:
     """Return pairs of a place and the array that belongs there.
 
-    An array of zeros for which there is no place is nothing to lose and left out.
+    An array of zeros for which there is no place holds nothing, and is left out.
 
     Args:
         places: Slots of anything that has a shape, one for each variable.
@@ -38,8 +38,8 @@ def matched(
         paths: The path of each variable, for the message.
 
     Raises:
-        ValueError: There is no place for an array, or no array for a place, or one of
-            another shape or not of real numbers. The message names all that do not fit.
+        ValueError: There is no place for an array, or no array for a place, or an array
+            has another shape or is not numeric. The message names all that do not fit.
     """
     if len(places) != len(given):
         raise ValueError(
@@ -69,7 +69,7 @@ def matched(
 
 
 def as_array(x: Any) -> Any:
-    """Return a tensor as a NumPy array, bfloat16, which NumPy has not, as float32."""
+    """Return a tensor as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = keras.ops.cast(x, "float32")
     return keras.ops.convert_to_numpy(x)

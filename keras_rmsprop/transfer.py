@@ -1,16 +1,16 @@
 """Moving a run from one framework to another: the optimizer's state, in and out.
 
-The weights are yours to move; what is moved here is the state that belongs to them:
-the average squared gradient, the sum of updates, the average gradient, the step count.
+You move the weights yourself. These functions move the state that belongs to them: the
+average squared gradient, the sum of updates, the average gradient and the step count.
 The optimizer must be built, with the variables of the model. Either all of a state is
-taken over or, with an error that names what does not fit, nothing is.
+taken over, or nothing is, and an error names what does not fit.
 
-**Which of theirs is which of mine?** That says `mapping`: a list with an entry for each
-variable of the optimizer, in its order (that of `model.trainable_variables`). An entry
-is what the other framework calls it, a name or its number among the parameters, or a
-pair of that and the order in which to take its axes, as in `numpy.transpose`: for a
-PyTorch `Linear`, whose weight is (out, in) there and (in, out) here,
-`("fc.weight", LINEAR)`.
+**`mapping` says which of their parameters belongs to which Keras variable.** It is a
+list with an entry for each variable of the optimizer, in the order of
+`model.trainable_variables`. An entry is the parameter's name in the other framework, or
+its number. If its axes are in another order, it is a pair of that and the order in
+which to take the axes, as in `numpy.transpose`. A PyTorch `Linear` has its weight as
+(out, in) and Keras as (in, out), so the entry is `("fc.weight", LINEAR)`.
 
 No function here reads a pickle. `torch.load(path, weights_only=True)` reads a state
 dict without running what somebody put into the file.
@@ -45,11 +45,11 @@ def from_torch(
 ) -> None:
     """Take over the state of a `torch.optim.RMSprop`, or of timm's `RMSpropTF`.
 
-    PyTorch's sum of updates leaves out the learning rate. Where the optimizer's
-    includes it (`lr_in_momentum`), it is multiplied by that of the state dict.
+    PyTorch's sum of updates leaves out the learning rate. If that of the optimizer
+    includes it (`lr_in_momentum`), it is multiplied by the rate in the state dict.
 
     Args:
-        optimizer: Where to. Built.
+        optimizer: The optimizer that takes it over. It must be built.
         state_dict: What `torch_optimizer.state_dict()` returned.
         mapping: See this module. A number counts the parameters as they were given to
             the PyTorch optimizer; names work if it was given named parameters.
@@ -93,9 +93,9 @@ def to_torch(
     """Return the optimizer's state as a state dict for `torch.optim.RMSprop`.
 
     Args:
-        optimizer: Where from. Built.
-        state_dict: What `state_dict()` returns of the PyTorch optimizer that is to
-            continue: its groups, with their learning rates, are kept.
+        optimizer: The optimizer that gives it. It must be built.
+        state_dict: What `state_dict()` of the PyTorch optimizer returns that is to
+            continue. Its groups, with their learning rates, are kept.
         mapping: See `from_torch`.
 
     Returns:
@@ -136,8 +136,9 @@ def from_keras(optimizer: RMSprop, builtin: Any) -> None:
     """Take over the state of a `keras.optimizers.RMSprop`.
 
     Args:
-        optimizer: Where to. Built, with variables in the same order.
-        builtin: Where from. Built.
+        optimizer: The optimizer that takes it over. It must be built, with variables in
+            the same order.
+        builtin: The optimizer that gives it. It must be built.
 
     Raises:
         ValueError: Something does not fit; nothing is changed.
@@ -163,8 +164,9 @@ def to_keras(optimizer: RMSprop, builtin: Any) -> None:
     """Give the state to a `keras.optimizers.RMSprop`.
 
     Args:
-        optimizer: Where from. Built.
-        builtin: Where to. Built, with variables in the same order.
+        optimizer: The optimizer that gives it. It must be built.
+        builtin: The optimizer that takes it over. It must be built, with variables in
+            the same order.
 
     Raises:
         ValueError: Something does not fit; nothing is changed.
@@ -190,12 +192,12 @@ def from_tensorflow_v1(
     """Take over the state of a `tf.compat.v1.train.RMSPropOptimizer`.
 
     Args:
-        optimizer: Where to. Built.
+        optimizer: The optimizer that takes it over. It must be built.
         checkpoint_path: Path of the checkpoint, without `.index`.
         mapping: See this module; by default the names are the paths of the variables,
             as in `dense/kernel`.
         name: Name of the optimizer there.
-        global_step: Name of the step count there; where there is none, it is 0.
+        global_step: Name of the step count there. If there is none, the count is 0.
 
     Raises:
         ValueError: Something does not fit; nothing is changed.
@@ -234,13 +236,13 @@ def from_optax(
     """Take over the state of an `optax.rmsprop`.
 
     Args:
-        optimizer: Where to. Built.
-        opt_state: The state, as `init` and `update` return it. There is a step count in
-            it with `bias_correction` or a schedule only; else it is taken to be 0.
-        mapping: See this module. A number counts the leaves of the parameters, a name
-            is the path of one, as in `params/Dense_0/kernel`. By default all leaves in
-            their order; in a dict that is alphabetical, so that `bias` is before
-            `kernel`.
+        optimizer: The optimizer that takes it over. It must be built.
+        opt_state: The state, as `init` and `update` return it. It has a step count only
+            with `bias_correction` or a schedule; else the count is taken to be 0.
+        mapping: See this module. A number counts the leaves of the parameters. A name
+            is the path of a leaf, as in `params/Dense_0/kernel`. By default all leaves
+            are taken in their order. In a dict that is alphabetical, so `bias` comes
+            before `kernel`.
 
     Raises:
         ValueError: Something does not fit; nothing is changed.
@@ -349,7 +351,7 @@ def _builtin_slots(builtin: Any) -> list[Slots]:
 
 
 def _named_fields(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of named tuples in a tree that hold a state of RMSprop."""
+    """Yield the fields of the named tuples in a tree that hold RMSprop's state."""
     if hasattr(tree, "_fields"):
         kind = type(tree).__name__
         is_ours = kind.startswith(("ScaleByRms", "ScaleByRStdDev", "TraceState"))

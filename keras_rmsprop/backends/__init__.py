@@ -1,4 +1,4 @@
-"""What runs a step: one module a backend, each with the functions of `plain.py`."""
+"""What runs a step: one module per backend, each with the functions of `plain.py`."""
 
 from types import ModuleType
 

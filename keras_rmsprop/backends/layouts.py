@@ -6,11 +6,11 @@ once for all of them.
 
 **On one axis.** XLA vectorises along the last axis alone, and three elements are no
 vector: variables such as (256, 256, 3, 3) took 2.5 times as long as the same numbers on
-one axis. A reshape there XLA moves past elementwise operations until it cancels with
-the one at the other end; but it moves none into a branch of a condition that it cannot
-decide. This is for programs that hold a step and nothing else: where gradients are
-computed in the same program, a small convolutional net took 6 times as long with such a
-condition.
+one axis. XLA moves a plain reshape past elementwise operations until it cancels with
+the one at the other end. But it moves none into a branch of a condition that it cannot
+decide, so such variables are updated inside one. This is for programs that hold a step
+and nothing else: where gradients are computed in the same program, a small
+convolutional net took 6 times as long with such a condition.
 """
 
 import math

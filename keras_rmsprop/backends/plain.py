@@ -44,7 +44,7 @@ class Step(NamedTuple):
     options: rule.Options
     learning_rate: Any
     draw: codecs.Draw
-    """How many steps there were, and what random rounding depends on besides."""
+    """The number of steps so far, and what else random rounding depends on."""
     decoupled_weight_decay: bool = True
 
     def taken(
@@ -88,7 +88,7 @@ class Step(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a runner is to know of an optimizer's step."""
+    """What a runner needs to know about an optimizer's step."""
 
     jit_compile: bool | str
     attributes: Mapping[str, Any]
@@ -104,28 +104,28 @@ class Request(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a variable is updated, in words, and why so."""
+    """How a variable is updated, in words, and why."""
 
     name: str
     why: str
 
 
 HAS_ROWS = False
-"""Whether a step of a table may be one of some of its rows, by a clock."""
+"""Whether a step may update only some rows of a table, with a clock."""
 
 outside_functions = contextlib.nullcontext
-"""Context in which variables are made at once, not when a function has been traced."""
+"""Context in which variables are made at once, even while a function is traced."""
 
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return what was given for a gradient as one that the backend knows."""
+    """Return a gradient in a form that the backend knows."""
     if isinstance(gradient, list | tuple | int | float | np.ndarray | np.number):
         return ops.convert_to_tensor(gradient, variable.dtype)
     return gradient
 
 
 class NoClocks(tuple[int, ...]):
-    """The clocks of tables, of which there are none."""
+    """The clocks of tables: here there are none."""
 
     refused: frozenset[Any] = frozenset()
 
@@ -190,14 +190,14 @@ def update_one(
 
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
-    """Say how `update` updates a variable, and why so."""
+    """Say how `update` updates a variable, and why."""
     return Way("on its own", "as on every backend but TensorFlow")
 
 
 def kinds_of_steps(
     variables: Sequence[Any], jit_compile: bool | str
 ) -> dict[str, dict[str, bool]]:
-    """Return what kinds of steps there are, in words, and what `way` is to know."""
+    """Return the kinds of steps, in words, and the arguments of `way` for each."""
     return {"A step is part of what Keras' backend makes of it:": {}}
 
 
@@ -226,7 +226,7 @@ def as_taken(
 
 
 def after(operations: Sequence[Any]) -> Any:
-    """Return the context in which everything waits for operations: here all do."""
+    """Return the context in which all waits for operations: here it always does."""
     return contextlib.nullcontext()
 
 
@@ -241,10 +241,10 @@ def has_slices(grads: Sequence[Any]) -> bool:
 
 
 def is_slices(gradient: Any) -> bool:
-    """Whether a gradient is such a one."""
+    """Whether this gradient is a sparse one that the backend treats as such."""
     return False
 
 
 def is_eager() -> bool:
-    """Whether this runs here and now, and is not being traced."""
+    """Whether this runs now, and is not being traced."""
     return True

@@ -67,7 +67,7 @@ class Settings:
 
 
 class Identities:
-    """Numbers for objects: one each, as ids would be if they were not used again."""
+    """A number for each object, like its id, but never used again for another."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, int]] = {}
@@ -161,7 +161,7 @@ class Programs:
         program(tensors)
 
     def _keep(self, key: Hashable, program: "_Program | None") -> None:
-        """Keep a program, or that it was asked for, as the last one to be dropped."""
+        """Note a program, or that it was asked for, as the most recent one."""
         self._programs[key] = program
         self._programs.move_to_end(key)
         if len(self._programs) > MOST_PROGRAMS:
@@ -228,7 +228,7 @@ class _Program(NamedTuple):
                 self.concrete(*tensors)
 
     def _call_inner(self, tensors: list[Any]) -> bool:
-        """Call the traced function directly, or return False where that cannot be.
+        """Call the traced function directly, or return False if that is not possible.
 
         `tf.function` spends some 10 us a tensor on checking arguments that the key
         has checked already. This way in is not documented, so it stands here alone.

@@ -26,12 +26,12 @@ from keras_rmsprop.sparse import inside_xla as inside_xla
 from keras_rmsprop.sparse import native, widened
 
 XLA_IN_GRAPH_ELEMENTS = 2**20
-"""From this size on a variable gains from XLA in a graph that is not compiled."""
+"""From this size on, XLA makes a variable's update faster in a graph without XLA."""
 XLA_EAGER_ELEMENTS = 2**12
 """If no variable is larger, launching XLA takes as long as the step does."""
 
 HAS_ROWS = True
-"""Whether a step of a table may be one of some of its rows, by a clock."""
+"""Whether a step may update only some rows of a table, with a clock."""
 
 outside_functions = tf.init_scope
 clocks = sparse.Clocks
@@ -89,7 +89,7 @@ def check(gradient: Any, variable: Any) -> None:
 
 
 class Runner:
-    """Takes an optimizer's steps: here and now, as a program, or on all replicas."""
+    """Takes an optimizer's steps: directly, as a program, or on all replicas."""
 
     def __init__(self) -> None:
         self._programs = Programs()
@@ -189,8 +189,8 @@ def on_all_replicas(
 ) -> None:
     """Sum the gradients over the replicas; then each steps with its own copies.
 
-    Of sparse gradients the rows travel. After the sum all replicas know the same,
-    so nothing else has to travel, and a step is the plain one.
+    For sparse gradients only the rows travel. After the sum all replicas know the
+    same, so nothing else has to travel, and each takes the plain step.
     """
     distribute = tf.__internal__.distribute
     strategy = tf.distribute.get_strategy()
@@ -260,7 +260,7 @@ END_TO_END, ALONE = "end to end with others", "on its own"
 def way(
     one: Update, step: Step, *, in_program: bool = False, xla: bool | None = None
 ) -> Way:
-    """Say how `update` updates a variable, and why so.
+    """Say how `update` updates a variable, and why.
 
     Args:
         one: The update.
@@ -289,7 +289,7 @@ def way(
 def kinds_of_steps(
     variables: Sequence[Any], jit_compile: bool | str
 ) -> dict[str, dict[str, bool]]:
-    """Return what kinds of steps there are, in words, and what `way` is to know."""
+    """Return the kinds of steps, in words, and the arguments of `way` for each."""
     in_graph = {"in_program": False, "xla": False}
     in_program = {"in_program": True, "xla": True}
     if jit_compile is False:
@@ -387,11 +387,11 @@ def as_taken(
     Args:
         grads: A tensor, slices or None for each variable.
         variables: The variables.
-        clocks: The clock of each table of which rows suffice, else None.
+        clocks: For each, its clock if it is a table whose rows suffice, or None.
 
     Returns:
-        The gradients; of each the distinct rows that it has left, or None; and what
-        fails if an index is outside its table.
+        The gradients; for each its distinct rows, or None; and the operations that
+        fail if an index is outside its table.
     """
     tensors: list[Any] = []
     rows: list[Any] = []
@@ -412,9 +412,9 @@ def as_taken(
 
 
 after = tf.control_dependencies
-"""Context in which everything waits for the operations given."""
+"""Context in which everything waits for the given operations."""
 
 
 def is_eager() -> bool:
-    """Whether this runs here and now, and is not being traced."""
+    """Whether this runs now, and is not being traced."""
     return tf.executing_eagerly()
