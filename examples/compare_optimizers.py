@@ -169,7 +169,7 @@ def ahead(accuracies: dict[str, NDArray[Any]]) -> str:
         return f"{words}; one seed cannot say whether by chance."
     if best.min() > next_best.max():
         return f"{words}. Its worst seed beats the other's best."
-    return f"{words}. The seeds differ more than that."
+    return f"{words}. The ranges of the seeds overlap."
 
 
 def equal_time(rivals: Rivals) -> tuple[str, float]:
@@ -267,7 +267,7 @@ def write(output: Path, title: str, rivals: Rivals) -> None:
     (output / "comparison.json").write_text(json.dumps(found, indent=2) + "\n")
     page = io.StringIO()
     console = Console(file=page, width=140)
-    console.print(title, table(rivals), *in_words(rivals), sep="\n\n")
+    console.print(title, table(rivals), *in_words(rivals), sep="\n\n", soft_wrap=True)
     text = "\n".join(line.rstrip() for line in page.getvalue().splitlines())
     (output / "comparison.md").write_text(text + "\n")
     print(text)

@@ -37,10 +37,14 @@ class Reading(NamedTuple):
     effective_rate_high: float
     """Its third quartile."""
     update_ratio: float
-    """Norm of the change in this step, over the norm of the weights before it."""
+    """Norm of the change in this step, over the norm of the weights before it.
+
+    With `steps_per_execution`, a step's share of what they change together.
+    """
     gradient_norm: float
     """Norm of the gradient, after clipping; NaN if there was no update.
 
+    With `steps_per_execution`, the root of the mean square, later steps counting more.
     Of variables with more than 131,072 elements, this and the one above are estimates.
     """
     learning_rate: float
@@ -130,7 +134,8 @@ class Monitor(keras.callbacks.Callback):
         return getattr(optimizer, "inner_optimizer", optimizer)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the optimizer."""
+        """Check the optimizer, and forget a look that was interrupted."""
+        self._before, self._since = None, 0.0
         if not hasattr(self._optimizer, "found_learning_rate"):
             raise ValueError(
                 "`Monitor` needs an RMSprop of keras_rmsprop. "
@@ -141,7 +146,7 @@ class Monitor(keras.callbacks.Callback):
         """Look before a step, or at what the last one has done, if it is time."""
         # Not at the end of a batch: for that, Keras would wait for every single step.
         self._look_after()
-        self._steps += 1
+        self._steps += int(getattr(self.model, "steps_per_execution", 1) or 1)
         if self._steps >= self._next and self._optimizer.built:
             start = time.perf_counter()
             self._next = self._steps + self._interval(start)
@@ -209,9 +214,13 @@ class Monitor(keras.callbacks.Callback):
             way = np.linalg.norm(weights[i] - weights_before[i])
             length = np.linalg.norm(weights_before[i])
             rho, square = float(optimizer.rho), math.nan
-            if iterations > iterations_before:
+            updates = iterations - iterations_before  # one, but for one execution
+            if updates > 0:
                 stands_for = math.prod(sizes[i]) / v.size
-                square = max((v.sum() - rho * was.sum()) / (1 - rho), 0.0) * stands_for
+                fading = rho**updates
+                square = max((v.sum() - fading * was.sum()) / (1 - fading), 0.0)
+                square *= stands_for
+                way /= updates
             added.append(
                 Reading(
                     self._steps,

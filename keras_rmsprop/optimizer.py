@@ -283,7 +283,7 @@ class RMSprop(keras.optimizers.Optimizer):
             lambda: self._trainable_variables,
             self._catch_up_all,
             lambda: self.use_ema,
-            lambda: bool(self.gradient_accumulation_steps),
+            lambda: bool(vars(self).get("_accumulated_gradients")),
         )
         self._offset: Any = None
         self._restorer = Restorer(

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -21,7 +22,7 @@ class LearningRateFinder(keras.callbacks.Callback):
 
     The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
     `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
-    the mean loss of five batches is no longer finite, or four times the first. Then
+    the loss is no longer finite, or of five batches four times what it began with. Then
     the model and the optimizer are put back as they were, to the bit: weights, slots,
     averages, statistics, seeds and the learning rate. `fit` stops there, or goes on
     with the rate found. If `fit` is interrupted during the test, the next `fit` with
@@ -88,28 +89,41 @@ class LearningRateFinder(keras.callbacks.Callback):
         self.losses: list[float] = []
         self.suggestion: float | None = None
         self._before: Any = None
-        self._rate_before = 0.0
-        self._running = False
+        self._waits = self._running = False
+        self._mean = 0.0, 0.0  # the sum of the losses so far, and their weight
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Copy what is to be put back."""
-        model, optimizer = self.model, self.model.optimizer
+        """Begin, if the model is built; else after the first batch, which builds it."""
         if self._before is not None:
             self._put_back()  # what an interrupted test left
         self._check()
+        self.rates, self.losses, self.suggestion = [], [], None
+        self._waits, self._running = True, False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Copy what is to be put back."""
+        model, optimizer = self.model, self.model.optimizer
+        if not model.trainable_variables:
+            return
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self.rates, self.losses, self.suggestion = [], [], None
-        self._rate_before = float(ops.convert_to_numpy(optimizer.learning_rate))
-        self._before = [_copied(v) for v in self._variables()]
-        self._running = True
+        self._sync()
+        # If `fit` ends here, what it has measured stays.
+        left = {id(v) for v in ([] if self.train else model.metrics_variables)}
+        every = [*model.variables, *optimizer.variables]
+        variables = [v for v in every if id(v) not in left]
+        self._before = optimizer, [(v, _copied(v)) for v in variables]
+        self._waits, self._running = False, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Note that Keras' mean of the losses starts again."""
-        self._batches, self._mean = 0, 0.0
+        self._mean = 0.0, 0.0
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Raise the rate."""
+        if self._waits:
+            self._begin()
         if self._running:
             share = len(self.rates) / (self.steps - 1)
             rate = self.lowest * (self.highest / self.lowest) ** share
@@ -119,20 +133,33 @@ class LearningRateFinder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Note the loss, and end the test if it is time."""
-        if not self._running:
+        if not (self._running or self._waits):
             return
-        # What Keras tells is the mean of the epoch so far.
-        batches, mean = batch + 1, float((logs or {})["loss"])
-        new = batches * mean - self._batches * self._mean
-        self.losses.append(new / (batches - self._batches))
-        self._batches, self._mean = batches, mean
-        recent = np.mean(self.losses[-BATCHES:])
-        if not recent <= _worst(self.losses) or len(self.losses) == self.steps:
+        loss = self._loss(logs or {})
+        if self._waits:
+            return
+        self.losses.append(loss)
+        away = not math.isfinite(loss)
+        if len(self.losses) > FEWEST_STEPS:
+            away |= not np.median(self.losses[-BATCHES:]) <= _worst(self.losses)
+        if away or len(self.losses) == self.steps:
             self._finish()
+
+    def _loss(self, logs: Mapping[str, Any]) -> float:
+        """Return the loss of the last batch; what Keras tells is the epoch's mean."""
+        self._sync()
+        means = [m for m in self.model.metrics if m.name == "loss"]
+        if not means or not hasattr(means[0], "total"):
+            return float(logs.get("loss", math.nan))
+        before = self._mean
+        now = self._mean = _number(means[0].total), _number(means[0].count)
+        if now[1] == before[1]:  # a `train_step` of its own has another way
+            return float(logs.get("loss", math.nan))
+        return (now[0] - before[0]) / (now[1] - before[1])
 
     def on_train_end(self, logs: Any = None) -> None:
         """Put back what the end of `fit` changed."""
-        if self._running:
+        if self._running or self._waits:
             warnings.warn(
                 f"The test of learning rates has seen {len(self.losses)} of "
                 f"{self.steps} batches: give `fit` more epochs, or take fewer `steps`.",
@@ -156,24 +183,21 @@ class LearningRateFinder(keras.callbacks.Callback):
 
     def _finish(self) -> None:
         """End the test."""
-        self._running = False
-        self.suggestion = suggested(self.rates[: len(self.losses)], self.losses)
+        self._waits = self._running = False
         self._put_back()
+        self.suggestion = suggested(self.rates[: len(self.losses)], self.losses)
         if not self.train:
             self.model.stop_training = True
         elif self.suggestion is not None:
             self.model.optimizer.learning_rate = self.suggestion
 
-    def _variables(self) -> list[Any]:
-        # If `fit` ends here, what it has measured stays.
-        measured = [] if self.train else self.model.metrics_variables
-        left = {id(v) for v in measured}
-        variables = [*self.model.variables, *self.model.optimizer.variables]
-        return [v for v in variables if id(v) not in left]
-
     def _put_back(self) -> None:
+        if self._before is None:
+            return
         self._sync()
-        for variable, value in zip(self._variables(), self._before, strict=True):
+        optimizer, values = self._before
+        _ = optimizer.variables  # whoever writes to them asks for them first
+        for variable, value in values:
             variable.assign(_copied(value))
 
     def _sync(self) -> None:
@@ -211,8 +235,9 @@ def smoothed(losses: ArrayLike, width: int = 15) -> NDArray[np.float64]:
     """
     y = np.asarray(losses, "float64")
     bell = np.hanning(width + 2)[1:-1]
-    weights = np.convolve(np.ones_like(y), bell, "same")
-    return np.convolve(y, bell, "same") / weights
+    middle = slice(width // 2, width // 2 + len(y))
+    weights = np.convolve(np.ones_like(y), bell)[middle]
+    return np.convolve(y, bell)[middle] / weights
 
 
 def suggested(rates: ArrayLike, losses: ArrayLike) -> float | None:
@@ -225,6 +250,8 @@ def suggested(rates: ArrayLike, losses: ArrayLike) -> float | None:
         losses: The loss of each.
     """
     y = np.asarray(losses, "float64")
+    if not y.size:
+        return None
     # One loss that is a thousand times the others must not weigh on its neighbours.
     lowest = int(np.argmin(smoothed(np.fmin(y, _worst(y)))))
     return float(np.asarray(rates)[lowest]) / 3 if lowest else None
@@ -232,8 +259,12 @@ def suggested(rates: ArrayLike, losses: ArrayLike) -> float | None:
 
 def _worst(losses: ArrayLike) -> Any:
     """Return the loss at which a test ends."""
-    first = np.mean(np.asarray(losses)[:BATCHES])
+    first = np.mean(np.asarray(losses)[:FEWEST_STEPS])
     return first + (WORSE - 1) * np.abs(first)
+
+
+def _number(x: Any) -> float:
+    return float(ops.convert_to_numpy(x))
 
 
 def _copied(x: Any) -> Any:

@@ -116,6 +116,42 @@ def test_a_layer_that_hardly_moves_has_stalled():
     assert any("body/kernel has stalled" in f for f in monitor.findings)
 
 
+def test_several_steps_in_one_execution():
+    norms = []
+    for together in 1, 4:
+        model = dense_model(RMSprop(1e-6))
+        model.compile(model.optimizer, "mse", steps_per_execution=together)
+        x, y = numbers(model, 8)
+        x, y = np.tile(x, (8, 1)), np.tile(y, (8, 1))  # batches that are alike
+        monitor, _ = watched(model, x, y, batch_size=8, epochs=3, shuffle=False)
+        assert not monitor.findings
+        norms.append(
+            {r.variable.split("/")[-2:][0]: r.gradient_norm for r in monitor.readings}
+        )
+        assert monitor.readings[-1].step in (21, 24)
+    for name, norm in norms[0].items():
+        assert norms[1][name] == pytest.approx(norm, rel=0.01)
+
+
+def test_a_look_that_was_interrupted_is_forgotten():
+    model = dense_model(RMSprop(0.01))
+    x, y = numbers(model, 32)
+
+    def stop(batch, logs):
+        if batch == 2:
+            raise KeyboardInterrupt
+
+    monitor = Monitor(every=1, show=False)
+    stopper = keras.callbacks.LambdaCallback(on_train_batch_begin=stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=[monitor, stopper])
+    seen = len(monitor.readings)
+    model.set_weights([w + 100 for w in model.get_weights()])
+    watched(model, x, y, monitor)
+    assert all(r.update_ratio < 0.1 for r in monitor.readings[seen:])
+    watched(dense_model(RMSprop(0.01), units=(2, 2)), x, y[:, :2], monitor)
+
+
 def test_files(tmp_path):
     model = table_model(RMSprop(0.01))
     ids = np.random.default_rng(0).integers(0, 12, (16, 4))

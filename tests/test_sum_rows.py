@@ -177,6 +177,18 @@ def test_sums_that_are_set_count():
         assert_all_close(variables, optimizer, theirs, expected)
 
 
+def test_switched_off_and_on_again():
+    options = {"learning_rate": 0.05, "gradient_accumulation_steps": 2}
+    optimizer, expected = RMSprop(**options), keras.optimizers.RMSprop(**options)
+    variables, theirs = made(optimizer), made(expected)
+    for step, (gradient, dense) in enumerate(gradients(["rows"] * 8)):
+        for one in optimizer, expected:
+            one.gradient_accumulation_steps = None if step < 2 else 2
+        optimizer.apply([gradient, tf.ones(2)])
+        expected.apply([dense, tf.ones(2)])
+    assert_all_close(variables, optimizer, theirs, expected)
+
+
 def test_in_fit():
     ids = np.random.default_rng(0).integers(0, 12, (24, 4))
     ends = []
