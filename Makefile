@@ -15,7 +15,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-peers test-oldest test-keras mutants lint bench bench-quick tune tuning compare examples docs wheel clean
+.PHONY: environments help train test test-slow test-rest test-peers test-oldest test-keras mutants lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ test: $(READY)  ## the everyday tests
 
 test-slow: $(READY)  ## the long tests that CI also runs
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+test-rest: $(READY)  ## more cases of the everyday tests: before a release
+	$(BIN)/python -m pytest -n 2 -m rest $(ARGS)
 
 test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
 	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)

@@ -21,8 +21,8 @@ settings.load_profile("default")
 def pytest_collection_modifyitems(items):
     """Of tests with `one_in(n)`, leave the first case and one in n to every day.
 
-    The others are slow. Which is drawn from their names: every n-th could be those of
-    one option.
+    The others are the rest. Which is drawn from their names: every n-th could be those
+    of one option.
     """
     seen = set()
     for item in items:
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
         if mark is not None:
             drawn = crc32(item.name.encode()) % mark.args[0] == 0
             if item.function in seen and not drawn:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.rest)
             seen.add(item.function)
 
 

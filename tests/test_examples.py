@@ -61,6 +61,7 @@ USED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USED)
 def test_where_it_is_used(name, run_used, tmp_path):
     options = ["--data=sample"] if "wgan" in name else []
@@ -76,6 +77,7 @@ def test_where_it_is_used(name, run_used, tmp_path):
         assert written.read_text().strip() in output
 
 
+@pytest.mark.slow
 def test_compare_optimizers(run_used, tmp_path):
     rivals, output = run_used("compare_optimizers.py", "--short")
     ends = [rival.accuracy[:, -1].mean() for rival in rivals.values()]
