@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_rmsprop.monitoring import Monitor as Monitor
 from keras_rmsprop.range_test import LearningRateFinder as LearningRateFinder
+from keras_rmsprop.state import copied, sync
 
 
 class _Held(NamedTuple):
@@ -175,16 +176,15 @@ class AverageForEvaluation(keras.callbacks.Callback):
             return
         if model in _held and _held[model].is_in_place():
             return  # another callback has put them in
-        if hasattr(model, "jax_state_sync"):
-            model.jax_state_sync()  # within an epoch weights are elsewhere
+        sync(model)
         variables = model.trainable_variables
-        raw = [_copied(v) for v in variables]
+        raw = [copied(v) for v in variables]
         model.optimizer.finalize_variable_values(variables)
-        averages = [_copied(v) for v in variables]
+        averages = [copied(v) for v in variables]
         if keras.backend.backend() == "jax":
             # A weight may share its average's buffer, and would give that away.
             for variable, value in zip(variables, averages, strict=True):
-                variable.assign(_copied(value))
+                variable.assign(copied(value))
         _held[model] = _Held(variables, raw, averages)
         self._holds = True
 
@@ -221,10 +221,6 @@ def _has_averages(optimizer: Any) -> bool:
 
 def _needs_raw_weights(callback: Any) -> bool:
     return isinstance(callback, keras.callbacks.BackupAndRestore | Monitor)
-
-
-def _copied(x: Any) -> Any:
-    return ops.copy(ops.stop_gradient(ops.convert_to_tensor(x)))
 
 
 def _array(x: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_rmsprop import checks
+from keras_rmsprop.state import sync
 
 STALLED, EXPLODING = 1e-7, 0.3
 """Change of a step, as a share of the weights: less, and float32 weights stay as they
@@ -188,8 +189,7 @@ class Monitor(keras.callbacks.Callback):
         return float(optimizer.learning_rate) if found is None else found
 
     def _seen(self) -> Any:
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()  # within an epoch weights are elsewhere
+        sync(self.model)
         state = self._optimizer.get_state()
         velocities = [_some(slots.velocity) for slots in state.slots]
         weights = [

@@ -11,6 +11,7 @@ from keras import ops
 from numpy.typing import ArrayLike, NDArray
 
 from keras_rmsprop import checks
+from keras_rmsprop.state import copied, sync
 
 WORSE, BATCHES = 4.0, 5
 """The test ends when the mean of the last BATCHES losses is WORSE times the first."""
@@ -108,12 +109,12 @@ class LearningRateFinder(keras.callbacks.Callback):
             return
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self._sync()
+        sync(self.model)
         # If `fit` ends here, what it has measured stays.
         left = {id(v) for v in ([] if self.train else model.metrics_variables)}
         every = [*model.variables, *optimizer.variables]
         variables = [v for v in every if id(v) not in left]
-        self._before = optimizer, [(v, _copied(v)) for v in variables]
+        self._before = optimizer, [(v, copied(v)) for v in variables]
         self._waits, self._running = False, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -127,7 +128,7 @@ class LearningRateFinder(keras.callbacks.Callback):
         if self._running:
             share = len(self.rates) / (self.steps - 1)
             rate = self.lowest * (self.highest / self.lowest) ** share
-            self._sync()
+            sync(self.model)
             self.model.optimizer.learning_rate = rate
             self.rates.append(rate)
 
@@ -147,7 +148,7 @@ class LearningRateFinder(keras.callbacks.Callback):
 
     def _loss(self, logs: Mapping[str, Any]) -> float:
         """Return the loss of the last batch; what Keras tells is the epoch's mean."""
-        self._sync()
+        sync(self.model)
         means = [m for m in self.model.metrics if m.name == "loss"]
         if not means or not hasattr(means[0], "total"):
             return float(logs.get("loss", math.nan))
@@ -194,15 +195,11 @@ class LearningRateFinder(keras.callbacks.Callback):
     def _put_back(self) -> None:
         if self._before is None:
             return
-        self._sync()
+        sync(self.model)
         optimizer, values = self._before
         _ = optimizer.variables  # whoever writes to them asks for them first
         for variable, value in values:
-            variable.assign(_copied(value))
-
-    def _sync(self) -> None:
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()  # within an epoch the state is elsewhere
+            variable.assign(copied(value))
 
     def plot(self) -> Any:
         """Draw the loss over the learning rate, with the suggested rate.
@@ -265,7 +262,3 @@ def _worst(losses: ArrayLike) -> Any:
 
 def _number(x: Any) -> float:
     return float(ops.convert_to_numpy(x))
-
-
-def _copied(x: Any) -> Any:
-    return ops.copy(ops.stop_gradient(ops.convert_to_tensor(x)))

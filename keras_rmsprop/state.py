@@ -73,3 +73,15 @@ def as_array(x: Any) -> Any:
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = keras.ops.cast(x, "float32")
     return keras.ops.convert_to_numpy(x)
+
+
+def copied(x: Any) -> Any:
+    """Return a copy of a variable's value that no later step changes."""
+    ops = keras.ops
+    return ops.copy(ops.stop_gradient(ops.convert_to_tensor(x)))
+
+
+def sync(model: Any) -> None:
+    """Bring a model's variables up to date: on JAX, `fit` keeps them elsewhere."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
