@@ -20,6 +20,7 @@ from harness import Plan
 PEERS = "torch", "jax", "optax", "numba"
 QUICK_SETS = "MNIST network", "160 small", "16 M"
 QUICK_MODELS = "MNIST network", "61 x 64", "3 x 2048", "conv net"
+WATCHED = "MNIST network", "3 x 2048"
 FIRST_STEPS = 4
 """In how many rounds a model is made, and compiled, anew; but for the quick run."""
 MALLOC = {"TF_ENABLE_ONEDNN_OPTS": "0"}
@@ -112,11 +113,13 @@ def fits(options: argparse.Namespace) -> list[Plan]:
         jits, whos = ["default"], ["this", "auto", "Keras"]
         return [Plan("fit.py", whos, QUICK_MODELS, jits, 2 * rounds, options.seconds)]
     imports = Plan("fit.py", list(fit.IMPORTS), ["import"], ["import"], rounds + 2)
-    whos, models, jits = list(fit.OPTIMIZERS), list(fit.MODELS), list(fit.JIT)
+    whos = [who for who in fit.OPTIMIZERS if who != fit.MONITOR]
+    models, jits = list(fit.MODELS), list(fit.JIT)
     seconds = 2 * options.seconds
     return [
         imports._replace(measures=(), fresh=True),
         Plan("fit.py", whos, models, jits, 2 * rounds, seconds, setups=firsts),
+        Plan("fit.py", ["this", fit.MONITOR], WATCHED, ["mean, default"], rounds, 16),
     ]
 
 

@@ -28,7 +28,7 @@ LIMIT = {1.6: ["16 M", LARGEST], 2.5: ["1 M"]}
 """Within how many times the limit an update shall be on which sets."""
 
 AUTO = "MNIST network", "16 M", "3 x 2048"
-"""Where a step whose learning rate is to be found must not cost much more."""
+"""Where neither a rate to be found nor a `Monitor` must cost a step much more."""
 
 Case = tuple[str, str, str]
 """Who, what and how; see `Figure`."""
@@ -226,6 +226,8 @@ def _cost(update: Part, fit: Part, memory: Part) -> Targets:
     ):
         ratios = part.ratios(*pair, AUTO)
         yield _target('a rate to be found ("auto"): at most 1.6 x plain', ratios, 1.6)
+    ratios = fit.ratios("this, Monitor", "this")
+    yield _target("watched by Monitor: at most 1.05 x plain", ratios, 1.05)
     whats = update.whats if len(update.hows) > 1 else []
     for way in WAYS:
         mine, theirs = (

@@ -79,9 +79,11 @@ SMALL, LARGE = "1,000 rows", "1,000,000 rows"
 """Tables whose times are compared. From the larger one on the memory is, too."""
 JIT = {"default": "auto", "jit_compile=True": True}
 TABLE_JIT = {"without XLA": False, "with XLA": True}
+MONITOR = "this, Monitor"
 OPTIMIZERS = {
     "this": "keras_rmsprop:RMSprop",
     "auto": "keras_rmsprop:RMSprop",
+    MONITOR: "keras_rmsprop:RMSprop",
     "Keras": "keras.optimizers:RMSprop",
     "Adam": "keras.optimizers:Adam",
     "SGD": "keras.optimizers:SGD",
@@ -98,7 +100,8 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
     Args:
         who: One of `OPTIMIZERS`, or `TORCH` or `FLOOR` for tables.
         what: One of `MODELS` or `TABLES`, or `"import"`.
-        how: Ends as one of `JIT` or `TABLE_JIT`; begins with the kind of ids.
+        how: Ends as one of `JIT` or `TABLE_JIT`; begins with the kind of ids, or with
+            "mean", for the mean of the steps, as a few of them take longer.
     """
     if what == "import":
         start = time.perf_counter()
@@ -118,7 +121,8 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
     def step(seconds: float) -> float:
         ends = fit(WARM_UP + 3, seconds)
         times = [1e3 * (b - a) for a, b in itertools.pairwise(ends)]
-        return statistics.median(times[WARM_UP - 1 :])
+        average = statistics.mean if how.startswith("mean") else statistics.median
+        return average(times[WARM_UP - 1 :])
 
     return ready(first, step, memory)
 
@@ -196,6 +200,11 @@ def with_keras(
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     jit = (JIT | TABLE_JIT)[how.rpartition(", ")[2]]
     arguments = ["auto"] if who == "auto" else []
+    watching = []
+    if who == MONITOR:
+        from keras_rmsprop.callbacks import Monitor
+
+        watching = [Monitor()]
     model.compile(optimizer(*arguments), loss, jit_compile=jit)
     memory.forget_peak()
 
@@ -211,7 +220,7 @@ def with_keras(
         clock = keras.callbacks.LambdaCallback(on_train_batch_end=end)
         model.fit(
             data,
-            callbacks=[clock],
+            callbacks=[*watching, clock],
             shuffle=False,
             steps_per_epoch=sys.maxsize,
             verbose=0,
