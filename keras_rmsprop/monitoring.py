@@ -16,11 +16,11 @@ from keras_rmsprop.state import sync
 STALLED, EXPLODING = 1e-7, 0.3
 """Change of a step, as a share of the weights: less, and float32 weights stay as they
 are; more, and it is no training."""
-MOST_ELEMENTS = 2**17
+MOST_ELEMENTS = 2**15
 """Of a larger variable only so many elements are looked at, evenly spaced."""
 SETTLING = 10
 """After so many looks, no weight should change much in one step."""
-FEWEST_STEPS, MOST_TIME = 100, 0.04
+FEWEST_STEPS, MOST_TIME = 100, 0.03
 """Steps from one look to the next by default, and the share of time that looks take."""
 
 
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
     """Norm of the gradient, after clipping; NaN if there was no update.
 
     With `steps_per_execution`, the root of the mean square, later steps counting more.
-    Of variables with more than 131,072 elements, this and the one above are estimates.
+    Of variables with more than 32,768 elements, this and the one above are estimates.
     """
     learning_rate: float
     """The rate in force: the one that was found, or the one that was given."""
@@ -62,6 +62,11 @@ def _some(x: NDArray[Any] | None) -> NDArray[np.float64] | None:
     while step > 1 and math.gcd(step, x.shape[-1]) > 1:
         step += 1  # else they would be of a few columns only
     return x.ravel()[::step].astype("float64")
+
+
+def _norm(x: NDArray[np.float64]) -> float:
+    # Not NumPy's: its BLAS has threads, which get into the way of the next step.
+    return math.sqrt(np.square(x).sum())
 
 
 class Monitor(keras.callbacks.Callback):
@@ -211,8 +216,8 @@ class Monitor(keras.callbacks.Callback):
                 continue
             effective = rate / self._root(v, iterations)
             low, median, high = np.quantile(effective, (0.25, 0.5, 0.75))
-            way = np.linalg.norm(weights[i] - weights_before[i])
-            length = np.linalg.norm(weights_before[i])
+            way = _norm(weights[i] - weights_before[i])
+            length = _norm(weights_before[i])
             rho, square = float(optimizer.rho), math.nan
             updates = iterations - iterations_before  # one, but for one execution
             if updates > 0:
@@ -226,7 +231,7 @@ class Monitor(keras.callbacks.Callback):
                     self._steps,
                     path,
                     *(float(median), float(low), float(high)),
-                    float(way / (length + 1e-30)),
+                    way / (length + 1e-30),
                     math.sqrt(square),
                     rate,
                     skipped,

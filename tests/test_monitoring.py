@@ -83,8 +83,8 @@ def test_by_default_looks_take_a_small_part_of_the_time(monkeypatch):
     for _ in range(10_000):
         monitor.on_train_batch_begin(0)
         now[0] += 0.1
-    assert 10 < len(looks) / 2 < 12
-    assert 2 * len(looks) < 0.05 * now[0]
+    assert 7 < len(looks) / 2 < 10
+    assert 2 * len(looks) < 0.04 * now[0]
 
 
 def test_the_rate_is_in_the_logs():
@@ -208,7 +208,7 @@ def test_estimates_of_a_large_variable_are_close():
     new = model.optimizer.get_state().slots[0].velocity
     reading = next(r for r in monitor.readings if r.variable.endswith("wide/kernel"))
     norm = np.sqrt((new.astype("float64") - 0.9 * v).sum() / 0.1)
-    assert weights.size == 2 * monitoring.MOST_ELEMENTS
+    assert weights.size >= 2 * monitoring.MOST_ELEMENTS
     assert reading.gradient_norm == pytest.approx(norm, rel=0.05)
     ratio = np.linalg.norm(model.get_weights()[0] - weights) / np.linalg.norm(weights)
     assert reading.update_ratio == pytest.approx(ratio, rel=0.02)
