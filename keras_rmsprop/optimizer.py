@@ -53,6 +53,8 @@ class _Now:
         """The learning rate, if it was given to the step."""
         self.in_program = False
         """Whether a program that holds the step and nothing else is being traced."""
+        self.scale: Any = None
+        """What the update is to multiply gradients by, or None."""
         self.slot: tuple[str, Any, str, Sequence[int]] | None = None
         """Kind, owner, dtype and shape of the slot that is being made."""
 
@@ -473,8 +475,24 @@ class RMSprop(keras.optimizers.Optimizer):
             learning_rate=lambda: self.learning_rate,
             make_clocks=lambda: self._make_clocks(tables),
             prepare=functools.partial(self._prepare, grads, variables),
+            is_for_kernel=lambda: self._is_for_kernel(variables),
         )
         return self._runner.run(self._take, grads, variables, request)
+
+    def _is_for_kernel(self, variables: Sequence[Any]) -> bool:
+        """Whether a native kernel takes nearly all of a step of these variables.
+
+        What else there may be to do, XLA does faster than one operation after another.
+        """
+        others = (
+            *(self.use_ema, self.gradient_accumulation_steps, self.loss_scale_factor),
+            *(self.clipnorm, self.clipvalue, self._search, self._has_own_step()),
+            *(getattr(variable, "constraint", None) for variable in variables),
+        )
+        if self.jit_compile != "auto" or not self.built or any(others):
+            return False
+        updates = [self._update_of(None, variable) for variable in variables]
+        return backend.is_for_kernel(updates, self._step(0.0))
 
     def _also_baked_in(self) -> tuple[Any, ...]:
         """Return what a trace holds as constants besides the attributes of this."""
@@ -622,13 +640,13 @@ class RMSprop(keras.optimizers.Optimizer):
                 if not (self.skip_nonfinite and given):
                     step()
                     return
-                finite = skipping.all_finite(given, fold=backend.inside_xla())
+                finite = backend.all_finite(given)
                 state = [*self._trainable_variables, *self._variables]
                 skipping.unless_bad(step, finite, state)
                 # Not in a branch: XLA leaves a condition alone only if one is empty.
                 self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
         finally:
-            now.learning_rate, now.in_program = None, False
+            now.learning_rate, now.in_program, now.scale = None, False, None
             now.rows, now.averages = {}, {}
 
     def _summand(self, gradient: Any, variable: Any) -> Any:
@@ -768,6 +786,8 @@ class RMSprop(keras.optimizers.Optimizer):
             learning_rate,
             self._draw(),
             self.decoupled_weight_decay,
+            scale=self._now.scale,
+            native=self._jit_compile() is not False,
         )
 
     def _draw(self) -> codecs.Draw:
@@ -780,7 +800,17 @@ class RMSprop(keras.optimizers.Optimizer):
         norm, global_norm = self.clipnorm, self.global_clipnorm
         if on_tensorflow and (norm or global_norm) and backend.inside_xla():
             return backend.clipped(grads, norm, global_norm)
+        if global_norm and not norm and self._scales_in_update():
+            self._now.scale = backend.scale_of_global_norm(grads, global_norm)
+            if self._now.scale is not None:
+                return grads
         return super()._clip_gradients(grads)
+
+    def _scales_in_update(self) -> bool:
+        """Whether gradients that are to be scaled may be so in the update."""
+        is_own = type(self)._clip_gradients is RMSprop._clip_gradients
+        searches = self._search is not None
+        return is_own and not searches and not self._has_own_step()
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
@@ -899,7 +929,10 @@ class RMSprop(keras.optimizers.Optimizer):
         updates = list(map(self._update_of, [None] * len(variables), variables))
         jit_compile, step = self._jit_compile(), self._step(0.0)
         steps: dict[str, list[Way]] = {}
-        for text, context in backend.kinds_of_steps(variables, jit_compile).items():
+        kinds = backend.kinds_of_steps(
+            variables, jit_compile, self._is_for_kernel(variables)
+        )
+        for text, context in kinds.items():
             steps[text] = [self._way(one, step, context) for one in updates]
         shapes = [tuple(v.shape) for v in variables]
         names = [f"{p} {s}" for p, s in zip(self._paths(), shapes, strict=True)]

@@ -101,10 +101,9 @@ def step(
     v, m, a = slots
 
     def corrected(average: Tensor) -> Tensor:
-        if not options.bias_correction or (_is_number(rho) and rho == 0):
+        if not options.bias_correction or is_zero(rho):
             return average
-        log_rho = math.log(rho) if _is_number(rho) else ops.log(rho)
-        return average / -ops.expm1(t * log_rho)  # 1 - rho^t, to the last digit
+        return average / correction(rho, t)
 
     g = -g if options.maximize else g
     g = g if penalty is None else g + penalty
@@ -129,6 +128,16 @@ def step(
             agrees = ops.cast(u * g > 0, u.dtype)
             u = u * agrees / ops.maximum(mean(agrees), 1e-3)
     return u if options.lr_in_momentum else lr * u, Slots(v, m, a)
+
+
+def correction(rho: Any, t: Tensor) -> Tensor:
+    """Return 1 - rho^t, to the last digit; rho must not be 0."""
+    return -ops.expm1(t * (math.log(rho) if _is_number(rho) else ops.log(rho)))
+
+
+def is_zero(x: Any) -> bool:
+    """Whether this is a number, not a tensor, and 0."""
+    return _is_number(x) and x == 0
 
 
 def _is_number(x: Any) -> bool:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rmsprop import codecs, rule
+from keras_rmsprop import codecs, rule, skipping
 from keras_rmsprop.rule import Slots
 
 Taken = tuple[Any, Slots]
@@ -46,6 +46,10 @@ class Step(NamedTuple):
     draw: codecs.Draw
     """The number of steps so far, and what else random rounding depends on."""
     decoupled_weight_decay: bool = True
+    scale: Any = None
+    """What gradients are to be multiplied by; None: 1."""
+    native: bool = False
+    """Whether a native kernel may take it."""
 
     def taken(
         self,
@@ -71,8 +75,11 @@ class Step(NamedTuple):
         weights = None if decay is None else ops.cast(weights, dtype)
         l2 = decay is not None and not self.decoupled_weight_decay
         corrects = self.options.bias_correction
+        gradient = ops.cast(gradient, dtype)
+        if self.scale is not None:
+            gradient = gradient * ops.cast(self.scale, dtype)
         taken, new = rule.step(
-            ops.cast(gradient, dtype),
+            gradient,
             slots.map(lambda slot: codecs.of(slot).decode(slot, dtype)),
             rate,
             self.options.cast(dtype),
@@ -101,6 +108,8 @@ class Request(NamedTuple):
     """Makes the clocks of tables that get one with this step."""
     prepare: Callable[[], Sequence[Any]]
     """Checks the gradients, builds; returns the optimizer's variables."""
+    is_for_kernel: Callable[[], bool]
+    """Returns whether a native kernel takes nearly all of it."""
 
 
 class Way(NamedTuple):
@@ -195,7 +204,7 @@ def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
 
 
 def kinds_of_steps(
-    variables: Sequence[Any], jit_compile: bool | str
+    variables: Sequence[Any], jit_compile: bool | str, is_for_kernel: bool
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     return {"A step is part of what Keras' backend makes of it:": {}}
@@ -228,6 +237,21 @@ def as_taken(
 def after(operations: Sequence[Any]) -> Any:
     """Return the context in which all waits for operations: here it always does."""
     return contextlib.nullcontext()
+
+
+def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
+    """Whether a native kernel takes all of these updates: here there is none."""
+    return False
+
+
+def scale_of_global_norm(grads: Sequence[Any], most: float) -> Any:
+    """Return what clips the global norm; see `tensorflow.scale_of_global_norm`."""
+    return None
+
+
+def all_finite(grads: Sequence[Any]) -> Any:
+    """Return whether all elements of all gradients are finite, a bool tensor."""
+    return skipping.all_finite(grads, fold=inside_xla())
 
 
 def inside_xla() -> bool:

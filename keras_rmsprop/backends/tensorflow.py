@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rmsprop import codecs, sparse
+from keras_rmsprop import codecs, kernel, skipping, sparse
 from keras_rmsprop.backends import layouts, plain
 from keras_rmsprop.backends.plain import Request, Step, Taken, Update, Way
 from keras_rmsprop.backends.programs import (
@@ -119,7 +119,7 @@ class Runner:
             on_all_replicas(step, grads, variables, request.make_clocks)
             return
         request.make_clocks()
-        if not self.has_program(grads, variables, request.jit_compile):
+        if not self.has_program(grads, variables, request):
             step(grads, variables)
             return
 
@@ -137,20 +137,27 @@ class Runner:
             prepare=request.prepare,
             xla=lambda: (
                 request.jit_compile is True
-                or (is_worth_xla(variables) and is_xla_left())
+                or (
+                    is_worth_xla(variables)
+                    and is_xla_left()
+                    and not request.is_for_kernel()
+                )
             ),
         )
 
     def has_program(
-        self, grads: Sequence[Any], variables: Sequence[Any], jit_compile: bool | str
+        self, grads: Sequence[Any], variables: Sequence[Any], request: Request
     ) -> bool:
         """Whether a step taken here and now should be a program of its own."""
+        jit_compile = request.jit_compile
         if jit_compile is False or tf.config.functions_run_eagerly() or is_watched():
             return False
         if tf.executing_eagerly():
             return True
         # In a graph only XLA gains, and XLA would compile for each number of rows.
-        return not has_slices(grads) and (jit_compile is True or is_large(variables))
+        return not has_slices(grads) and (
+            jit_compile is True or (is_large(variables) and not request.is_for_kernel())
+        )
 
 
 def is_worth_xla(variables: Sequence[Any]) -> bool:
@@ -222,12 +229,15 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
         in_program: Whether this is traced for a program that holds nothing else.
     """
     together: dict[Hashable, list[Update]] = {}
+    by_kernel: dict[Hashable, list[Update]] = {}
     one_each = len({id(native(one.variable)) for one in updates}) == len(updates)
     for one in updates:
         one = one._replace(variable=native(one.variable), slots=one.slots.map(native))
         kind = way(one, step, in_program=in_program).name
         if kind == ROWS:
             _update_rows(one, step)
+        elif kind == KERNEL and one_each:
+            by_kernel.setdefault((one.variable.dtype, one.dtype), []).append(one)
         elif kind == ONE_AXIS:
             layouts.update_on_one_axis(
                 one.gradient,
@@ -241,6 +251,8 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
             together.setdefault(key, []).append(one)
         else:
             plain.update_one(one, step)
+    for several in by_kernel.values():
+        kernel.update(several, step)
     for several in together.values():
         if len(several) == 1:
             plain.update_one(several[0], step)
@@ -255,6 +267,7 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
 
 ROWS, ONE_AXIS = "by rows", "on one axis"
 END_TO_END, ALONE = "end to end with others", "on its own"
+KERNEL = "by the kernel"
 
 
 def way(
@@ -271,6 +284,8 @@ def way(
     if one.rows is not None:
         return Way(ROWS, "sparse gradients: the rows of the batch")
     xla = inside_xla() if xla is None else xla
+    if not (xla or is_watched() or kernel.why_not_for(one, step)):
+        return Way(KERNEL, "one native call takes the step of all of them")
     if xla and in_program and layouts.has_short_axis(one.variable):
         return Way(ONE_AXIS, "its last axis is short, and XLA vectorises no other")
     if xla:
@@ -287,13 +302,15 @@ def way(
 
 
 def kinds_of_steps(
-    variables: Sequence[Any], jit_compile: bool | str
+    variables: Sequence[Any], jit_compile: bool | str, is_for_kernel: bool
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     in_graph = {"in_program": False, "xla": False}
     in_program = {"in_program": True, "xla": True}
     if jit_compile is False:
         eager = {"An eager step runs operation by operation:": in_graph}
+    elif is_for_kernel and jit_compile is not True:
+        eager = {"An eager step is one program without XLA:": in_graph}
     elif jit_compile is True or (is_worth_xla(variables) and is_xla_left()):
         text = (
             "An eager step is one program, compiled by XLA unless gradients are sparse:"
@@ -312,7 +329,9 @@ def kinds_of_steps(
         )
         eager = {text: in_graph}
     graph = "In `fit` and in a `tf.function` a step is"
-    if jit_compile is True or (jit_compile == "auto" and is_large(variables)):
+    if jit_compile is True or (
+        jit_compile == "auto" and is_large(variables) and not is_for_kernel
+    ):
         return eager | {f"{graph} a program of its own, compiled by XLA:": in_program}
     return eager | {f"{graph} part of that graph:": in_graph}
 
@@ -377,6 +396,41 @@ def clipped(
     of_all = tf.sqrt(tf.add_n([s for sums in squares for s in sums]))
     scale = most / tf.maximum(of_all, most) + (of_all - of_all)  # infinite: NaN
     return [g if g is None else g * scale for g in grads]
+
+
+def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
+    """Whether the kernel takes all of these updates."""
+    return not is_watched() and not any(
+        kernel.why_not_for(one, step) for one in updates if one.rows is None
+    )
+
+
+def scale_of_global_norm(grads: Sequence[Any], most: float) -> Any:
+    """Return what gradients are to be multiplied by to clip their global norm.
+
+    Args:
+        grads: Tensors or None.
+        most: The largest norm of all together.
+
+    Returns:
+        A double, NaN if the norm is infinite; or None without a kernel that sums up.
+    """
+    given = [g for g in grads if g is not None]
+    if not kernel.takes(given):
+        return None
+    norm = tf.sqrt(tf.reduce_sum(kernel.squares(given)))
+    return most / tf.maximum(norm, most) + (norm - norm)
+
+
+def all_finite(grads: Sequence[Any]) -> Any:
+    """Return whether all elements of all gradients are finite, a bool tensor.
+
+    Args:
+        grads: Tensors.
+    """
+    if not inside_xla() and kernel.takes(grads) and grads[0].dtype == tf.float32:
+        return tf.math.is_finite(tf.reduce_sum(kernel.squares(grads)))
+    return skipping.all_finite(grads, fold=inside_xla())
 
 
 def as_taken(

@@ -1,0 +1,136 @@
+"""The step as one native call on CPUs: a TensorFlow op, if it was built.
+
+`python -m keras_rmsprop.kernel` builds it (see `build.py`). Without it the portable way
+takes the step. Nothing here fails: `why_not` says why there is no kernel.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_rmsprop import options, rule
+from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.kernel import build
+from keras_rmsprop.sparse import native
+
+SWITCH = "KERAS_RMSPROP_KERNEL"
+"""The environment variable that, set to 0, switches the kernel off."""
+DTYPES = {
+    "float32": ("float32", "bfloat16", "float16"),
+    "float64": ("float64", "float32"),
+}
+"""The dtypes of weights that it takes, by the dtype in which it computes."""
+
+
+def ops() -> Any:
+    """Return the module of its ops, or None if there is none."""
+    return _loaded()[0]
+
+
+def why_not() -> str:
+    """Return why there is no kernel; empty if there is one."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH} is 0"
+    path = build.found()
+    if path is None:
+        return None, "not built for this TensorFlow: `python -m keras_rmsprop.kernel`"
+    try:
+        return tf.load_op_library(str(path)), ""
+    except (tf.errors.OpError, OSError, RuntimeError) as error:
+        why = f"{path} cannot be loaded: {str(error).splitlines()[0]}"
+        warnings.warn(f"There is no kernel, so steps are slower. {why}.", stacklevel=2)
+        return None, why
+
+
+def why_not_for(one: Update, step: Step) -> str:
+    """Return why the kernel does not take this update; empty if it does.
+
+    Args:
+        one: The update.
+        step: What is the same for all.
+    """
+    if not step.native:
+        return "`jit_compile=False`"
+    if ops() is None:
+        return why_not()
+    if step.options.cautious:
+        return "`cautious` counts each variable's elements"
+    variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
+    if not all(map(_is_on_this_cpu, variables)):
+        return "not on a CPU of this process"
+    kept = {slot.dtype.name for slot in variables[1:]}
+    if kept != {one.dtype} or variables[0].dtype.name not in DTYPES[one.dtype]:
+        return "the dtypes of weight and slots"
+    return ""
+
+
+def _is_on_this_cpu(variable: Any) -> bool:
+    device = getattr(variable, "device", None) if hasattr(variable, "handle") else None
+    return device is not None and "GPU" not in device and "/job:ps" not in device
+
+
+def update(updates: Sequence[Update], step: Step) -> None:
+    """Take the step of variables of one dtype, in one call.
+
+    Args:
+        updates: What to do to each. None may be there twice.
+        step: What is the same for all.
+    """
+    dtype = updates[0].dtype
+    numbers = step.options
+    t = tf.cast(step.draw.step + 1, dtype) if numbers.bias_correction else None
+    corrects = t is not None and not rule.is_zero(numbers.rho)
+    correction = rule.correction(numbers.cast(dtype).rho, t) if corrects else 1
+    scale = 1 if step.scale is None else step.scale
+    kinds = list(zip(*(one.slots for one in updates), strict=True))
+    velocities, momenta, average_gradients = (
+        [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
+    )
+    decays = [0 if one.decay is None else one.decay for one in updates]
+    ops().keras_rmsprop_step(
+        gradients=[tf.cast(one.gradient, dtype) for one in updates],
+        weights=[one.variable.handle for one in updates],
+        velocities=velocities,
+        momenta=momenta,
+        average_gradients=average_gradients,
+        learning_rate=tf.cast(step.learning_rate, dtype),
+        correction=tf.cast(correction, dtype),
+        scale=tf.cast(-scale if numbers.maximize else scale, dtype),
+        constants=_vector([numbers.rho, numbers.momentum, numbers.epsilon]),
+        decays=_vector([] if all(one.decay is None for one in updates) else decays),
+        W=updates[0].variable.dtype.base_dtype,
+        epsilon_inside_sqrt=numbers.epsilon_inside_sqrt,
+        nesterov=numbers.nesterov,
+        lr_in_momentum=numbers.lr_in_momentum,
+        decoupled_weight_decay=step.decoupled_weight_decay,
+    )
+
+
+def _vector(numbers: Sequence[Any]) -> Any:
+    """Return numbers, some of them tensors, as a vector of doubles."""
+    if any(map(options.is_tensor, numbers)):
+        return tf.stack([tf.cast(tf.convert_to_tensor(x), "float64") for x in numbers])
+    return tf.constant(numbers, "float64")
+
+
+def takes(tensors: Sequence[Any]) -> bool:
+    """Whether `squares` takes these tensors."""
+    dtypes = {getattr(x, "dtype", None) for x in tensors}
+    return ops() is not None and dtypes in ({tf.float32}, {tf.float64})
+
+
+def squares(tensors: Sequence[Any]) -> Any:
+    """Return the sums of the squares of tensors of one dtype, a vector of doubles.
+
+    A sum is finite if and only if all elements of a float32 tensor are.
+    """
+    return ops().keras_rmsprop_squares(tensors=tensors)

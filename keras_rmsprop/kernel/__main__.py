@@ -1,0 +1,34 @@
+"""Build the kernel for the installed TensorFlow: python -m keras_rmsprop.kernel."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def main() -> None:
+    """Build it unless it is there."""
+    parser = argparse.ArgumentParser(prog="python -m keras_rmsprop.kernel")
+    parser.description = "Build the native step for CPUs, for the installed TensorFlow."
+    text = "where to put the library (default: the user's cache)"
+    parser.add_argument("--folder", type=Path, help=text)
+    text = "build it even if it is there"
+    parser.add_argument("--force", action="store_true", help=text)
+    given = parser.parse_args()
+
+    from keras_rmsprop.kernel import build
+
+    path = None if given.folder or given.force else build.found()
+    if path is not None:
+        print(f"The kernel is there already: {path}")
+        return
+    try:
+        print(f"Built the kernel: {build.build(given.folder)}")
+    except RuntimeError as error:
+        sys.exit(f"No kernel, so steps take the portable way: {error}")
+
+
+if __name__ == "__main__":
+    main()
