@@ -913,11 +913,10 @@ class RMSprop(keras.optimizers.Optimizer):
         Example:
             >>> import keras
             >>> from keras_rmsprop import RMSprop
-            >>> optimizer = RMSprop()
+            >>> optimizer = RMSprop(jit_compile=False)
             >>> optimizer.build([keras.Variable([1.0, 2.0], name="bias")])
             >>> print(optimizer.explain())
-            An eager step is one program without XLA, as no variable has more than 4096
-            elements:
+            An eager step runs operation by operation:
               1 end to end with others (small, so operations cost more than what they
                 compute): bias (2,)
             In `fit` and in a `tf.function` a step is part of that graph:
@@ -937,6 +936,8 @@ class RMSprop(keras.optimizers.Optimizer):
         shapes = [tuple(v.shape) for v in variables]
         names = [f"{p} {s}" for p, s in zip(self._paths(), shapes, strict=True)]
         text = explained(steps, names)
+        if jit_compile is not False and (why := backend.why_no_kernel()):
+            text += f"\nNo kernel: {why}."
         if self._search is not None:
             text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
         return text

@@ -182,12 +182,17 @@ def test_what_only_tensorflow_has_is_not_here():
     with plain.after([1]) as nothing:
         assert nothing is None
     gradient = keras.ops.ones(1)
+    assert plain.is_for_kernel([], None) is False
+    assert plain.why_no_kernel() == ""
+    assert plain.scale_of_global_norm([gradient], 1.0) is None
+    assert plain.all_finite([gradient])
+    assert not plain.all_finite([gradient, gradient / 0])
     assert plain.has_slices([gradient]) is False
     assert plain.is_slices(gradient) is False
     assert plain.is_eager() is True
     way = plain.way(Update(None, None, Slots(None)), None)
     assert way == ("on its own", "as on every backend but TensorFlow")
-    kinds = plain.kinds_of_steps([], True)
+    kinds = plain.kinds_of_steps([], True, False)
     assert kinds == {"A step is part of what Keras' backend makes of it:": {}}
 
 

@@ -213,6 +213,7 @@ def test_gradients_of_other_shapes_are_refused_after_steps_with_the_right_ones()
     np.testing.assert_array_equal(variable.numpy(), before)
 
 
+@pytest.mark.portable
 def test_fit_of_a_large_model_holds_one_xla_cluster_and_small_ones_none():
     def clusters(size, **options):
         variable = keras.Variable(np.zeros(size, "float32"))
@@ -419,6 +420,7 @@ def test_objects_are_told_apart_though_ids_are_used_again():
     assert identities.comparable((one, 2)) == identities.comparable((one, 2))
 
 
+@pytest.mark.portable
 def test_explain_says_which_way_each_variable_goes():
     table, kernel, bias = (
         keras.Variable(np.ones(shape, "float32"), name=name)
@@ -452,6 +454,7 @@ class RMSpropOfOnes(RMSprop):
         return optimizer.explain()
 
 
+@pytest.mark.portable
 def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
     monkeypatch,
 ):

@@ -154,13 +154,17 @@ def test_which_steps_are_programs(monkeypatch):
         found.clear()
         for grads, weights in (([zeros(1)], small), ([None], large), (slices, large)):
             found.append(
-                [runner.has_program(grads, weights, x) for x in (False, "auto", True)]
+                [
+                    runner.has_program(grads, weights, x, lambda: False)
+                    for x in (False, "auto", True)
+                ]
             )
 
     ask()
     assert found == [[False, True, True]] * 3
     with tf.Graph().as_default():
         ask()
+        assert not runner.has_program([None], large, "auto", lambda: True)
     assert found == [[False, False, True], [False, True, True], [False, False, False]]
     monkeypatch.setattr(backend, "is_watched", lambda: True)
     ask()
@@ -170,7 +174,9 @@ def test_which_steps_are_programs(monkeypatch):
 def test_functions_that_run_eagerly_are_no_programs():
     tf.config.run_functions_eagerly(True)
     try:
-        assert not backend.Runner().has_program([zeros(1)], variables(1), True)
+        assert not backend.Runner().has_program(
+            [zeros(1)], variables(1), True, lambda: False
+        )
     finally:
         tf.config.run_functions_eagerly(False)
 
@@ -236,13 +242,24 @@ IN_PROGRAM = {"in_program": True, "xla": True}
 )
 def test_kinds_of_steps(size, jit_compile, compiled, eager, graph, monkeypatch):
     monkeypatch.setattr(Programs, "compiled", compiled)
-    kinds = backend.kinds_of_steps(variables(size), jit_compile)
+    kinds = backend.kinds_of_steps(variables(size), jit_compile, False)
     in_eager = IN_PROGRAM if "compiled by XLA" in eager else IN_GRAPH
     in_fit = IN_PROGRAM if "compiled by XLA" in graph else IN_GRAPH
     assert kinds == {
         f"An eager step {eager}": in_eager,
         f"In `fit` and in a `tf.function` a step is {graph}": in_fit,
     }
+
+
+def test_kinds_of_steps_with_a_kernel():
+    kinds = backend.kinds_of_steps(variables(2**20), "auto", True)
+    assert kinds == {
+        "An eager step is one program without XLA:": IN_GRAPH,
+        "In `fit` and in a `tf.function` a step is part of that graph:": IN_GRAPH,
+    }
+    for jit_compile in (True, False):
+        plain = backend.kinds_of_steps(variables(2**20), jit_compile, False)
+        assert backend.kinds_of_steps(variables(2**20), jit_compile, True) == plain
 
 
 def one(*shape, kept="float32", **options):

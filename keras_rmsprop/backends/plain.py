@@ -244,6 +244,11 @@ def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
     return False
 
 
+def why_no_kernel() -> str:
+    """Return why there is none although the backend can have one; else nothing."""
+    return ""
+
+
 def scale_of_global_norm(grads: Sequence[Any], most: float) -> Any:
     """Return what clips the global norm; see `tensorflow.scale_of_global_norm`."""
     return None

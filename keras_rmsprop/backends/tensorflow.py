@@ -119,7 +119,8 @@ class Runner:
             on_all_replicas(step, grads, variables, request.make_clocks)
             return
         request.make_clocks()
-        if not self.has_program(grads, variables, request):
+        jit_compile, is_for_kernel = request.jit_compile, request.is_for_kernel
+        if not self.has_program(grads, variables, jit_compile, is_for_kernel):
             step(grads, variables)
             return
 
@@ -136,27 +137,26 @@ class Runner:
             learning_rate=request.learning_rate(),
             prepare=request.prepare,
             xla=lambda: (
-                request.jit_compile is True
-                or (
-                    is_worth_xla(variables)
-                    and is_xla_left()
-                    and not request.is_for_kernel()
-                )
+                jit_compile is True
+                or (is_worth_xla(variables) and is_xla_left() and not is_for_kernel())
             ),
         )
 
     def has_program(
-        self, grads: Sequence[Any], variables: Sequence[Any], request: Request
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        jit_compile: bool | str,
+        is_for_kernel: Callable[[], bool],
     ) -> bool:
         """Whether a step taken here and now should be a program of its own."""
-        jit_compile = request.jit_compile
         if jit_compile is False or tf.config.functions_run_eagerly() or is_watched():
             return False
         if tf.executing_eagerly():
             return True
         # In a graph only XLA gains, and XLA would compile for each number of rows.
         return not has_slices(grads) and (
-            jit_compile is True or (is_large(variables) and not request.is_for_kernel())
+            jit_compile is True or (is_large(variables) and not is_for_kernel())
         )
 
 
@@ -403,6 +403,9 @@ def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
     return not is_watched() and not any(
         kernel.why_not_for(one, step) for one in updates if one.rows is None
     )
+
+
+why_no_kernel = kernel.why_not
 
 
 def scale_of_global_norm(grads: Sequence[Any], most: float) -> Any:

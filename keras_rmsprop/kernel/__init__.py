@@ -1,7 +1,7 @@
 """The step as one native call on CPUs: a TensorFlow op, if it was built.
 
 `python -m keras_rmsprop.kernel` builds it (see `build.py`). Without it the portable way
-takes the step. Nothing here fails: `why_not` says why there is no kernel.
+takes the step. It is never an error: `why_not` says why there is no kernel.
 """
 
 import functools
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_rmsprop import options, rule
@@ -42,7 +43,7 @@ def _loaded() -> tuple[Any, str]:
         return None, f"{SWITCH} is 0"
     path = build.found()
     if path is None:
-        return None, "not built for this TensorFlow: `python -m keras_rmsprop.kernel`"
+        return None, "`python -m keras_rmsprop.kernel` has not built it yet"
     try:
         return tf.load_op_library(str(path)), ""
     except (tf.errors.OpError, OSError, RuntimeError) as error:
@@ -96,6 +97,9 @@ def update(updates: Sequence[Update], step: Step) -> None:
         [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
     )
     decays = [0 if one.decay is None else one.decay for one in updates]
+    if step.decoupled_weight_decay:
+        # In float32 first, as in Keras.
+        decays = [d if options.is_tensor(d) else np.float32(d) for d in decays]
     ops().keras_rmsprop_step(
         gradients=[tf.cast(one.gradient, dtype) for one in updates],
         weights=[one.variable.handle for one in updates],

@@ -1,0 +1,509 @@
+"""The native step: against the rule, beside readers and other steps, and without it."""
+
+import subprocess
+import sys
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepping import python
+
+from keras_rmsprop import RMSprop, kernel, rule
+from keras_rmsprop.backends import plain
+from keras_rmsprop.backends import tensorflow as backend
+from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.codecs import Draw
+from keras_rmsprop.kernel import build
+from keras_rmsprop.rule import Slots
+
+needs_kernel = pytest.mark.skipif(not kernel.ops(), reason=kernel.why_not())
+"""The tests that do not need it run everywhere."""
+
+SHAPES = [(), (1,), (0,), (7,), (3, 5), (2, 0, 4), (9001,), (130, 70)]
+DTYPES = [(w, t) for t, of_weights in kernel.DTYPES.items() for w in of_weights]
+
+
+def update_of(shape, weights, slots, options, rng, decay=None):
+    """Return an update whose numbers are drawn."""
+
+    def draw(dtype, low=False):
+        x = rng.normal(size=shape)
+        return tf.Variable(tf.cast(np.abs(x) if low else x, dtype))
+
+    kept = Slots(
+        draw(slots, low=True),
+        draw(slots) if options.momentum else None,
+        draw(slots) if rng.random() < 0.5 else None,
+    )
+    gradient = tf.cast(rng.normal(size=shape), slots)
+    return Update(draw(weights), gradient, kept, decay)
+
+
+def with_same_slots(updates):
+    """Return updates as they are in a step: all centered, or none."""
+    centered = updates[0].slots.average_gradient is not None
+    changed = []
+    for one in updates:
+        v = one.slots.velocity
+        average = tf.Variable(tf.zeros_like(v) + 0.01) if centered else None
+        slots = one.slots._replace(average_gradient=average)
+        changed.append(one._replace(slots=slots))
+    return changed
+
+
+def values(updates):
+    return [
+        tf.cast(v, "float64").numpy()
+        for one in updates
+        for v in (one.variable, *one.slots)
+        if v is not None
+    ]
+
+
+def copied(updates):
+    def copy(v):
+        return tf.Variable(tf.identity(v))
+
+    return [
+        one._replace(variable=copy(one.variable), slots=one.slots.map(copy))
+        for one in updates
+    ]
+
+
+@needs_kernel
+@given(
+    dtypes=st.sampled_from(DTYPES),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5),
+    options=st.builds(
+        rule.Options,
+        rho=st.sampled_from([0.0, 0.9, 0.999]),
+        momentum=st.sampled_from([0.0, 0.9]),
+        epsilon=st.sampled_from([1e-7, 1e-30, 1.0]),
+        epsilon_inside_sqrt=st.booleans(),
+        bias_correction=st.booleans(),
+        nesterov=st.booleans(),
+        lr_in_momentum=st.booleans(),
+        maximize=st.booleans(),
+        cautious=st.just(False),
+    ),
+    decay=st.sampled_from([None, 0.0, 0.01]),
+    decoupled=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=150)
+def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, seed):
+    rng = np.random.default_rng(seed)
+    weights, slots = dtypes
+    decays = [decay if i % 2 == 0 else None for i in range(len(shapes))]
+    updates = with_same_slots(
+        [
+            update_of(shape, weights, slots, options, rng, decay=d)
+            for shape, d in zip(shapes, decays, strict=True)
+        ]
+    )
+    expected = copied(updates)
+    scale = None if scale is None else tf.constant(scale, "float64")
+    step = Step(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
+    assert not any(kernel.why_not_for(one, step) for one in updates)
+    kernel.update(updates, step)
+    plain.update(expected, step)
+    # What lies between two numbers of 16 bits may be rounded to either.
+    rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 1e-6)
+    rtol = 1e-13 if dtypes == ("float64", "float64") else rtol
+    for got, want in zip(values(updates), values(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * 1e-2)
+
+
+@needs_kernel
+def test_numbers_may_be_tensors():
+    rng = np.random.default_rng(0)
+    options = rule.Options(momentum=0.9)
+    updates = [update_of((5,), "float32", "float32", options, rng, decay=0.1)]
+    expected = copied(updates)
+    step = Step(options, 0.01, Draw(None, 0), native=True)
+    plain.update(expected, step)
+    options = rule.Options(rho=tf.constant(0.9), momentum=tf.constant(0.9))
+    rate = keras.Variable(0.01)
+    updates = [updates[0]._replace(decay=tf.constant(0.1))]
+    kernel.update(updates, step._replace(options=options, learning_rate=rate))
+    for got, want in zip(values(updates), values(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_what_is_not_finite_does_what_it_does_in_the_rule(bad):
+    options = rule.Options(momentum=0.5)
+    rng = np.random.default_rng(0)
+    [one] = with_same_slots([update_of((40,), "float32", "float32", options, rng)])
+    gradient = np.zeros(40, "float32")
+    gradient[7] = bad
+    one = one._replace(gradient=tf.constant(gradient))
+    expected = copied([one])
+    step = Step(options, 0.01, Draw(None, 0), native=True)
+    kernel.update([one], step)
+    plain.update(expected, step)
+    for got, want in zip(values([one]), values(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def stepped(jit_compile, learning_rate=0.01, **options):
+    """Return weights and state after steps on variables of all sizes, and explain."""
+    rng = np.random.default_rng(0)
+    shapes = [(300, 40), (40,), (40, 3), (), (5000,)]
+    variables = [keras.Variable(rng.normal(size=s), dtype="float32") for s in shapes]
+    optimizer = RMSprop(learning_rate, jit_compile=jit_compile, **options)
+    for _ in range(4):
+        grads = [tf.constant(rng.normal(size=s), "float32") for s in shapes]
+        optimizer.apply(grads, variables)
+    found = [v.numpy() for v in (*variables, *optimizer.variables)]
+    return found, optimizer.explain()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "nesterov": True, "centered": True},
+        {"weight_decay": 0.01, "global_clipnorm": 1.0, "bias_correction": True},
+        {"global_clipnorm": 0.1, "skip_nonfinite": True},
+        {"use_ema": True, "gradient_accumulation_steps": 2},
+        {"global_clipnorm": 1.0, "gradient_accumulation_steps": 2, "maximize": True},
+        {"learning_rate": "auto"},
+    ],
+)
+def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(options):
+    found, text = stepped("auto", **options)
+    assert "by the kernel" in text
+    expected, text = stepped(False, **options)
+    assert "by the kernel" not in text
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernel
+@pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
+def test_everywhere_but_inside_xla(how, monkeypatch):
+    calls = []
+    update = kernel.update
+    monkeypatch.setattr(
+        kernel, "update", lambda *given: (calls.append(len(given[0])), update(*given))
+    )
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    optimizer = RMSprop(0.01)
+    grads = [tf.ones(v.shape) for v in model.trainable_variables]
+    if how == "fit":
+        model.compile(optimizer, "mse", jit_compile=False)
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    else:
+        optimizer.build(model.trainable_variables)
+        apply = optimizer.apply
+        if how != "eager":
+            apply = tf.function(apply, jit_compile=how.startswith("XLA"))
+        apply(grads)
+    # `fit` traces twice.
+    assert {*calls} == (set() if how.startswith("XLA") else {2})
+
+
+@needs_kernel
+def test_variables_of_several_dtypes_take_a_call_each(monkeypatch):
+    calls = []
+    update = kernel.update
+    monkeypatch.setattr(
+        kernel, "update", lambda *given: (calls.append(len(given[0])), update(*given))
+    )
+    dtypes = ["float32", "bfloat16", "float64", "float16", "float32"]
+    variables = [keras.Variable(np.ones(5), dtype=d) for d in dtypes]
+    optimizer = RMSprop(0.01)
+    optimizer.apply([tf.ones(5, d) for d in dtypes], variables)
+    assert sorted(calls) == [1, 1, 1, 2]
+    for v in variables:
+        np.testing.assert_allclose(v.numpy().astype(float), 1 - 0.01 / 0.1**0.5, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"jit_compile": False}, "jit_compile=False"),
+        ({"momentum": 0.9, "cautious": True}, "cautious"),
+        ({"slot_dtype": "bfloat16"}, "dtypes"),
+    ],
+)
+def test_what_it_leaves_to_the_rule(options, why):
+    if not kernel.ops() and why != "jit_compile=False":
+        pytest.skip(kernel.why_not())
+    optimizer = RMSprop(**options)
+    variable = keras.Variable(np.ones(5))
+    optimizer.build([variable])
+    [one] = [optimizer._update_of(None, variable)]
+    assert why in kernel.why_not_for(one, optimizer._step(0.1))
+    optimizer.apply([tf.ones(5)])
+
+
+@needs_kernel
+def test_the_debugging_tools_see_each_operation():
+    variable = keras.Variable(np.ones(5))
+    optimizer = RMSprop()
+    optimizer.build([variable])
+    tf.debugging.enable_check_numerics()
+    try:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="NaN"):
+            optimizer.apply([tf.constant([1, 1, np.nan, 1, 1], "float32")])
+    finally:
+        tf.debugging.disable_check_numerics()
+
+
+@needs_kernel
+def test_one_variable_given_twice_is_stepped_twice():
+    found = []
+    for kind in (RMSprop, keras.optimizers.RMSprop):
+        variable = keras.Variable(np.ones(5), dtype="float32")
+        optimizer = kind(0.01)
+        optimizer.build([variable])
+        optimizer.apply([tf.ones(5), 2 * tf.ones(5)], [variable, variable])
+        found.append(variable.numpy())
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+# Beside readers, and other steps.
+
+
+def variables_of_step(shape=(4,)):
+    return [tf.Variable(tf.ones(shape)) for _ in "wv"]
+
+
+def call(weights, velocity, gradient):
+    one = Update(weights, gradient, Slots(velocity))
+    step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+    kernel.update([one], step)
+
+
+@needs_kernel
+def test_a_tensor_that_was_read_before_stays_as_it_is():
+    weights, velocity = variables_of_step()
+    before = weights.read_value(), velocity.read_value()
+    call(weights, velocity, tf.ones(4))
+    for tensor in before:
+        np.testing.assert_array_equal(tensor, np.ones(4))
+    assert not np.any(weights.numpy() == 1)
+
+
+@needs_kernel
+def test_a_gradient_may_be_the_weights():
+    weights, velocity = variables_of_step()
+    call(weights, velocity, weights.read_value())
+    np.testing.assert_allclose(weights.numpy(), 1 - 0.01, rtol=1e-6)
+    call(weights, velocity, velocity.read_value())
+    np.testing.assert_allclose(velocity.numpy(), 1.0, rtol=1e-6)
+
+
+@needs_kernel
+def test_after_a_scatter():
+    weights, velocity = variables_of_step((4, 2))
+    update = tf.IndexedSlices(tf.ones((1, 2)), [1], [4, 2])
+    weights.scatter_add(update)  # from now on readers copy
+    before = weights.read_value()
+    call(weights, velocity, tf.ones((4, 2)))
+    weights.scatter_add(update)
+    np.testing.assert_array_equal(before, [[1, 1], [2, 2], [1, 1], [1, 1]])
+    step = 0.01 / np.sqrt(1 + 1e-7)
+    np.testing.assert_allclose(
+        weights.numpy()[:, 0], [1 - step, 3 - step, *[1 - step] * 2]
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_variable_of_another_shape_is_named_and_nothing_is_changed(which):
+    good, bad = variables_of_step(), variables_of_step()
+    bad[which] = tf.Variable(tf.ones(5), name="of_five", shape=[None])
+    step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+    updates = [Update(w, tf.ones(4), Slots(v)) for w, v in (good, bad)]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"shape \[4\]"):
+        kernel.update(updates, step)
+    for v in (*good, *bad):
+        np.testing.assert_array_equal(v.numpy(), np.ones(v.shape[0] or 5))
+
+
+@needs_kernel
+def test_a_variable_without_a_value_is_named():
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        weights = tf.compat.v1.get_variable("bare", (4,), use_resource=True)
+        velocity = tf.compat.v1.get_variable("v", (4,), use_resource=True)
+        call(weights, velocity, tf.ones(4))
+        [operation] = [
+            o for o in session.graph.get_operations() if o.type == "KerasRmspropStep"
+        ]
+        with pytest.raises(tf.errors.OpError, match="bare"):
+            session.run(operation)
+
+
+@needs_kernel
+def test_readers_beside_a_writer_see_whole_steps():
+    weights, velocity = variables_of_step((200_000,))
+    velocity.assign(tf.zeros_like(velocity))
+    stop, torn = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            seen = weights.numpy()
+            if seen.min() != seen.max():
+                torn.append(seen)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(50):
+        call(weights, velocity, tf.ones(200_000))
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not torn
+
+
+@needs_kernel
+def test_two_optimizers_in_two_threads():
+    def run(seed, found):
+        rng = np.random.default_rng(seed)
+        variables = [keras.Variable(rng.normal(size=s)) for s in ((300, 50), (50,))]
+        optimizer = RMSprop(0.01)
+        optimizer.build(variables)
+        for _ in range(30):
+            optimizer.apply([tf.constant(rng.normal(size=v.shape)) for v in variables])
+        found[seed] = [v.numpy() for v in variables]
+
+    alone, together = {}, {}
+    for seed in (0, 1):
+        run(seed, alone)
+    threads = [threading.Thread(target=run, args=(s, together)) for s in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (0, 1):
+        for got, want in zip(together[seed], alone[seed], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@needs_kernel
+def test_two_steps_of_the_same_variables_in_two_threads():
+    weights, velocity = variables_of_step((50_000,))
+    more = variables_of_step((50_000,))
+    step = Step(rule.Options(rho=0.0), 0.5, Draw(None, 0), native=True)
+    ones = [
+        Update(w, tf.ones(50_000), Slots(v)) for w, v in ((weights, velocity), more)
+    ]
+
+    def run(updates):
+        for _ in range(20):
+            kernel.update(updates, step)
+
+    threads = [threading.Thread(target=run, args=(u,)) for u in (ones, ones[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    # With rho = 0 a step takes half: none may be lost.
+    np.testing.assert_allclose(weights.numpy(), 1 - 40 * 0.5, rtol=1e-4)
+
+
+# Sums.
+
+
+@needs_kernel
+@given(
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5),
+    dtype=st.sampled_from(["float32", "float64"]),
+    seed=st.integers(0, 2**31),
+)
+def test_squares(shapes, dtype, seed):
+    rng = np.random.default_rng(seed)
+    arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    found = kernel.squares([tf.constant(a) for a in arrays])
+    expected = [np.square(a.astype("float64")).sum() for a in arrays]
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_a_global_norm_that_is_not_finite(bad):
+    gradient = np.ones(9001, "float32")
+    gradient[9000] = bad
+    scale = backend.scale_of_global_norm([tf.constant(gradient), None], 0.5)
+    if bad == 3e38:  # Keras' own norm overflows; this one is of doubles
+        np.testing.assert_allclose(scale, 0.5 / 3e38, rtol=1e-6)
+    else:
+        assert np.isnan(scale)
+    assert bool(backend.all_finite([tf.constant(gradient)])) == (bad == 3e38)
+
+
+# Getting it, or doing without.
+
+
+def test_without_it_all_works_and_explain_says_why():
+    program = """
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+        v = keras.Variable(np.ones(5))
+        optimizer = RMSprop(0.01)
+        optimizer.apply([np.ones(5, "float32")], [v])
+        print(float(v.numpy()[0]))
+        print(optimizer.explain())
+    """
+    out = python(program, KERAS_RMSPROP_KERNEL="0")
+    assert float(out.split()[0]) == pytest.approx(1 - 0.01 / 0.1**0.5, rel=1e-5)
+    assert "by the kernel" not in out
+    assert "No kernel: KERAS_RMSPROP_KERNEL is 0" in out
+
+
+def test_a_library_that_cannot_be_loaded_is_told_of_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "found", lambda: tmp_path / "broken.so")
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
+    monkeypatch.delenv(kernel.SWITCH, raising=False)
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        assert kernel.ops() is None
+
+
+def test_it_is_built_for_this_version_only(monkeypatch):
+    name = build.name()
+    assert tf.version.VERSION in name
+    monkeypatch.setattr(tf.version, "GIT_VERSION", "another")
+    assert build.name() != name
+
+
+@pytest.mark.parametrize(("compiler", "says"), [("false", "failed"), ("no-c++", "run")])
+def test_a_build_that_fails_says_so_in_a_line(compiler, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(RuntimeError, match=says):
+        build.build(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        build.build(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_building_it(tmp_path):
+    command = [sys.executable, "-m", "keras_rmsprop.kernel", "--folder", str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == f"Built the kernel: {tmp_path / build.name()}"
+    assert [path.name for path in tmp_path.iterdir()] == [build.name()]
+    program = f"""
+        import pathlib, keras_rmsprop.kernel.build as build
+        build.found = lambda: pathlib.Path({str(tmp_path / build.name())!r})
+        from keras_rmsprop import kernel
+        print(kernel.why_not() or "loaded")
+    """
+    assert python(program, KERAS_RMSPROP_KERNEL="1").splitlines()[-1] == "loaded"
