@@ -15,7 +15,7 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
-.PHONY: environments help train test test-slow test-rest test-peers test-oldest test-keras mutants lint bench bench-quick tune tuning compare examples docs wheel clean
+.PHONY: environments help train test test-slow test-rest test-peers test-oldest test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): once, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m keras_rmsprop.kernel 2>/dev/null || \
+		echo "No native kernel. To see why: $(BIN)/python -m keras_rmsprop.kernel"
 	@touch $@
 
 $(PEERS): $(READY)
@@ -81,6 +83,12 @@ test-keras: $(READY)  ## Keras' own tests with this and the built-in; ARGS=--qui
 mutants: $(MUTANTS)  ## change the code in many places, one at a time, and see tests fail: hours
 	$(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
+
+sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sanitizers
+	@mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -DONE_PROCESSOR -ffp-contract=off -fno-sanitize-recover=all \
+		-fsanitize=address,undefined keras_rmsprop/kernel/step.cc tests/step_test.cc -o build/step_test
+	build/step_test
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -91,8 +91,10 @@ class RMSprop(keras.optimizers.Optimizer):
     so that averages of float16 and bfloat16 weights do not stall (see `slot_dtype`).
 
     On the TensorFlow backend a step taken eagerly - in a notebook or a custom training
-    loop - runs as one XLA program: unscaling, clipping, decay, update and averages (see
-    `jit_compile` for the exceptions). It is traced once for each set of gradients.
+    loop - runs as one program: unscaling, clipping, decay, update and averages. On CPUs
+    a native kernel takes the update, if there is one (`python -m keras_rmsprop.kernel`
+    builds it); else XLA compiles the program (see `jit_compile` for the exceptions). It
+    is traced once for each set of gradients.
     An attribute assigned between two eager steps takes effect with the next. A new
     learning rate needs no new trace, be it a number, a schedule or a callable. (In
     `fit` and in a `tf.function`, as with Keras' optimizers, what was traced stays:
@@ -181,11 +183,13 @@ class RMSprop(keras.optimizers.Optimizer):
             rows, those of the weights included, are brought up to date when they are
             read. `"lazy"` updates the rows only, whatever the options, except for
             accumulation with `use_ema`. Defaults to `"exact"`.
-        jit_compile: On the TensorFlow backend, whether a step is an XLA program of its
-            own. `"auto"`: where that is faster (an eager step, unless all variables
-            are small; in a `tf.function`, the step of a model with large ones).
-            `True`: also in every `tf.function`, and in subclasses with an
-            `update_step` of their own. `False`: never. Inside a function that XLA
+        jit_compile: On the TensorFlow backend, how a step is compiled. `"auto"`: on
+            CPUs by the native kernel, if it was built. Elsewhere, and where the kernel
+            leaves much of a step to do, as an XLA program of its own where that is
+            faster (an eager step, unless all variables are small; in a `tf.function`,
+            the step of a model with large ones). `True`: an XLA program also in every
+            `tf.function`, and in subclasses with an `update_step` of their own.
+            `False`: neither XLA nor the kernel. Inside a function that XLA
             compiles, the step is part of that program. Steps with sparse gradients,
             under `tf.distribute` or with variables on several devices are never
             compiled on their own. Use `False` for constraints that compute outside

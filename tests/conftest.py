@@ -18,6 +18,11 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
+def pytest_report_header():
+    """Say whether the tests of steps run with the kernel or without it."""
+    return f"kernel: {kernel.why_not() or 'there'}"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of tests with `one_in(n)`, leave the first case and one in n to every day.

@@ -1,8 +1,10 @@
 """The native step: against the rule, beside readers and other steps, and without it."""
 
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -507,3 +509,13 @@ def test_building_it(tmp_path):
         print(kernel.why_not() or "loaded")
     """
     assert python(program, KERAS_RMSPROP_KERNEL="1").splitlines()[-1] == "loaded"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_its_arithmetic_under_sanitizers():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        ["make", "sanitize"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

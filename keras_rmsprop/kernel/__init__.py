@@ -76,7 +76,7 @@ def why_not_for(one: Update, step: Step) -> str:
 
 def _is_on_this_cpu(variable: Any) -> bool:
     device = getattr(variable, "device", None) if hasattr(variable, "handle") else None
-    return device is not None and "GPU" not in device and "/job:ps" not in device
+    return device is not None and "CPU" in device and "/job:ps" not in device
 
 
 def update(updates: Sequence[Update], step: Step) -> None:
