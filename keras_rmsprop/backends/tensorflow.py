@@ -237,7 +237,8 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
         if kind == ROWS:
             _update_rows(one, step)
         elif kind == KERNEL and one_each:
-            by_kernel.setdefault((one.variable.dtype, one.dtype), []).append(one)
+            place = one.variable.dtype, one.dtype, one.variable.device
+            by_kernel.setdefault(place, []).append(one)
         elif kind == ONE_AXIS:
             layouts.update_on_one_axis(
                 one.gradient,

@@ -66,21 +66,18 @@ def why_not_for(one: Update, step: Step) -> str:
     if step.options.cautious:
         return "`cautious` counts each variable's elements"
     variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
-    if not all(map(_is_on_this_cpu, variables)):
-        return "not on a CPU of this process"
+    devices = {getattr(v, "device", None) for v in variables if hasattr(v, "handle")}
+    device = str(devices.pop()) if len(devices) == 1 else ""
+    if "CPU" not in device or "/job:ps" in device:
+        return "not on one CPU of this process"
     kept = {slot.dtype.name for slot in variables[1:]}
     if kept != {one.dtype} or variables[0].dtype.name not in DTYPES[one.dtype]:
         return "the dtypes of weight and slots"
     return ""
 
 
-def _is_on_this_cpu(variable: Any) -> bool:
-    device = getattr(variable, "device", None) if hasattr(variable, "handle") else None
-    return device is not None and "CPU" in device and "/job:ps" not in device
-
-
 def update(updates: Sequence[Update], step: Step) -> None:
-    """Take the step of variables of one dtype, in one call.
+    """Take the step of variables of one dtype, on one device, in one call.
 
     Args:
         updates: What to do to each. None may be there twice.
