@@ -66,8 +66,8 @@ def why_not_for(one: Update, step: Step) -> str:
     if step.options.cautious:
         return "`cautious` counts each variable's elements"
     variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
-    devices = {getattr(v, "device", None) for v in variables if hasattr(v, "handle")}
-    device = str(devices.pop()) if len(devices) == 1 else ""
+    devices = {str(v.device) if hasattr(v, "handle") else "" for v in variables}
+    device = devices.pop() if len(devices) == 1 else ""
     if "CPU" not in device or "/job:ps" in device:
         return "not on one CPU of this process"
     kept = {slot.dtype.name for slot in variables[1:]}
