@@ -336,6 +336,17 @@ def test_a_variable_of_another_shape_is_named_and_nothing_is_changed(which):
 
 
 @needs_kernel
+def test_a_variable_that_is_there_twice_is_refused():
+    weights, velocity = variables_of_step()
+    for slot in (weights, velocity):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="given twice"):
+            step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+            one = Update(weights, tf.ones(4), Slots(slot))
+            kernel.update([one] * (1 if slot is weights else 2), step)
+    np.testing.assert_array_equal(weights.numpy(), np.ones(4))
+
+
+@needs_kernel
 def test_a_variable_without_a_value_is_named():
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         weights = tf.compat.v1.get_variable("bare", (4,), use_resource=True)
