@@ -53,6 +53,8 @@ class _Now:
         """The learning rate, if it was given to the step."""
         self.in_program = False
         """Whether a program that holds the step and nothing else is being traced."""
+        self.may_scale = False
+        """Whether gradients that are to be scaled may be so in the update."""
         self.scale: Any = None
         """What the update is to multiply gradients by, or None."""
         self.slot: tuple[str, Any, str, Sequence[int]] | None = None
@@ -489,11 +491,17 @@ class RMSprop(keras.optimizers.Optimizer):
         What else there may be to do, XLA does faster than one operation after another.
         """
         others = (
-            *(self.use_ema, self.gradient_accumulation_steps, self.loss_scale_factor),
-            *(self.clipnorm, self.clipvalue, self._search, self._has_own_step()),
+            *(self.use_ema or None, self.gradient_accumulation_steps, self._search),
+            *(self.clipnorm, self.clipvalue, self.loss_scale_factor),
             *(getattr(variable, "constraint", None) for variable in variables),
         )
-        if self.jit_compile != "auto" or not self.built or any(others):
+        known = (
+            self.built
+            and {self._var_key(variable) for variable in variables}
+            <= self._trainable_variables_indices.keys()
+        )
+        does_more = self._has_own_step() or any(x is not None for x in others)
+        if self._jit_compile() != "auto" or does_more or not known:
             return False
         updates = [self._update_of(None, variable) for variable in variables]
         return backend.is_for_kernel(updates, self._step(0.0))
@@ -617,6 +625,7 @@ class RMSprop(keras.optimizers.Optimizer):
         grads, rows, asserts = backend.as_taken(grads, variables, clocks)
         now = self._now
         now.learning_rate, now.in_program = learning_rate, in_program
+        now.may_scale, now.scale = self._scales_in_update(), None
         now.rows = {
             self._get_variable_index(v): ids
             for v, ids in zip(variables, rows, strict=True)
@@ -644,13 +653,14 @@ class RMSprop(keras.optimizers.Optimizer):
                 if not (self.skip_nonfinite and given):
                     step()
                     return
-                finite = backend.all_finite(given)
+                finite = backend.all_finite(given, self._native())
                 state = [*self._trainable_variables, *self._variables]
                 skipping.unless_bad(step, finite, state)
                 # Not in a branch: XLA leaves a condition alone only if one is empty.
                 self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
         finally:
-            now.learning_rate, now.in_program, now.scale = None, False, None
+            now.learning_rate, now.in_program = None, False
+            now.may_scale, now.scale = False, None
             now.rows, now.averages = {}, {}
 
     def _summand(self, gradient: Any, variable: Any) -> Any:
@@ -791,7 +801,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._draw(),
             self.decoupled_weight_decay,
             scale=self._now.scale,
-            native=self._jit_compile() is not False,
+            native=bool(self._native()),
         )
 
     def _draw(self) -> codecs.Draw:
@@ -804,17 +814,24 @@ class RMSprop(keras.optimizers.Optimizer):
         norm, global_norm = self.clipnorm, self.global_clipnorm
         if on_tensorflow and (norm or global_norm) and backend.inside_xla():
             return backend.clipped(grads, norm, global_norm)
-        if global_norm and not norm and self._scales_in_update():
-            self._now.scale = backend.scale_of_global_norm(grads, global_norm)
+        if global_norm and not norm and self._now.may_scale:
+            self._now.scale = backend.scale_of_global_norm(
+                grads, global_norm, self._native()
+            )
             if self._now.scale is not None:
                 return grads
         return super()._clip_gradients(grads)
 
+    def _native(self) -> Sequence[Any]:
+        """Return variables where a native kernel may compute; none if none may."""
+        return [] if self._jit_compile() is False else self._trainable_variables
+
     def _scales_in_update(self) -> bool:
-        """Whether gradients that are to be scaled may be so in the update."""
-        is_own = type(self)._clip_gradients is RMSprop._clip_gradients
-        searches = self._search is not None
-        return is_own and not searches and not self._has_own_step()
+        """Whether nobody sees gradients between clipping and the update."""
+        return self._search is None and not any(
+            getattr(getattr(self, name), "__func__", None) is not method
+            for name, method in (_STEP_METHODS | _METHODS_IN_BETWEEN).items()
+        )
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
@@ -1144,6 +1161,12 @@ _STEP_METHODS = {
     for name in ("update_step", "assign", "assign_add", "assign_sub")
 }
 """The methods that a subclass overrides to take steps in its own way."""
+
+_METHODS_IN_BETWEEN = {
+    name: getattr(RMSprop, name)
+    for name in ("_clip_gradients", "_apply_weight_decay", "_backend_update_step")
+}
+"""Methods that would see gradients which are yet to be scaled."""
 
 _OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
 """The options that decide how silent rows are brought up to date."""

@@ -1,5 +1,6 @@
 """The native step: against the rule, beside readers and other steps, and without it."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -140,11 +141,14 @@ def test_numbers_may_be_tensors():
 
 
 @needs_kernel
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
-def test_what_is_not_finite_does_what_it_does_in_the_rule(bad):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+@pytest.mark.parametrize("centered", [True, False])
+def test_what_is_not_finite_does_what_it_does_in_the_rule(bad, centered):
     options = rule.Options(momentum=0.5)
     rng = np.random.default_rng(0)
-    [one] = with_same_slots([update_of((40,), "float32", "float32", options, rng)])
+    one = update_of((40,), "float32", "float32", options, rng)
+    average = tf.Variable(tf.zeros(40)) if centered else None
+    one = one._replace(slots=one.slots._replace(average_gradient=average))
     gradient = np.zeros(40, "float32")
     gradient[7] = bad
     one = one._replace(gradient=tf.constant(gradient))
@@ -338,11 +342,11 @@ def test_a_variable_of_another_shape_is_named_and_nothing_is_changed(which):
 @needs_kernel
 def test_a_variable_that_is_there_twice_is_refused():
     weights, velocity = variables_of_step()
-    for slot in (weights, velocity):
+    step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+    one = Update(weights, tf.ones(4), Slots(velocity))
+    for updates in ([one, one], [one._replace(slots=Slots(weights))]):
         with pytest.raises(tf.errors.InvalidArgumentError, match="given twice"):
-            step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
-            one = Update(weights, tf.ones(4), Slots(slot))
-            kernel.update([one] * (1 if slot is weights else 2), step)
+            kernel.update(updates, step)
     np.testing.assert_array_equal(weights.numpy(), np.ones(4))
 
 
@@ -408,24 +412,114 @@ def test_two_optimizers_in_two_threads():
 
 @needs_kernel
 def test_two_steps_of_the_same_variables_in_two_threads():
-    weights, velocity = variables_of_step((50_000,))
-    more = variables_of_step((50_000,))
+    # Of two that lock in another order, each would soon wait for the other.
+    pairs = [variables_of_step((5,)) for _ in range(20)]
     step = Step(rule.Options(rho=0.0), 0.5, Draw(None, 0), native=True)
-    ones = [
-        Update(w, tf.ones(50_000), Slots(v)) for w, v in ((weights, velocity), more)
+    ones = [Update(w, tf.ones(5), Slots(v)) for w, v in pairs]
+    steps = [
+        tf.function(functools.partial(kernel.update, updates, step))
+        for updates in (ones, ones[::-1])
     ]
+    times = 2000
 
-    def run(updates):
-        for _ in range(20):
-            kernel.update(updates, step)
+    def run(update):
+        for _ in range(times):
+            update()
 
-    threads = [threading.Thread(target=run, args=(u,)) for u in (ones, ones[::-1])]
+    threads = [threading.Thread(target=run, args=(u,), daemon=True) for u in steps]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
+        assert not thread.is_alive()
     # With rho = 0 a step takes half: none may be lost.
-    np.testing.assert_allclose(weights.numpy(), 1 - 40 * 0.5, rtol=1e-4)
+    for weights, _ in pairs:
+        np.testing.assert_allclose(weights.numpy(), 1 - 2 * times * 0.5, rtol=1e-4)
+
+
+# Found by people who had not written it.
+
+
+def test_a_large_model_unfrozen_in_a_graph():
+    variables = [keras.Variable(np.ones(n, "float32")) for n in (2**20, 3)]
+    optimizer = RMSprop(0.01)
+    optimizer.build(variables[:1])
+    step = tf.function(lambda grads: optimizer.apply(grads, variables))
+    step([tf.ones(v.shape) for v in variables])
+    np.testing.assert_allclose(variables[1].numpy(), 1 - 0.01 / 0.1**0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 5000])
+@pytest.mark.parametrize("name", ["loss_scale_factor", "global_clipnorm"])
+def test_tensors_as_options(name, size):
+    found = []
+    for kind in (RMSprop, keras.optimizers.RMSprop):
+        value = tf.constant(0.5) if "clip" in name else keras.Variable(0.5)
+        variable = keras.Variable(np.ones(size, "float32"))
+        optimizer = kind(0.01)
+        optimizer.build([variable])
+        setattr(optimizer, name, value)
+        optimizer.apply([tf.ones(size)])
+        found.append(variable.numpy())
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_without_it_if_told_so():
+    optimizer = RMSprop(jit_compile=False, global_clipnorm=1.0, skip_nonfinite=True)
+    optimizer.build([keras.Variable(np.ones(5))])
+    step = tf.function(optimizer.apply).get_concrete_function([tf.TensorSpec(5)])
+    assert "KerasRmsprop" not in str(step.graph.as_graph_def())
+
+
+@needs_kernel
+def test_gradients_are_scaled_before_whoever_looks_at_them():
+    seen = []
+
+    class Looks(RMSprop):
+        def _backend_update_step(self, grads, variables, rate):
+            seen.append(grads[0].numpy())
+            super()._backend_update_step(grads, variables, rate)
+
+    optimizer = Looks(0.01, global_clipnorm=1.0)
+    tf.config.run_functions_eagerly(True)
+    try:
+        optimizer.apply([3 * tf.ones(4)], [keras.Variable(np.ones(4))])
+    finally:
+        tf.config.run_functions_eagerly(False)
+    np.testing.assert_allclose(seen, [[0.5] * 4], rtol=1e-6)
+    plain = RMSprop(0.01, global_clipnorm=1.0)
+    plain.build([keras.Variable(np.ones(4))])
+    [clipped] = plain._clip_gradients([3 * tf.ones(4)])
+    np.testing.assert_allclose(clipped, [0.5] * 4, rtol=1e-6)
+    assert plain._step(0.1).scale is None
+
+
+@needs_kernel
+def test_a_gradient_whose_shape_is_wrong_at_last_changes_nothing():
+    variable = keras.Variable(np.ones(5))
+    optimizer = RMSprop()
+    optimizer.build([variable])
+    step = tf.function(
+        lambda g: optimizer.apply([g]), input_signature=[tf.TensorSpec([None])]
+    )
+    before = [v.numpy() for v in (variable, *optimizer.variables)]
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+        step(tf.ones(4))
+    for v, was in zip((variable, *optimizer.variables), before, strict=True):
+        np.testing.assert_array_equal(v.numpy(), was)
+
+
+@needs_kernel
+def test_numbers_keep_their_digits_beside_tensors():
+    found = []
+    for rho in (0.9, keras.Variable(0.9, dtype="float64")):
+        variable = keras.Variable(np.ones(5), dtype="float64")
+        optimizer = RMSprop(0.01, epsilon=1e-60)
+        optimizer.build([variable])
+        optimizer.rho = rho
+        optimizer.apply([tf.constant([0, 1, 2, 3, 4], "float64")])
+        found.append(variable.numpy())
+    np.testing.assert_allclose(*found, rtol=1e-13)
 
 
 # Sums.
@@ -450,12 +544,13 @@ def test_squares(shapes, dtype, seed):
 def test_a_global_norm_that_is_not_finite(bad):
     gradient = np.ones(9001, "float32")
     gradient[9000] = bad
-    scale = backend.scale_of_global_norm([tf.constant(gradient), None], 0.5)
+    here = [tf.Variable(0.0)]
+    scale = backend.scale_of_global_norm([tf.constant(gradient), None], 0.5, here)
     if bad == 3e38:  # Keras' own norm overflows; this one is of doubles
         np.testing.assert_allclose(scale, 0.5 / 3e38, rtol=1e-6)
     else:
         assert np.isnan(scale)
-    assert bool(backend.all_finite([tf.constant(gradient)])) == (bad == 3e38)
+    assert bool(backend.all_finite([tf.constant(gradient)], here)) == (bad == 3e38)
 
 
 # Getting it, or doing without.

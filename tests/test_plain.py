@@ -184,9 +184,9 @@ def test_what_only_tensorflow_has_is_not_here():
     gradient = keras.ops.ones(1)
     assert plain.is_for_kernel([], None) is False
     assert plain.why_no_kernel() == ""
-    assert plain.scale_of_global_norm([gradient], 1.0) is None
-    assert plain.all_finite([gradient])
-    assert not plain.all_finite([gradient, gradient / 0])
+    assert plain.scale_of_global_norm([gradient], 1.0, []) is None
+    assert plain.all_finite([gradient], [])
+    assert not plain.all_finite([gradient, gradient / 0], [])
     assert plain.has_slices([gradient]) is False
     assert plain.is_slices(gradient) is False
     assert plain.is_eager() is True

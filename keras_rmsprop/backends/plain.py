@@ -249,12 +249,14 @@ def why_no_kernel() -> str:
     return ""
 
 
-def scale_of_global_norm(grads: Sequence[Any], most: float) -> Any:
+def scale_of_global_norm(
+    grads: Sequence[Any], most: float, native: Sequence[Any]
+) -> Any:
     """Return what clips the global norm; see `tensorflow.scale_of_global_norm`."""
     return None
 
 
-def all_finite(grads: Sequence[Any]) -> Any:
+def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
     """Return whether all elements of all gradients are finite, a bool tensor."""
     return skipping.all_finite(grads, fold=inside_xla())
 

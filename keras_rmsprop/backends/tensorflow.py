@@ -409,30 +409,36 @@ def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
 why_no_kernel = kernel.why_not
 
 
-def scale_of_global_norm(grads: Sequence[Any], most: float) -> Any:
+def scale_of_global_norm(
+    grads: Sequence[Any], most: float, native: Sequence[Any]
+) -> Any:
     """Return what gradients are to be multiplied by to clip their global norm.
 
     Args:
         grads: Tensors or None.
         most: The largest norm of all together.
+        native: Variables where a kernel may sum up.
 
     Returns:
-        A double, NaN if the norm is infinite; or None without a kernel that sums up.
+        A double, NaN if the norm is infinite; or None without such a kernel.
     """
     given = [g for g in grads if g is not None]
-    if not kernel.takes(given):
+    if is_watched() or not kernel.takes(given, native):
         return None
+    most = tf.cast(most, "float64")
     norm = tf.sqrt(tf.reduce_sum(kernel.squares(given)))
     return most / tf.maximum(norm, most) + (norm - norm)
 
 
-def all_finite(grads: Sequence[Any]) -> Any:
+def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
     """Return whether all elements of all gradients are finite, a bool tensor.
 
     Args:
         grads: Tensors.
+        native: Variables where a kernel may look.
     """
-    if not inside_xla() and kernel.takes(grads) and grads[0].dtype == tf.float32:
+    sums = not is_watched() and kernel.takes(grads, native)
+    if sums and grads[0].dtype == tf.float32:
         return tf.math.is_finite(tf.reduce_sum(kernel.squares(grads)))
     return skipping.all_finite(grads, fold=inside_xla())
 
@@ -449,7 +455,7 @@ def as_taken(
 
     Returns:
         The gradients; for each its distinct rows, or None; and the operations that
-        fail if an index is outside its table.
+        fail if an index is outside its table, or a gradient of another shape.
     """
     tensors: list[Any] = []
     rows: list[Any] = []
@@ -463,6 +469,9 @@ def as_taken(
             else:
                 gradient, ids = sparse.distinct(gradient, variable)
         elif gradient is not None:
+            if not gradient.shape.is_fully_defined():
+                gradient = tf.ensure_shape(gradient, variable.shape)
+                asserts.append(gradient.op)
             gradient = widened(gradient)
         tensors.append(gradient)
         rows.append(ids)

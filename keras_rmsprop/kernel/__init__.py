@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras_rmsprop import options, rule
 from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.kernel import build
-from keras_rmsprop.sparse import native
+from keras_rmsprop.sparse import inside_xla, native
 
 SWITCH = "KERAS_RMSPROP_KERNEL"
 """The environment variable that, set to 0, switches the kernel off."""
@@ -39,8 +39,9 @@ def why_not() -> str:
 
 @functools.cache
 def _loaded() -> tuple[Any, str]:
-    if os.environ.get(SWITCH) == "0":
-        return None, f"{SWITCH} is 0"
+    switch = os.environ.get(SWITCH, "").strip().lower()
+    if switch in ("0", "false", "no", "off"):
+        return None, f"{SWITCH} is {switch}"
     path = build.found()
     if path is None:
         return None, "`python -m keras_rmsprop.kernel` has not built it yet"
@@ -66,14 +67,20 @@ def why_not_for(one: Update, step: Step) -> str:
     if step.options.cautious:
         return "`cautious` counts each variable's elements"
     variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
-    devices = {str(v.device) if hasattr(v, "handle") else "" for v in variables}
-    device = devices.pop() if len(devices) == 1 else ""
-    if "CPU" not in device or "/job:ps" in device:
+    if not _are_here(variables) or len({v.device for v in variables}) > 1:
         return "not on one CPU of this process"
     kept = {slot.dtype.name for slot in variables[1:]}
     if kept != {one.dtype} or variables[0].dtype.name not in DTYPES[one.dtype]:
         return "the dtypes of weight and slots"
     return ""
+
+
+def _are_here(variables: Sequence[Any]) -> bool:
+    """Whether `tf.Variable`s are on CPUs of this process."""
+    return all(
+        hasattr(v, "handle") and "/job:localhost/" in v.device and "CPU" in v.device
+        for v in variables
+    )
 
 
 def update(updates: Sequence[Update], step: Step) -> None:
@@ -119,14 +126,29 @@ def update(updates: Sequence[Update], step: Step) -> None:
 def _vector(numbers: Sequence[Any]) -> Any:
     """Return numbers, some of them tensors, as a vector of doubles."""
     if any(map(options.is_tensor, numbers)):
-        return tf.stack([tf.cast(tf.convert_to_tensor(x), "float64") for x in numbers])
+        return tf.stack(
+            [
+                tf.cast(x, "float64")
+                if options.is_tensor(x)
+                else tf.constant(x, "float64")
+                for x in numbers
+            ]
+        )
     return tf.constant(numbers, "float64")
 
 
-def takes(tensors: Sequence[Any]) -> bool:
-    """Whether `squares` takes these tensors."""
+def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:
+    """Whether `squares` takes these tensors.
+
+    Args:
+        tensors: The tensors.
+        variables: Variables where it may run; none: nowhere.
+    """
+    if not variables or ops() is None or inside_xla():
+        return False
     dtypes = {getattr(x, "dtype", None) for x in tensors}
-    return ops() is not None and dtypes in ({tf.float32}, {tf.float64})
+    of_one = dtypes in ({tf.float32}, {tf.float64})
+    return of_one and _are_here(list(map(native, variables)))
 
 
 def squares(tensors: Sequence[Any]) -> Any:

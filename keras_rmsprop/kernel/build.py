@@ -7,6 +7,7 @@ for which sources.
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ def found() -> Path | None:
 
 def compiler() -> str | None:
     """Return the C++ compiler: `CXX`, or the first one there is."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     return named or next(filter(shutil.which, COMPILERS), None)
 
 
@@ -66,7 +67,10 @@ def build(folder: Path | None = None) -> Path:
     if command is None:
         raise RuntimeError("there is no C++ compiler; set CXX, or install g++")
     folder = cache() if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"{folder} cannot be made: {error}") from error
     flags = [
         # What TensorFlow's headers are warned of is not ours.
         f"-isystem{flag.removeprefix('-I')}" if flag.startswith("-I") else flag
@@ -79,7 +83,7 @@ def build(folder: Path | None = None) -> Path:
         arguments = [*FLAGS, *flags, *sources, "-o", str(made)]
         try:
             subprocess.run(
-                [*command.split(), *arguments, *tf.sysconfig.get_link_flags()],
+                [*shlex.split(command), *arguments, *tf.sysconfig.get_link_flags()],
                 check=True,
                 capture_output=True,
                 text=True,
