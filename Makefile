@@ -15,6 +15,9 @@ given = $(filter command,$(firstword $(origin $1)))
 flag = $(if $(call given,$1),--$(shell echo $1 | tr A-Z_ a-z-)=$($1))
 FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--centered)
 
+EXAMPLES := regression linear_regression text_classifier resume
+SHORT := wgan_digits dqn_cartpole policy_gradient char_lm compare_optimizers sensitivity
+
 .PHONY: environments help train test test-slow test-rest test-peers test-oldest test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
@@ -110,17 +113,14 @@ tuning: $(BENCH)  ## who needs a learning rate? eight networks, all rates, three
 compare: $(READY)  ## this optimizer, SGD, Adam and others on MNIST, at equal time: minutes
 	$(BIN)/python examples/compare_optimizers.py $(ARGS)
 
-examples: $(READY)  ## run the short example programs
-	$(BIN)/python examples/regression.py
-	$(BIN)/python examples/linear_regression.py
-	$(BIN)/python examples/text_classifier.py
-	$(BIN)/python examples/resume.py --fit
-	$(BIN)/python examples/wgan_digits.py --short
-	$(BIN)/python examples/dqn_cartpole.py --short
-	$(BIN)/python examples/policy_gradient.py --short
-	$(BIN)/python examples/char_lm.py --short
-	$(BIN)/python examples/compare_optimizers.py --short
-	$(BIN)/python examples/sensitivity.py --short
+examples: $(EXAMPLES:%=example-%) $(SHORT:%=short-%)  ## run all example programs, the long ones in short mode
+
+example-resume: ARGS := --fit
+example-%: $(READY)
+	$(BIN)/python examples/$*.py $(ARGS)
+
+short-%: $(READY)
+	$(BIN)/python examples/$*.py --short
 
 docs: $(DOCS)  ## build the site: site/index.html; a dead link is an error
 	$(BIN)/mkdocs build --strict $(ARGS)
