@@ -21,6 +21,7 @@ PEERS = "torch", "jax", "optax", "numba"
 QUICK_SETS = "MNIST network", "160 small", "16 M"
 QUICK_MODELS = "MNIST network", "61 x 64", "3 x 2048", "conv net"
 WATCHED = "MNIST network", "3 x 2048"
+"""Models that are trained beside a `Monitor`, too."""
 FIRST_STEPS = 4
 """In how many rounds a model is made, and compiled, anew; but for the quick run."""
 MALLOC = {"TF_ENABLE_ONEDNN_OPTS": "0"}

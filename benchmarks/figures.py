@@ -28,7 +28,7 @@ LIMIT = {1.6: ["16 M", LARGEST], 2.5: ["1 M"]}
 """Within how many times the limit an update shall be on which sets."""
 
 AUTO = "MNIST network", "16 M", "3 x 2048"
-"""Where neither a rate to be found nor a `Monitor` must cost a step much more."""
+"""Where a step whose learning rate is to be found must not cost much more."""
 
 Case = tuple[str, str, str]
 """Who, what and how; see `Figure`."""

@@ -523,9 +523,13 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _has_own_step(self) -> bool:
         """Whether a subclass, or this instance, takes steps in its own way."""
+        return self._has_own(_STEP_METHODS)
+
+    def _has_own(self, methods: Mapping[str, Any]) -> bool:
+        """Whether a subclass, or this instance, has others than these methods."""
         return any(
             getattr(getattr(self, name), "__func__", None) is not method
-            for name, method in _STEP_METHODS.items()
+            for name, method in methods.items()
         )
 
     def _prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
@@ -625,7 +629,7 @@ class RMSprop(keras.optimizers.Optimizer):
         grads, rows, asserts = backend.as_taken(grads, variables, clocks)
         now = self._now
         now.learning_rate, now.in_program = learning_rate, in_program
-        now.may_scale, now.scale = self._scales_in_update(), None
+        now.may_scale = self._scales_in_update()
         now.rows = {
             self._get_variable_index(v): ids
             for v, ids in zip(variables, rows, strict=True)
@@ -828,10 +832,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _scales_in_update(self) -> bool:
         """Whether nobody sees gradients between clipping and the update."""
-        return self._search is None and not any(
-            getattr(getattr(self, name), "__func__", None) is not method
-            for name, method in (_STEP_METHODS | _METHODS_IN_BETWEEN).items()
-        )
+        others = self._has_own_step() or self._has_own(_METHODS_IN_BETWEEN)
+        return self._search is None and not others
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]

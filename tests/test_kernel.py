@@ -195,14 +195,20 @@ def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(options):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
-@needs_kernel
-@pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
-def test_everywhere_but_inside_xla(how, monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of variables in each call of the kernel."""
     calls = []
     update = kernel.update
     monkeypatch.setattr(
         kernel, "update", lambda *given: (calls.append(len(given[0])), update(*given))
     )
+    return calls
+
+
+@needs_kernel
+@pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
+def test_everywhere_but_inside_xla(how, calls):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     optimizer = RMSprop(0.01)
     grads = [tf.ones(v.shape) for v in model.trainable_variables]
@@ -220,12 +226,7 @@ def test_everywhere_but_inside_xla(how, monkeypatch):
 
 
 @needs_kernel
-def test_variables_of_several_dtypes_take_a_call_each(monkeypatch):
-    calls = []
-    update = kernel.update
-    monkeypatch.setattr(
-        kernel, "update", lambda *given: (calls.append(len(given[0])), update(*given))
-    )
+def test_variables_of_several_dtypes_take_a_call_each(calls):
     dtypes = ["float32", "bfloat16", "float64", "float16", "float32"]
     variables = [keras.Variable(np.ones(5), dtype=d) for d in dtypes]
     optimizer = RMSprop(0.01)

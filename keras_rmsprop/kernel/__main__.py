@@ -1,11 +1,10 @@
 """Build the kernel for the installed TensorFlow: python -m keras_rmsprop.kernel."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from keras_rmsprop.kernel import build
 
 
 def main() -> None:
@@ -17,8 +16,6 @@ def main() -> None:
     text = "build it even if it is there"
     parser.add_argument("--force", action="store_true", help=text)
     given = parser.parse_args()
-
-    from keras_rmsprop.kernel import build
 
     path = None if given.folder or given.force else build.found()
     if path is not None:

@@ -41,7 +41,8 @@ def cache() -> Path:
 
 def found() -> Path | None:
     """Return the library that fits: one that came in the wheel, or one in the cache."""
-    places = (HERE / name(), cache() / name())
+    library = name()
+    places = (HERE / library, cache() / library)
     return next((path for path in places if path.exists()), None)
 
 
@@ -79,7 +80,8 @@ def build(folder: Path | None = None) -> Path:
     sources = [str(HERE / source) for source in SOURCES if source.endswith(".cc")]
     # In a folder of its own, so that nobody finds half a library.
     with tempfile.TemporaryDirectory(dir=folder) as partial:
-        made = Path(partial) / name()
+        library = name()
+        made = Path(partial) / library
         arguments = [*FLAGS, *flags, *sources, "-o", str(made)]
         try:
             subprocess.run(
@@ -93,4 +95,4 @@ def build(folder: Path | None = None) -> Path:
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().splitlines()[-20:]
             raise RuntimeError("\n".join([f"{command} failed:", *last])) from error
-        return made.replace(folder / name())
+        return made.replace(folder / library)
