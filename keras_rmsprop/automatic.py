@@ -164,6 +164,8 @@ class Part(NamedTuple):
     """Keeps its first weights, of the elements that are looked at."""
     sums: Any
     """Keeps s, of the same elements."""
+    sample: "Sample"
+    """Which elements are looked at."""
     rows: Any = None
     """The rows of a table (`sparse.Rows`); None: it has no clock."""
 
@@ -190,6 +192,8 @@ class Sample:
         shape: The shape of these elements.
         whole_rows: Whether they are all elements of some rows.
         stands_for: How many elements of the variable one of these stands for.
+        places: Where they are: they come in runs. In memory a run has so many elements,
+            the next run begins so many elements later, and so does the next element.
 
     Example:
         >>> import numpy as np
@@ -199,6 +203,8 @@ class Sample:
                [5, 9]])
         >>> sample.shape, sample.stands_for
         ((2000, 2), 2.5)
+        >>> sample.places
+        (2, 5, 4)
     """
 
     def __init__(self, shape: Sequence[int], one_in: int) -> None:
@@ -213,6 +219,11 @@ class Sample:
         elif self._step > 1:
             self.shape = *shape[:-1], -(-self._last // self._step)
         self.stands_for = size / max(math.prod(self.shape), 1)
+        self.places = max(math.prod(self.shape), 1), max(size, 1), 1
+        if self.whole_rows:
+            self.places = self._last, self._step * self._last, 1
+        elif self._step > 1:
+            self.places = self.shape[-1], self._last, self._step
 
     def of(self, x: Any) -> Any:
         """Return these elements of a tensor of the variable's shape, or of its rows."""
@@ -262,6 +273,7 @@ class Search:
         *,
         sign: int,
         fold: bool,
+        kernel: Any = None,
     ) -> Any:
         """Update the estimate of how far the weights must travel; see `find`.
 
@@ -272,6 +284,7 @@ class Search:
             factor: See `find`.
             sign: See `find`.
             fold: See `find`.
+            kernel: See `find`.
         """
         given: dict[int, Any] = {}
         for i, gradient in gradients:
@@ -279,13 +292,14 @@ class Search:
         quads = zip(
             range(len(variables)), variables, self.firsts, self.sums, strict=True
         )
+        options = self.options
         parts = [
-            Part(variable, given.get(i), first, sums, rows(i))
-            for i, variable, first, sums in quads
+            Part(v, given.get(i), first, sums, options.sample(v.shape), rows(i))
+            for i, v, first, sums in quads
             if first is not None
         ]
-        options = self.options
-        return find(parts, self.estimate, factor, options, sign=sign, fold=fold)
+        kept = self.estimate
+        return find(parts, kept, factor, options, sign=sign, fold=fold, kernel=kernel)
 
     def known(self) -> Estimate:
         """Return the estimate, as numbers."""
@@ -315,6 +329,7 @@ def find(
     *,
     sign: int = 1,
     fold: bool = False,
+    kernel: Any = None,
 ) -> Any:
     """Update the estimate with this step's gradients; return the distance, a scalar.
 
@@ -325,24 +340,34 @@ def find(
         options: How to look.
         sign: -1 if the step goes up the gradient.
         fold: Whether XLA compiles it; see `folding`.
+        kernel: Where there is one, the native kernel, which follows most variables.
     """
     old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
-    samples = [options.sample(part.variable.shape) for part in parts]
-    _begin(parts, samples, ops.equal(old.steps, 0))
+    is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Part]] = {}
-    for part, sample in zip(parts, samples, strict=True):
+    in_kernel, others = [], []
+    for part in parts:
+        takes = kernel is not None and kernel.follows(part)
+        (in_kernel if takes else others).append(part)
+    _begin(others, is_first)
+    if in_kernel:
+        for gain, sum_ in kernel.follow(in_kernel, weight, is_first, FORGETTING):
+            gains.append(ops.cast(gain, "float32"))
+            sums.append(ops.cast(sum_, "float32"))
+    for part in others:
+        stands_for = part.sample.stands_for
         if part.gradient is None:
-            sums.append(sample.stands_for * _silent(part, fold))
-        elif part.rows is None and sample.is_small:
+            sums.append(stands_for * _silent(part, fold))
+        elif part.rows is None and part.sample.is_small:
             small.setdefault(part.sums.dtype, []).append(part)
         else:
             follow = _follow if part.rows is None else _follow_rows
-            gain, sum_ = follow(part, sample, weight, fold)
-            gains.append(sample.stands_for * ops.cast(gain, "float32"))
-            sums.append(sample.stands_for * ops.cast(sum_, "float32"))
+            gain, sum_ = follow(part, weight, fold)
+            gains.append(stands_for * ops.cast(gain, "float32"))
+            sums.append(stands_for * ops.cast(sum_, "float32"))
     for several in small.values():
         gain, sum_ = _follow_end_to_end(several, weight)
         gains.append(ops.cast(gain, "float32"))
@@ -360,15 +385,17 @@ def find(
     return distance
 
 
-def _begin(parts: Sequence[Part], samples: Sequence[Sample], is_first: Any) -> None:
+def _begin(parts: Sequence[Part], is_first: Any) -> None:
     """Keep the first weights, if this is the first step.
 
     Other weights may have been loaded since the optimizer was built.
     """
+    if not parts:
+        return
 
     def begin() -> None:
-        for part, sample in zip(parts, samples, strict=True):
-            weights = sample.of(ops.convert_to_tensor(part.variable))
+        for part in parts:
+            weights = part.sample.of(ops.convert_to_tensor(part.variable))
             part.first.assign(ops.cast(weights, part.first.dtype))
 
     if keras.backend.backend() != "jax":
@@ -381,11 +408,11 @@ def _begin(parts: Sequence[Part], samples: Sequence[Sample], is_first: Any) -> N
         part.first.assign(ops.where(is_first, ops.convert_to_tensor(part.first), first))
 
 
-def _follow(part: Part, sample: Sample, weight: Any, fold: bool) -> tuple[Any, Any]:
+def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     """Return <g, x0 - x> and the sum of |s| of a variable; keep s."""
     dtype = part.sums.dtype
     g, x = (
-        ops.cast(sample.of(ops.convert_to_tensor(tensor)), dtype)
+        ops.cast(part.sample.of(ops.convert_to_tensor(tensor)), dtype)
         for tensor in (part.gradient, part.variable)
     )
     new = FORGETTING * ops.convert_to_tensor(part.sums) + ops.cast(weight, dtype) * g
@@ -417,14 +444,12 @@ def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
     return ops.sum(g * (first - x)), ops.sum(ops.absolute(new))
 
 
-def _follow_rows(
-    part: Part, sample: Sample, weight: Any, fold: bool
-) -> tuple[Any, Any]:
+def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     """Do the same from the rows of a table that a step updates."""
     clock, ids = part.rows
 
     def seen(x: Any) -> Any:
-        return ops.cast(sample.of(x), part.sums.dtype)
+        return ops.cast(part.sample.of(x), part.sums.dtype)
 
     before = _silent(part, fold)
     g, x = seen(part.gradient), seen(sparse.read(part.variable, ids))

@@ -57,6 +57,8 @@ class _Now:
         """Whether gradients that are to be scaled may be so in the update."""
         self.scale: Any = None
         """What the update is to multiply gradients by, or None."""
+        self.followed: list[Any] = []
+        """The averages of weights that followed them in the update."""
         self.slot: tuple[str, Any, str, Sequence[int]] | None = None
         """Kind, owner, dtype and shape of the slot that is being made."""
 
@@ -491,8 +493,8 @@ class RMSprop(keras.optimizers.Optimizer):
         What else there may be to do, XLA does faster than one operation after another.
         """
         others = (
-            *(self.use_ema or None, self.gradient_accumulation_steps, self._search),
             *(self.clipnorm, self.clipvalue, self.loss_scale_factor),
+            self.gradient_accumulation_steps,
             *(getattr(variable, "constraint", None) for variable in variables),
         )
         known = (
@@ -665,7 +667,7 @@ class RMSprop(keras.optimizers.Optimizer):
         finally:
             now.learning_rate, now.in_program = None, False
             now.may_scale, now.scale = False, None
-            now.rows, now.averages = {}, {}
+            now.rows, now.averages, now.followed = {}, {}, []
 
     def _summand(self, gradient: Any, variable: Any) -> Any:
         """Return a gradient in the form that is summed up: for a table, its rows."""
@@ -732,6 +734,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 rate,
                 sign=-1 if self.maximize else 1,
                 fold=backend.inside_xla(),
+                kernel=backend.searching_kernel(self._native()),
             )
             rate = self._rate_of(distance, rate)
         if self._has_own_step():
@@ -771,13 +774,17 @@ class RMSprop(keras.optimizers.Optimizer):
         self, grads: Sequence[Any], variables: Sequence[Any], rate: Any
     ) -> None:
         updates = list(map(self._update_of, grads, variables))
-        backend.update(updates, self._step(rate), in_program=self._now.in_program)
+        self._now.followed = backend.update(
+            updates, self._step(rate), in_program=self._now.in_program
+        )
 
     def _update_of(self, gradient: Any, variable: Any) -> Update:
         """Return what a step does to a variable."""
         i = self._get_variable_index(variable)
         slots, rows = self._slots_of(i), self._rows_of(i)
-        return Update(variable, gradient, slots, self._decay_of(variable), rows)
+        average = self._weight_averages[i] if self.use_ema else None
+        decay = self._decay_of(variable)
+        return Update(variable, gradient, slots, decay, rows, average)
 
     def _rows_of(self, i: int) -> Any:
         """Return the rows of a table that the step takes; None if it has no clock."""
@@ -806,7 +813,19 @@ class RMSprop(keras.optimizers.Optimizer):
             self.decoupled_weight_decay,
             scale=self._now.scale,
             native=bool(self._native()),
+            share=self._share_in_update(),
         )
+
+    def _share_in_update(self) -> Any:
+        """Return how averages follow in the update itself; None if they do not."""
+        if not self.use_ema or self.gradient_accumulation_steps:
+            return None  # Keras averages at each call, also at those that only sum up
+        if self._has_own_step() or self._has_own(_METHODS_OF_AVERAGES):
+            return None
+        return functools.partial(self._ema().at, self.iterations)
+
+    def _ema(self) -> averages.Momentum:
+        return averages.Momentum(self.ema_momentum, self.ema_warmup)
 
     def _draw(self) -> codecs.Draw:
         return codecs.Draw(self._offset, self.iterations)
@@ -864,12 +883,13 @@ class RMSprop(keras.optimizers.Optimizer):
     def _update_model_variables_moving_average(
         self, trainable_variables: Sequence[Any]
     ) -> None:
+        followed = {id(average) for average in self._now.followed}
         averages.follow(
             trainable_variables,
-            self._weight_averages,
+            [None if id(x) in followed else x for x in self._weight_averages],
             self._now.rows,
             self.iterations,
-            averages.Momentum(self.ema_momentum, self.ema_warmup),
+            self._ema(),
             self._averaged_by_rows(),
             self._now.averages,
         )
@@ -890,13 +910,12 @@ class RMSprop(keras.optimizers.Optimizer):
         is_lazy = self.sparse_update == "lazy"
         if not self.use_ema or is_lazy or options.is_tensor(self.ema_momentum):
             return {}
-        momentum = averages.Momentum(self.ema_momentum, self.ema_warmup)
         return {
             i: averages.Table(
                 self._trainable_variables[i],
                 self._weight_averages[i],
                 self._clocks[i].average,
-                momentum,
+                self._ema(),
             )
             for i in self._clocks
             if self._clocks[i].average is not None
@@ -1169,6 +1188,12 @@ _METHODS_IN_BETWEEN = {
     for name in ("_clip_gradients", "_apply_weight_decay", "_backend_update_step")
 }
 """Methods that would see gradients which are yet to be scaled."""
+
+_METHODS_OF_AVERAGES = {
+    name: getattr(RMSprop, name)
+    for name in ("_update_model_variables_moving_average", "_backend_apply_gradients")
+}
+"""Methods that would see averages which have followed already."""
 
 _OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
 """The options that decide how silent rows are brought up to date."""

@@ -27,6 +27,8 @@ class Update(NamedTuple):
     """The weight decay of this variable; None: none."""
     rows: Any = None
     """The rows of a table (`sparse.Rows`); None: it has no clock."""
+    average: Any = None
+    """Keeps the average of the weights; it may follow in the same pass. None: not."""
 
     @property
     def dtype(self) -> str:
@@ -50,6 +52,10 @@ class Step(NamedTuple):
     """What gradients are to be multiplied by; None: 1."""
     native: bool = False
     """Whether a native kernel may take it."""
+    share: Callable[[Any], Any] | None = None
+    """Returns how much of an average stays when it follows, in a dtype.
+
+    None: the averages do not follow now."""
 
     def taken(
         self,
@@ -165,10 +171,13 @@ def check(gradient: Any, variable: Any) -> None:
         )
 
 
-def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -> None:
-    """Take the step, one variable after the other."""
+def update(
+    updates: Sequence[Update], step: Step, *, in_program: bool = False
+) -> list[Any]:
+    """Take the step, one variable after the other; see `tensorflow.update`."""
     for one in updates:
         update_one(one, step)
+    return []
 
 
 def update_one(
@@ -185,7 +194,7 @@ def update_one(
         assign: Sets a slot to a value; None: by its own `assign`.
         assign_sub: Subtracts from the variable; None: by its own `assign_sub`.
     """
-    variable, gradient, slots, decay, _ = one
+    variable, gradient, slots, decay, *_ = one
     taken, new = step.taken(gradient, variable, slots, dtype=one.dtype, decay=decay)
     new = codecs.encoded(slots, new, step.draw)
     for slot, value in zip(slots, new, strict=True):
@@ -247,6 +256,11 @@ def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
 def why_no_kernel() -> str:
     """Return why there is none although the backend can have one; else nothing."""
     return ""
+
+
+def searching_kernel(variables: Sequence[Any]) -> Any:
+    """Return the kernel that may follow variables of a search: here there is none."""
+    return None
 
 
 def scale_of_global_norm(

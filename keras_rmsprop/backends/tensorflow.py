@@ -220,14 +220,20 @@ def on_all_replicas(
     )
 
 
-def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -> None:
+def update(
+    updates: Sequence[Update], step: Step, *, in_program: bool = False
+) -> list[Any]:
     """Take the step of all variables.
 
     Args:
         updates: What to do to each.
         step: What is the same for all.
         in_program: Whether this is traced for a program that holds nothing else.
+
+    Returns:
+        The averages that have followed their weights.
     """
+    followed: list[Any] = []
     together: dict[Hashable, list[Update]] = {}
     by_kernel: dict[Hashable, list[Update]] = {}
     one_each = len({id(native(one.variable)) for one in updates}) == len(updates)
@@ -237,8 +243,12 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
         if kind == ROWS:
             _update_rows(one, step)
         elif kind == KERNEL and one_each:
+            average = one.average if kernel.averages(one, step) else None
+            if average is not None:
+                followed.append(average)
+            one = one._replace(average=None if average is None else native(average))
             place = one.variable.dtype, one.dtype, one.variable.device
-            by_kernel.setdefault(place, []).append(one)
+            by_kernel.setdefault((*place, average is None), []).append(one)
         elif kind == ONE_AXIS:
             layouts.update_on_one_axis(
                 one.gradient,
@@ -264,6 +274,7 @@ def update(updates: Sequence[Update], step: Step, *, in_program: bool = False) -
                 [one.slots for one in several],
                 functools.partial(_kept, several[0], step),
             )
+    return followed
 
 
 ROWS, ONE_AXIS = "by rows", "on one axis"
@@ -402,11 +413,24 @@ def clipped(
 def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
     """Whether the kernel takes all of these updates."""
     return not is_watched() and not any(
-        kernel.why_not_for(one, step) for one in updates if one.rows is None
+        kernel.why_not_for(one, step)
+        or (one.average is not None and not kernel.averages(one, step))
+        for one in updates
+        if one.rows is None
     )
 
 
 why_no_kernel = kernel.why_not
+
+
+def searching_kernel(variables: Sequence[Any]) -> Any:
+    """Return the kernel if it may follow variables of a search here, else None.
+
+    Args:
+        variables: Variables where it may run; none: nowhere.
+    """
+    may = variables and not is_watched() and not inside_xla() and kernel.ops()
+    return kernel if may else None
 
 
 def scale_of_global_norm(

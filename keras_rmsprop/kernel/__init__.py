@@ -7,7 +7,7 @@ takes the step. It is never an error: `why_not` says why there is no kernel.
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,21 @@ def _are_here(variables: Sequence[Any]) -> bool:
     )
 
 
+def averages(one: Update, step: Step) -> bool:
+    """Whether the average of the weights can follow in the same call."""
+    if one.average is None or step.share is None:
+        return False
+    variable, average = native(one.variable), native(one.average)
+    same = average.dtype == variable.dtype == one.dtype
+    return same and _are_here([average]) and average.device == variable.device
+
+
 def update(updates: Sequence[Update], step: Step) -> None:
     """Take the step of variables of one dtype, on one device, in one call.
 
     Args:
-        updates: What to do to each. None may be there twice.
+        updates: What to do to each. None may be there twice. All with an average that
+            is to follow, or none.
         step: What is the same for all.
     """
     dtype = updates[0].dtype
@@ -110,9 +120,11 @@ def update(updates: Sequence[Update], step: Step) -> None:
         velocities=velocities,
         momenta=momenta,
         average_gradients=average_gradients,
+        averages=[one.average.handle for one in updates if one.average is not None],
         learning_rate=tf.cast(step.learning_rate, dtype),
         correction=tf.cast(correction, dtype),
         scale=tf.cast(-scale if numbers.maximize else scale, dtype),
+        share=tf.cast(0 if step.share is None else step.share(dtype), dtype),
         constants=_vector([numbers.rho, numbers.momentum, numbers.epsilon]),
         decays=_vector([] if all(one.decay is None for one in updates) else decays),
         W=updates[0].variable.dtype.base_dtype,
@@ -135,6 +147,55 @@ def _vector(numbers: Sequence[Any]) -> Any:
             ]
         )
     return tf.constant(numbers, "float64")
+
+
+def follows(part: Any) -> bool:
+    """Whether `follow` takes a variable of the search (`automatic.Part`)."""
+    if ops() is None or part.gradient is None or part.rows is not None:
+        return False
+    variables = [native(x) for x in (part.variable, part.first, part.sums)]
+    if not _are_here(variables) or len({v.device for v in variables}) > 1:
+        return False
+    weights, first, sums = (v.dtype.name for v in variables)
+    given = getattr(part.gradient, "dtype", None)
+    return first == sums == given and weights in DTYPES.get(sums, ())
+
+
+def follow(
+    parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
+) -> list[tuple[Any, Any]]:
+    """Let s of variables follow their gradients, in a search for a learning rate.
+
+    Args:
+        parts: The variables, each an `automatic.Part` that it `follows`.
+        weight: What a gradient is multiplied by.
+        begins: Whether the weights of now are to be kept as the first ones.
+        forgetting: The share of s that stays.
+
+    Returns:
+        For each call that it took, two doubles: the sum of <g, x0 - x>, and of |s|.
+    """
+    places: dict[Hashable, list[Any]] = {}
+    for part in parts:
+        variable = native(part.variable)
+        place = variable.dtype, part.gradient.dtype, variable.device
+        places.setdefault(place, []).append(part)
+    found = []
+    for (of_weights, dtype, _), several in places.items():
+        sums = ops().keras_rmsprop_follow(
+            gradients=[part.gradient for part in several],
+            weights=[native(part.variable).handle for part in several],
+            first_weights=[native(part.first).handle for part in several],
+            gradient_sums=[native(part.sums).handle for part in several],
+            forgetting=tf.constant(forgetting, dtype),
+            weight=tf.cast(weight, dtype),
+            begins=begins,
+            W=of_weights.base_dtype,
+            samples=[x for part in several for x in part.sample.places],
+        )
+        stand_for = tf.constant([p.sample.stands_for for p in several], "float64")
+        found.append(tuple(tf.tensordot(stand_for, x, 1) for x in sums))
+    return found
 
 
 def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import tensorflow as tf
 
 HERE = Path(__file__).parent
-SOURCES = "step.h", "step.cc", "ops.cc"
+SOURCES = "processors.h", "step.h", "search.h", "step.cc", "search.cc", "ops.cc"
 FLAGS = (
     *("-shared", "-fPIC", "-O3", "-Wall"),
     # So that loops are vectorised, and results stay those of IEEE arithmetic.

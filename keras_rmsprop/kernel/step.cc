@@ -4,20 +4,9 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
-// A loop is compiled for several processors, and the library picks when it is loaded.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && \
-    !defined(ONE_PROCESSOR)
-#define EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EACH_PROCESSOR
-#endif
-// Buffers of different variables do not overlap.
-#ifdef __clang__
-#define NO_OVERLAP _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define NO_OVERLAP _Pragma("GCC ivdep")
-#endif
+#include "processors.h"
 
 namespace keras_rmsprop {
 namespace {
@@ -64,6 +53,16 @@ EACH_PROCESSOR void Loop(const Numbers<T>& numbers, const Part<T, W>& part) {
   }
 }
 
+// The average of the weights follows them.
+template <typename T>
+EACH_PROCESSOR void Average(T share, int64_t size, const T* weights, T* average) {
+  const T rest = 1 - share;
+  NO_OVERLAP
+  for (int64_t i = 0; i < size; ++i) {
+    average[i] = share * average[i] + rest * weights[i];
+  }
+}
+
 // Runs the loop for these options: those that are known already, and the flags.
 template <bool... kKnown, typename T, typename W>
 void Run(const Numbers<T>& numbers, const Part<T, W>& part) {
@@ -104,6 +103,9 @@ void Step(const Numbers<T>& numbers, const Part<T, W>& part) {
   Run(numbers, part, part.average_gradient != nullptr, has_momentum,
       has_momentum && numbers.nesterov, numbers.correction != 1,
       part.penalty != 0 || part.decay != 0);
+  if constexpr (std::is_same_v<T, W>) {
+    if (part.average) Average(numbers.share, part.size, part.weights, part.average);
+  }
 }
 
 template <typename T>

@@ -40,6 +40,7 @@ struct Numbers {
   T correction;                       // 1 - rho^t with bias correction
   T rate_inside, rate_outside;        // one of them is the learning rate
   bool nesterov;
+  T share;                            // of an average that stays when it follows
 };
 
 // One variable or a part of one: where its elements are, and its weight decay.
@@ -53,9 +54,10 @@ struct Part {
   T* average_gradient;  // or null
   T penalty;            // times w, added to the gradient
   T decay;              // times w, added to what is taken
+  T* average;           // of the weights; or null, as always if T is not W
 };
 
-// Takes the step of one part. T is float or double; W is that, or with float also
+// Takes the step of one part; then its average follows. T is float or double; W is that, or with float also
 // Bfloat16 or Half, with double also float.
 template <typename T, typename W>
 void Step(const Numbers<T>& numbers, const Part<T, W>& part);

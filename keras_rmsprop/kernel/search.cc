@@ -1,0 +1,93 @@
+// The loops of search.h.
+
+#include "search.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "processors.h"
+
+namespace keras_rmsprop {
+namespace {
+
+constexpr int kSums = 8;  // always of the same elements: the same result everywhere
+
+template <typename T>
+struct Run {
+  int64_t size, stride;
+  T forgetting, weight;
+};
+
+// Elements one after the other are a loop of their own, as it is vectorised.
+template <bool kOneByOne, typename T, typename W>
+EACH_PROCESSOR void FollowRun(const Run<T>& run, const T* __restrict gradient,
+                              const W* __restrict weights,
+                              const T* __restrict first, T* __restrict sums,
+                              double* __restrict gains, double* __restrict lengths) {
+  const int64_t size = run.size, stride = kOneByOne ? 1 : run.stride;
+  const T forgetting = run.forgetting, weight = run.weight;
+  double gain[kSums] = {}, length[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums) {
+    for (int j = 0; j < kSums; ++j) {
+      const T g = gradient[(i + j) * stride];
+      const T x = static_cast<T>(weights[(i + j) * stride]);
+      const T s = forgetting * sums[i + j] + weight * g;
+      sums[i + j] = s;
+      gain[j] += double(g) * double(first[i + j] - x);
+      length[j] += std::abs(double(s));
+    }
+  }
+  for (int j = 0; i < size; ++i, ++j) {
+    const T g = gradient[i * stride];
+    const T x = static_cast<T>(weights[i * stride]);
+    const T s = forgetting * sums[i] + weight * g;
+    sums[i] = s;
+    gain[j] += double(g) * double(first[i] - x);
+    length[j] += std::abs(double(s));
+  }
+  for (int j = 0; j < kSums; ++j) {
+    gains[j] += gain[j];
+    lengths[j] += length[j];
+  }
+}
+
+}  // namespace
+
+template <typename T, typename W>
+Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgetting,
+            T weight, bool begins) {
+  const Sample& sample = part.sample;
+  double gains[kSums] = {}, lengths[kSums] = {};
+  for (int64_t i = start; i < start + size;) {
+    const int64_t place = i % sample.run;
+    const int64_t from = i / sample.run * sample.pitch + place * sample.stride;
+    const Run<T> run = {std::min(sample.run - place, start + size - i), sample.stride,
+                        forgetting, weight};
+    if (begins) {
+      for (int64_t j = 0; j < run.size; ++j) {
+        part.first_weights[i + j] =
+            static_cast<T>(part.weights[from + j * sample.stride]);
+      }
+    }
+    const auto follow =
+        sample.stride == 1 ? FollowRun<true, T, W> : FollowRun<false, T, W>;
+    follow(run, part.gradient + from, part.weights + from, part.first_weights + i,
+           part.gradient_sums + i, gains, lengths);
+    i += run.size;
+  }
+  Sums sums;
+  for (double gain : gains) sums.gain += gain;
+  for (double length : lengths) sums.length += length;
+  return sums;
+}
+
+#define INSTANTIATE(T, W) \
+  template Sums Follow(const Followed<T, W>&, int64_t, int64_t, T, T, bool)
+INSTANTIATE(float, float);
+INSTANTIATE(float, Bfloat16);
+INSTANTIATE(float, Half);
+INSTANTIATE(double, double);
+INSTANTIATE(double, float);
+
+}  // namespace keras_rmsprop
