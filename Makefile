@@ -90,7 +90,8 @@ mutants: $(MUTANTS)  ## change the code in many places, one at a time, and see t
 sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sanitizers
 	@mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -DONE_PROCESSOR -ffp-contract=off -fno-sanitize-recover=all \
-		-fsanitize=address,undefined keras_rmsprop/kernel/step.cc tests/step_test.cc -o build/step_test
+		-fsanitize=address,undefined keras_rmsprop/kernel/step.cc keras_rmsprop/kernel/search.cc \
+		tests/step_test.cc -o build/step_test
 	build/step_test
 
 lint: $(READY)  ## ruff and mypy

@@ -1,6 +1,7 @@
 // The arithmetic of the kernel, beside a plain loop in long double. `make sanitize`
 // builds it with sanitizers: each buffer is exactly as long as it should be.
 
+#include "../keras_rmsprop/kernel/search.h"
 #include "../keras_rmsprop/kernel/step.h"
 
 #include <algorithm>
@@ -9,11 +10,15 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <type_traits>
 
 using keras_rmsprop::Bfloat16;
+using keras_rmsprop::Followed;
 using keras_rmsprop::Half;
 using keras_rmsprop::Numbers;
 using keras_rmsprop::Part;
+using keras_rmsprop::Sample;
+using keras_rmsprop::Sums;
 
 std::mt19937 random_bits(0);
 
@@ -42,11 +47,15 @@ void TestStep(int64_t size, int options, double tolerance) {
   auto w = Draw<W>(size, false);
   auto v = Draw<T>(size, true), m = Draw<T>(size, false), a = Draw<T>(size, false);
   for (int64_t i = 0; i < size; ++i) a[i] /= 10;
+  constexpr bool may_average = std::is_same_v<T, W>;
+  const bool averages = may_average && (options & 1) == (options >> 1 & 1);
+  auto average = Draw<T>(size, false);
   Numbers<T> n = {T(-0.5), T(0.9),  T(0.1), T(0.8), T(inside ? .1 : 0),
-                  T(inside ? 0 : .1), T(corrected ? .4 : 1), T(0.01), T(1), nesterov};
+                  T(inside ? 0 : .1), T(corrected ? .4 : 1), T(0.01), T(1), nesterov,
+                  T(0.7)};
   Part<T, W> part = {size, g.get(), w.get(), v.get(), momentum ? m.get() : nullptr,
                      centered ? a.get() : nullptr, T(decays ? .2 : 0),
-                     T(decays ? .003 : 0)};
+                     T(decays ? .003 : 0), averages ? average.get() : nullptr};
   auto copy = [size](const auto& x) {
     auto y = std::make_unique<long double[]>(size);
     for (int64_t i = 0; i < size; ++i) {
@@ -55,6 +64,7 @@ void TestStep(int64_t size, int options, double tolerance) {
     return y;
   };
   auto w0 = copy(w), v0 = copy(v), m0 = copy(m), a0 = copy(a);
+  auto average0 = copy(average);
   keras_rmsprop::Step(n, part);
   for (int64_t i = 0; i < size; ++i) {
     const long double gradient = n.scale * g[i] + part.penalty * w0[i];
@@ -74,10 +84,60 @@ void TestStep(int64_t size, int options, double tolerance) {
     if (centered) Expect(a[i], a0[i], 1e-5, "average gradient");
     const long double want = w0[i] - n.rate_outside * u - part.decay * w0[i];
     Expect(static_cast<T>(w[i]), want, tolerance, "weight");
+    if (averages) average0[i] = 0.7L * average0[i] + 0.3L * want;
+    Expect(average[i], average0[i], 1e-4, "average");
+  }
+}
+
+template <typename T, typename W>
+void TestFollow(Sample sample, int64_t runs, bool begins) {
+  const int64_t size = sample.run * runs;
+  const int64_t all = size ? (runs - 1) * sample.pitch + (sample.run - 1) * sample.stride + 1
+                           : 0;
+  auto g = Draw<T>(all, false), first = Draw<T>(size, false);
+  auto sums = Draw<T>(size, false);
+  auto w = Draw<W>(all, false);
+  auto first0 = std::make_unique<T[]>(size), sums0 = std::make_unique<T[]>(size);
+  std::copy_n(first.get(), size, first0.get());
+  std::copy_n(sums.get(), size, sums0.get());
+  Followed<T, W> part = {sample, g.get(), w.get(), first.get(), sums.get()};
+  long double gain = 0, length = 0;
+  double found_gain = 0, found_length = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t j = i / sample.run * sample.pitch + i % sample.run * sample.stride;
+    const T x = static_cast<T>(w[j]);
+    if (begins) first0[i] = x;
+    const long double s = T(0.9) * static_cast<long double>(sums0[i]) + T(0.3) * g[j];
+    gain += static_cast<long double>(g[j]) * (first0[i] - x);
+    length += std::abs(s);
+    sums0[i] = static_cast<T>(s);
+  }
+  for (int64_t i = 0; i < size; i += 13) {  // a call may begin within a run
+    const Sums some =
+        Follow(part, i, std::min<int64_t>(13, size - i), T(0.9), T(0.3), begins);
+    found_gain += some.gain;
+    found_length += some.length;
+  }
+  Expect(found_gain, gain, 1e-5, "gain");
+  Expect(found_length, length, 1e-5, "length");
+  for (int64_t i = 0; i < size; ++i) {
+    Expect(first[i], first0[i], 0, "first weight");
+    Expect(sums[i], sums0[i], 1e-6, "gradient sum");
   }
 }
 
 int main() {
+  for (const Sample sample : {Sample{1, 1, 1}, {37, 37, 1}, {5, 40, 1}, {3, 10, 4}}) {
+    for (const int64_t runs : {0, 1, 2, 29}) {
+      for (const bool begins : {false, true}) {
+        TestFollow<float, float>(sample, runs, begins);
+        TestFollow<double, double>(sample, runs, begins);
+        TestFollow<double, float>(sample, runs, begins);
+        TestFollow<float, Bfloat16>(sample, runs, begins);
+        TestFollow<float, Half>(sample, runs, begins);
+      }
+    }
+  }
   for (int64_t size : {0, 1, 7, 8, 9, 64, 1001}) {
     for (int options = 0; options < 64; ++options) {
       TestStep<float, float>(size, options, 1e-4);

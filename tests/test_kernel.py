@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepping import python
 
-from keras_rmsprop import RMSprop, kernel, rule
+from keras_rmsprop import RMSprop, automatic, kernel, rule
 from keras_rmsprop.backends import plain
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
@@ -98,10 +98,11 @@ def copied(updates):
     decay=st.sampled_from([None, 0.0, 0.01]),
     decoupled=st.booleans(),
     scale=st.sampled_from([None, 0.3]),
+    share=st.sampled_from([None, 0.0, 0.7]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=150)
-def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, seed):
+def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, share, seed):
     rng = np.random.default_rng(seed)
     weights, slots = dtypes
     decays = [decay if i % 2 == 0 else None for i in range(len(shapes))]
@@ -115,8 +116,23 @@ def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, seed):
     scale = None if scale is None else tf.constant(scale, "float64")
     step = Step(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
     assert not any(kernel.why_not_for(one, step) for one in updates)
+    old = [rng.normal(size=shape) for shape in shapes]
+    averages = [tf.Variable(x, dtype=weights) for x in old]
+    if share is not None:
+        step = step._replace(share=lambda dtype: tf.constant(share, dtype))
+        updates = [
+            one._replace(average=average)
+            for one, average in zip(updates, averages, strict=True)
+        ]
+        assert {kernel.averages(one, step) for one in updates} == {weights == slots}
+    if weights != slots or share is None:
+        updates = [one._replace(average=None) for one in updates]
     kernel.update(updates, step)
     plain.update(expected, step)
+    for one, x in zip(updates, old, strict=True):
+        if one.average is not None:
+            want = share * x + (1 - share) * one.variable.numpy()
+            np.testing.assert_allclose(one.average.numpy(), want, rtol=1e-5, atol=1e-6)
     # What lies between two numbers of 16 bits may be rounded to either.
     rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 1e-6)
     rtol = 1e-13 if dtypes == ("float64", "float64") else rtol
@@ -184,6 +200,10 @@ def stepped(jit_compile, learning_rate=0.01, **options):
         {"use_ema": True, "gradient_accumulation_steps": 2},
         {"global_clipnorm": 1.0, "gradient_accumulation_steps": 2, "maximize": True},
         {"learning_rate": "auto"},
+        {"learning_rate": "auto", "use_ema": True, "global_clipnorm": 1.0},
+        {"use_ema": True, "ema_momentum": 0.5},
+        {"use_ema": True, "ema_warmup": True, "weight_decay": 0.1},
+        {"use_ema": True, "ema_overwrite_frequency": 3, "skip_nonfinite": True},
     ],
 )
 def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(options):
@@ -521,6 +541,122 @@ def test_numbers_keep_their_digits_beside_tensors():
         optimizer.apply([tf.constant([0, 1, 2, 3, 4], "float64")])
         found.append(variable.numpy())
     np.testing.assert_allclose(*found, rtol=1e-13)
+
+
+# Averages, and the search for a learning rate.
+
+
+@needs_kernel
+@pytest.mark.parametrize("how", ["eager", "tf.function"])
+def test_averages_follow_in_the_same_call(how, monkeypatch):
+    update = kernel.update
+    seen = []
+
+    def spy(updates, step):
+        seen.extend(one.average for one in updates)
+        update(updates, step)
+
+    monkeypatch.setattr(kernel, "update", spy)
+    variables = [keras.Variable(np.ones(5, dtype)) for dtype in ("float32", "float64")]
+    variables.append(keras.Variable(np.ones(5), dtype="bfloat16"))  # follows later
+    optimizer = RMSprop(0.5, rho=0.0, use_ema=True, ema_momentum=0.75)
+    optimizer.build(variables)
+    apply = tf.function(optimizer.apply) if how == "tf.function" else optimizer.apply
+    grads = [tf.ones(5, v.dtype) for v in variables]
+    before = [average.value.read_value() for average in optimizer._weight_averages]
+    apply(grads)
+    apply(grads)
+    assert sum(average is None for average in seen) * 3 == len(seen)
+    for average, was in zip(optimizer._weight_averages, before, strict=True):
+        np.testing.assert_array_equal(was, np.zeros(5))
+        # After the first step an average is what the weights are, 0.5; then they are 0.
+        np.testing.assert_allclose(
+            average.numpy().astype("float64"), 0.75 * 0.5, rtol=1e-5
+        )
+
+
+@needs_kernel
+def test_whoever_averages_in_another_way_does_so_once():
+    class Sees(RMSprop):
+        def _update_model_variables_moving_average(self, variables):
+            self.seen = [average.numpy() for average in self._weight_averages]
+            super()._update_model_variables_moving_average(variables)
+
+    optimizer = Sees(0.5, rho=0.0, use_ema=True, ema_momentum=0.75)
+    variable = keras.Variable(np.ones(5))
+    tf.config.run_functions_eagerly(True)
+    try:
+        for _ in range(2):
+            optimizer.apply([tf.ones(5)], [variable])
+    finally:
+        tf.config.run_functions_eagerly(False)
+    np.testing.assert_allclose(optimizer.seen, [[0.5] * 5], rtol=1e-5)
+    np.testing.assert_allclose(
+        optimizer._weight_averages[0].numpy(), 0.75 * 0.5, rtol=1e-5
+    )
+
+
+@needs_kernel
+@given(
+    dtypes=st.sampled_from(DTYPES),
+    shapes=st.lists(
+        st.sampled_from([*SHAPES, (2000, 5), (5000,), (9, 60, 10)]),
+        min_size=1,
+        max_size=4,
+    ),
+    one_in=st.integers(1, 7),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=50)
+def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, one_in, seed):
+    rng = np.random.default_rng(seed)
+    weights, sums = dtypes
+    how = automatic.AutoLearningRate(one_in=one_in)
+
+    def part_of(shape):
+        sample = how.sample(shape)
+        first, s = (tf.Variable(tf.zeros(sample.shape, sums)) for _ in "12")
+        variable = tf.Variable(tf.cast(rng.normal(size=shape), weights))
+        return automatic.Part(variable, None, first, s, sample)
+
+    parts = [part_of(shape) for shape in shapes]
+    others = [
+        part._replace(first=tf.Variable(part.first), sums=tf.Variable(part.sums))
+        for part in parts
+    ]
+    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0]) for _ in "12"]
+    for _ in range(3):
+        grads = [tf.cast(rng.normal(size=shape), sums) for shape in shapes]
+        found = []
+        for several, estimate, by in zip(
+            (parts, others), kept, (kernel, None), strict=True
+        ):
+            several = [
+                part._replace(gradient=g)
+                for part, g in zip(several, grads, strict=True)
+            ]
+            assert all(map(kernel.follows, several))
+            automatic.find(several, estimate, 1.0, how, kernel=by)
+            found.append([estimate, *(v for p in several for v in (p.first, p.sums))])
+        for got, want in zip(*found, strict=True):
+            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-4, atol=1e-12)
+        for part in parts:
+            part.variable.assign_sub(
+                tf.cast(rng.normal(size=part.variable.shape), weights)
+            )
+
+
+@needs_kernel
+def test_the_search_refuses_elements_that_are_not_there():
+    how = automatic.AutoLearningRate()
+    sample = how.sample((5000,))
+    variables = [tf.Variable(tf.zeros(n)) for n in (5000, *sample.shape, *sample.shape)]
+    part = automatic.Part(variables[0], tf.ones(5000), *variables[1:], sample)
+    sample.places = sample.places[0], sample.places[1], sample.places[2] + 1
+    with pytest.raises(tf.errors.InvalidArgumentError, match="looked at"):
+        kernel.follow([part], 1.0, tf.constant(True), 0.9)
+    for variable in variables:
+        np.testing.assert_array_equal(variable.numpy(), np.zeros(variable.shape))
 
 
 # Sums.
