@@ -22,7 +22,9 @@ QUICK_SETS = "MNIST network", "160 small", "16 M"
 QUICK_MODELS = "MNIST network", "61 x 64", "3 x 2048", "conv net"
 WATCHED = "MNIST network", "3 x 2048"
 """Models that are trained beside a `Monitor`, too."""
-FIRST_STEPS = 4
+INSIDE_XLA = "this", "auto", "Keras"
+"""Who competes in a `fit` that XLA compiles."""
+FIRST_STEPS = 2
 """In how many rounds a model is made, and compiled, anew; but for the quick run."""
 MALLOC = {"TF_ENABLE_ONEDNN_OPTS": "0"}
 """TensorFlow's other allocator keeps what it once had."""
@@ -115,11 +117,13 @@ def fits(options: argparse.Namespace) -> list[Plan]:
         return [Plan("fit.py", whos, QUICK_MODELS, jits, 2 * rounds, options.seconds)]
     imports = Plan("fit.py", list(fit.IMPORTS), ["import"], ["import"], rounds + 2)
     whos = [who for who in fit.OPTIMIZERS if who != fit.MONITOR]
-    models, jits = list(fit.MODELS), list(fit.JIT)
+    models, (default, xla) = list(fit.MODELS), fit.JIT
     seconds = 2 * options.seconds
+    fits = Plan("fit.py", whos, models, [default], 2 * rounds, seconds, setups=firsts)
     return [
         imports._replace(measures=(), fresh=True),
-        Plan("fit.py", whos, models, jits, 2 * rounds, seconds, setups=firsts),
+        fits,
+        fits._replace(whos=INSIDE_XLA, hows=[xla]),
         Plan("fit.py", ["this", fit.MONITOR], WATCHED, ["mean, default"], rounds, 16),
     ]
 

@@ -82,6 +82,7 @@ TABLE_JIT = {"without XLA": False, "with XLA": True}
 MONITOR = "this, Monitor"
 OPTIMIZERS = {
     "this": "keras_rmsprop:RMSprop",
+    harness.PORTABLE: "keras_rmsprop:RMSprop",
     "auto": "keras_rmsprop:RMSprop",
     MONITOR: "keras_rmsprop:RMSprop",
     "Keras": "keras.optimizers:RMSprop",

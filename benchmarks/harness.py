@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from figures import Figure
 
 HERE = Path(__file__).parent
+PORTABLE = "portable"
+"""Competitors with this in front are this package without its kernel."""
 PACKAGES = ("keras_rmsprop", "keras", "tensorflow", "numpy")
 
 
@@ -118,6 +120,7 @@ class Worker:
         package = before if before and who.startswith("before") else HERE.parent
         paths = (str(package.resolve()), os.environ.get("PYTHONPATH"))
         path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        portable = {"KERAS_RMSPROP_KERNEL": "0"} if who.startswith(PORTABLE) else {}
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, HERE / plan.program, who.replace("before", "this")],
@@ -125,7 +128,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             text=True,
-            env={**os.environ, **path, **plan.environment},
+            env={**os.environ, **path, **portable, **plan.environment},
         )
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, float | None]:

@@ -78,7 +78,7 @@ def numbers(set_name: str) -> int:
 
 
 def with_keras(module: str, way: str, case: Case) -> tuple[Step, int]:
-    """Prepare a Keras optimizer: this, with a rate that it finds, or the built-in."""
+    """Prepare a Keras optimizer: this, one that finds its rate, or the built-in."""
     import keras
     import tensorflow as tf
 
@@ -224,7 +224,8 @@ COMPETITORS: dict[str, Callable[[Case], tuple[Step, int]]] = {
     **{
         f"{module}, {way}": partial(with_keras, module, way)
         for way in ("eager", "tf.function", "XLA")
-        for module in ("this", "auto", "Keras")
+        for module in ("this", harness.PORTABLE, "auto", "Keras")
+        if (module, way) != (harness.PORTABLE, "XLA")  # which has no kernel
     },
     "ResourceApplyRMSProp": with_raw_op,
     "torch, plain": partial(with_torch, "plain"),

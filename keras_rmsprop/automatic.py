@@ -348,7 +348,8 @@ def find(
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Part]] = {}
-    in_kernel, others = [], []
+    in_kernel: list[Part] = []
+    others: list[Part] = []
     for part in parts:
         takes = kernel is not None and kernel.follows(part)
         (in_kernel if takes else others).append(part)

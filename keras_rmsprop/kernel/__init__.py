@@ -7,7 +7,7 @@ takes the step. It is never an error: `why_not` says why there is no kernel.
 import functools
 import os
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -175,7 +175,7 @@ def follow(
     Returns:
         For each call that it took, two doubles: the sum of <g, x0 - x>, and of |s|.
     """
-    places: dict[Hashable, list[Any]] = {}
+    places: dict[tuple[Any, Any, str], list[Any]] = {}
     for part in parts:
         variable = native(part.variable)
         place = variable.dtype, part.gradient.dtype, variable.device
