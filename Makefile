@@ -8,6 +8,8 @@ BENCH := $(VENV)/.bench
 MUTANTS := $(VENV)/.mutants
 DOCS := $(VENV)/.docs
 OLDEST := .venv-oldest
+WHEELS := dist
+PARTS := $(WHEELS)/parts/keras_rmsprop-*
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
 OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM SEED DATA OUTPUT
@@ -90,7 +92,7 @@ mutants: $(MUTANTS)  ## change the code in many places, one at a time, and see t
 sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sanitizers
 	@mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -DONE_PROCESSOR -ffp-contract=off -fno-sanitize-recover=all \
-		-fsanitize=address,undefined keras_rmsprop/kernel/step.cc keras_rmsprop/kernel/search.cc \
+		-fsanitize=address,undefined $(addprefix keras_rmsprop/kernel/,step.cc rows.cc search.cc) \
 		tests/step_test.cc -o build/step_test
 	build/step_test
 
@@ -126,8 +128,20 @@ short-%: $(READY)
 docs: $(DOCS)  ## build the site: site/index.html; a dead link is an error
 	$(BIN)/mkdocs build --strict $(ARGS)
 
-wheel: $(READY)  ## build dist/*.whl
-	$(BIN)/python -m build --wheel --outdir dist .
+wheel: $(READY)  ## build dist/*.whl, with the kernel for each TensorFlow here
+	rm -rf $(WHEELS)
+	$(BIN)/python -m build --wheel --outdir $(WHEELS)/parts .
+	$(BIN)/wheel unpack --dest $(WHEELS)/parts $(WHEELS)/parts/*.whl
+	@for python in $(BIN)/python $(wildcard $(OLDEST)/bin/python); do \
+		$$python -m keras_rmsprop.kernel --folder $(PARTS)/keras_rmsprop/kernel 2>/dev/null || \
+			echo "No native kernel for $$python."; \
+	done
+	$(BIN)/wheel pack --dest-dir $(WHEELS) $(PARTS)
+	@if ls $(PARTS)/keras_rmsprop/kernel/*.so >/dev/null 2>&1; then \
+		$(BIN)/wheel tags --remove $(WHEELS)/*.whl --platform-tag \
+			$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_platform())' | tr .- __); \
+	fi
+	rm -r $(WHEELS)/parts
 
 clean:  ## remove what was made, the virtual environments too
 	rm -rf $(VENV) $(OLDEST) runs mutants site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ from typing import Any
 
 import figures
 import picture
+import sentences
 from figures import PARTS, WAYS, Figure, Part, short, spread
 from fit import KEPT, LARGE, SMALL, TABLE_JIT, TABLES, WIDTH
 from harness import sentence
@@ -201,6 +202,15 @@ def save(path: Path, name: str, part: Part) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def load(path: Path) -> dict[str, Part]:
+    """Return the parts that were saved."""
+    report = json.loads(path.read_text())
+    return {
+        name: Part(of["machine"], [Figure(**figure) for figure in of["figures"]])
+        for name, of in sorted(report.items(), key=lambda item: PARTS.index(item[0]))
+    }
+
+
 def publish(folder: Path) -> dict[str, Part]:
     """Draw the pictures and write the pages; return the figures that they show.
 
@@ -214,11 +224,7 @@ def publish(folder: Path) -> dict[str, Part]:
         before, _, rest = (pages.get(page) or page.read_text()).partition(begin)
         pages[page] = before + begin + text + END + rest.partition(END)[2]
 
-    report = json.loads((folder / FIGURES).read_text())
-    parts = {
-        name: Part(of["machine"], [Figure(**figure) for figure in of["figures"]])
-        for name, of in sorted(report.items(), key=lambda item: PARTS.index(item[0]))
-    }
+    parts = load(folder / FIGURES)
     rest, page = dict(parts), DOCS / "benchmarks.md"
     if embedding := rest.pop("embedding", None):
         draw_embeddings(folder / "embedding.png", embedding)
@@ -230,8 +236,12 @@ def publish(folder: Path) -> dict[str, Part]:
         insert(DOCS.parent / "README.md", markdown({"": _eager(rest["update"])}))
     text = "".join(f"- {name}: {sentence(of.machine)}\n" for name, of in rest.items())
     insert(page, text + markdown(tables(rest)), ": updates, fit and memory")
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+        text = pages.get(page) or page.read_text()
+        pages[page] = sentences.filled(text, parts)
     for page, text in pages.items():
-        (page if folder == RESULTS else folder / page.name).write_text(text)
+        if folder == RESULTS or text != page.read_text():
+            (page if folder == RESULTS else folder / page.name).write_text(text)
     if folder == RESULTS:
         picture.main()
     return parts

@@ -628,7 +628,9 @@ class RMSprop(keras.optimizers.Optimizer):
                 "it is built. Received: skip_nonfinite=True later"
             )
         clocks = self._clocks_in_step(grads, variables)
-        grads, rows, asserts = backend.as_taken(grads, variables, clocks)
+        grads, rows, asserts = backend.as_taken(
+            grads, variables, clocks, self._native()
+        )
         now = self._now
         now.learning_rate, now.in_program = learning_rate, in_program
         now.may_scale = self._scales_in_update()

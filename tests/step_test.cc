@@ -1,6 +1,7 @@
 // The arithmetic of the kernel, beside a plain loop in long double. `make sanitize`
 // builds it with sanitizers: each buffer is exactly as long as it should be.
 
+#include "../keras_rmsprop/kernel/rows.h"
 #include "../keras_rmsprop/kernel/search.h"
 #include "../keras_rmsprop/kernel/step.h"
 
@@ -11,6 +12,7 @@
 #include <memory>
 #include <random>
 #include <type_traits>
+#include <vector>
 
 using keras_rmsprop::Bfloat16;
 using keras_rmsprop::Followed;
@@ -19,6 +21,7 @@ using keras_rmsprop::Numbers;
 using keras_rmsprop::Part;
 using keras_rmsprop::Sample;
 using keras_rmsprop::Sums;
+using keras_rmsprop::Ticks;
 
 std::mt19937 random_bits(0);
 
@@ -52,10 +55,10 @@ void TestStep(int64_t size, int options, double tolerance) {
   auto average = Draw<T>(size, false);
   Numbers<T> n = {T(-0.5), T(0.9),  T(0.1), T(0.8), T(inside ? .1 : 0),
                   T(inside ? 0 : .1), T(corrected ? .4 : 1), T(0.01), T(1), nesterov,
-                  T(0.7)};
-  Part<T, W> part = {size, g.get(), w.get(), v.get(), momentum ? m.get() : nullptr,
-                     centered ? a.get() : nullptr, T(decays ? .2 : 0),
-                     T(decays ? .003 : 0), averages ? average.get() : nullptr};
+                  T(0.7), 0};
+  Part<T, W, T> part = {size, g.get(), w.get(), v.get(), momentum ? m.get() : nullptr,
+                     centered ? a.get() : nullptr,
+                     {T(decays ? .2 : 0), T(decays ? .003 : 0)}, averages ? average.get() : nullptr};
   auto copy = [size](const auto& x) {
     auto y = std::make_unique<long double[]>(size);
     for (int64_t i = 0; i < size; ++i) {
@@ -67,7 +70,7 @@ void TestStep(int64_t size, int options, double tolerance) {
   auto average0 = copy(average);
   keras_rmsprop::Step(n, part);
   for (int64_t i = 0; i < size; ++i) {
-    const long double gradient = n.scale * g[i] + part.penalty * w0[i];
+    const long double gradient = n.scale * g[i] + part.decay.penalty * w0[i];
     v0[i] = n.rho * v0[i] + n.rest * gradient * gradient;
     a0[i] = n.rho * a0[i] + n.rest * gradient;
     long double spread = v0[i] / n.correction;
@@ -82,7 +85,7 @@ void TestStep(int64_t size, int options, double tolerance) {
     }
     Expect(v[i], v0[i], 1e-5, "velocity");
     if (centered) Expect(a[i], a0[i], 1e-5, "average gradient");
-    const long double want = w0[i] - n.rate_outside * u - part.decay * w0[i];
+    const long double want = w0[i] - n.rate_outside * u - part.decay.taken * w0[i];
     Expect(static_cast<T>(w[i]), want, tolerance, "weight");
     if (averages) average0[i] = 0.7L * average0[i] + 0.3L * want;
     Expect(average[i], average0[i], 1e-4, "average");
@@ -126,7 +129,93 @@ void TestFollow(Sample sample, int64_t runs, bool begins) {
   }
 }
 
+// Rows 4, 0 and 3 of five: as if each were a variable whose averages have faded.
+template <typename T, typename W, typename I>
+void TestRows(int64_t width, bool all) {
+  constexpr int64_t kRows = 5;
+  const std::vector<I> ids = {4, 0, 3};
+  auto g = Draw<T>(3 * width, false);
+  auto w = Draw<W>(kRows * width, false);
+  auto v = Draw<T>(kRows * width, true), m = Draw<T>(kRows * width, false);
+  auto a = Draw<T>(kRows * width, false);
+  std::vector<W> w0(w.get(), w.get() + kRows * width);
+  std::vector<T> v0(v.get(), v.get() + kRows * width);
+  std::vector<T> m0(m.get(), m.get() + kRows * width);
+  std::vector<T> a0(a.get(), a.get() + kRows * width);
+  auto last = std::make_unique<int32_t[]>(kRows);
+  std::vector<int32_t> last0 = {7, 2, 0, 5, 7};
+  std::copy(last0.begin(), last0.end(), last.get());
+  const Numbers<T> n = {1, T(0.9), T(0.1), T(0.8), T(.1), 0, 1, T(0.01), 1, false, 0, 0};
+  const Part<T, W, T> table = {width, g.get(), w.get(), v.get(), all ? m.get() : nullptr,
+                            all ? a.get() : nullptr, {0, T(.003)}, nullptr};
+  const Ticks ticks = {7, last.get()};
+  keras_rmsprop::StepRows(n, table, ticks, ids.data(), 0, 1);
+  keras_rmsprop::StepRows(n, table, ticks, ids.data(), 1, 2);
+  for (int64_t i = 0; i < 3; ++i) {
+    const int64_t at = ids[i] * width;
+    for (int64_t j = at; j < at + width; ++j) {
+      for (int k = last0[ids[i]]; k < 7; ++k) {
+        v0[j] *= n.rho;
+        if (all) a0[j] *= n.rho;
+      }
+    }
+    Part<T, W, T> row = {width, g.get() + i * width, &w0[at], &v0[at],
+                      all ? &m0[at] : nullptr, all ? &a0[at] : nullptr, {0, T(.003)},
+                      nullptr};
+    keras_rmsprop::Step(n, row);
+    last0[ids[i]] = 8;
+  }
+  for (int64_t j = 0; j < kRows * width; ++j) {
+    Expect(static_cast<T>(w[j]), static_cast<T>(w0[j]), 1e-2, "weight of a row");
+    Expect(v[j], v0[j], 1e-5, "velocity of a row");
+    Expect(m[j], m0[j], 1e-5, "momentum of a row");
+    Expect(a[j], a0[j], 1e-5, "average gradient of a row");
+  }
+  for (int i = 0; i < kRows; ++i) Expect(last[i], last0[i], 0, "clock of a row");
+}
+
+void TestGroups(int64_t count, int32_t rows) {
+  constexpr int64_t kWidth = 3;
+  std::vector<int32_t> ids(count);
+  for (auto& id : ids) id = random_bits() % rows;
+  auto slices = Draw<float>(count * kWidth, false);
+  const auto groups = keras_rmsprop::GroupsOf(ids.data(), count);
+  std::vector<int32_t> distinct;
+  for (const int32_t id : ids) {
+    if (std::find(distinct.begin(), distinct.end(), id) == distinct.end()) {
+      distinct.push_back(id);
+    }
+  }
+  const int64_t found = groups.ends.size();
+  Expect(found, distinct.size(), 0, "number of rows");
+  auto sums = std::make_unique<float[]>(found * kWidth);
+  const int64_t some = found / 2;
+  keras_rmsprop::SumRows(groups, kWidth, slices.get(), 0, some, sums.get());
+  keras_rmsprop::SumRows(groups, kWidth, slices.get(), some, found - some, sums.get());
+  for (int64_t j = 0; j < found; ++j) {
+    for (int64_t k = 0; k < kWidth; ++k) {
+      long double sum = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] == distinct[j]) sum += slices[i * kWidth + k];
+      }
+      Expect(sums[j * kWidth + k], sum, 1e-5, "sum of slices");
+    }
+  }
+}
+
 int main() {
+  for (const int64_t count : {0, 1, 2, 17, 500}) {
+    for (const int32_t rows : {1, 7, 1000}) TestGroups(count, rows);
+  }
+  for (const int64_t width : {1, 7, 64}) {
+    for (const bool all : {false, true}) {
+      TestRows<float, float, int32_t>(width, all);
+      TestRows<float, Bfloat16, int64_t>(width, all);
+      TestRows<float, Half, int32_t>(width, all);
+      TestRows<double, double, int64_t>(width, all);
+      TestRows<double, float, int32_t>(width, all);
+    }
+  }
   for (const Sample sample : {Sample{1, 1, 1}, {37, 37, 1}, {5, 40, 1}, {3, 10, 4}}) {
     for (const int64_t runs : {0, 1, 2, 29}) {
       for (const bool begins : {false, true}) {

@@ -164,7 +164,7 @@ def test_a_step_touches_its_rows_alone():
         for tensor in op.outputs:
             if tensor.shape.rank and tuple(tensor.shape) == (50, 3):
                 assert op.type == "ReadVariableOp", op.name
-    assert "1 by rows (sparse gradients: the rows of the batch)" in optimizer.explain()
+    assert "1 by rows (sparse gradients: the rows of the batch" in optimizer.explain()
     average = optimizer._weight_averages[0]
     average.assign(np.full((50, 3), np.nan))
     step(tf.constant([3, 4]))

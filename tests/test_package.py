@@ -13,6 +13,7 @@ import pytest
 from stepping import python
 
 import keras_rmsprop
+from keras_rmsprop import kernel
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,11 +78,8 @@ def test_jax_backend_trains_and_the_import_needs_no_tensorflow():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT],
-        check=True,
-        capture_output=True,
-    )
+    command = ["make", "wheel", f"WHEELS={folder}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     [wheel] = folder.glob("*.whl")
     return wheel
 
@@ -127,12 +125,17 @@ def test_wheel_trains_in_an_empty_environment(version, wheel, tmp_path):
         x = np.ones((8, 3))
         losses = model.fit(x, x[:, :1] + 9, epochs=2, batch_size=8, verbose=0).history
         assert losses["loss"][1] < losses["loss"][0]
-        print(keras_rmsprop.__version__, "%d.%d" % sys.version_info[:2])
+        from keras_rmsprop import kernel
+        print(kernel.why_not() or "kernel", keras_rmsprop.__version__, end=" ")
+        print("%d.%d" % sys.version_info[:2])
         """,
         executable=interpreter,
         cwd=tmp_path,
+        XDG_CACHE_HOME=str(tmp_path),  # so the kernel is that of the wheel
     )
-    assert out == f"{keras_rmsprop.__version__} {version}"
+    assert (
+        out == f"{kernel.why_not() or 'kernel'} {keras_rmsprop.__version__} {version}"
+    )
 
 
 def test_readme_names_the_versions_tested():

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -127,6 +128,34 @@ def test_the_api_page_is_whole():
     for name in shown:
         owner, _, last = name.rpartition(".")
         assert hasattr(inspect.importlib.import_module(owner), last), name
+
+
+def test_figures_in_sentences_are_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report, sentences = map(importlib.import_module, ("report", "sentences"))
+    parts = report.load(ROOT / "benchmarks/results/bench.json")
+    texts = [page.read_text() for page in PAGES]
+    assert sum(len(sentences.MARKED.findall(text)) for text in texts) > 10
+    assert sum(text.count("<!-- figure ") for text in texts) == sum(
+        len(sentences.MARKED.findall(text)) for text in texts
+    )
+    for text in texts:
+        assert sentences.filled(text, parts) == text
+        assert not re.search("^ *<!-- figure ", text, re.MULTILINE)  # ends a paragraph
+    with pytest.raises(KeyError):
+        sentences.filled("<!-- figure fit: nobody -->1<!-- end figure -->", parts)
+
+
+def test_the_figures_of_mnist_are_those_of_make_tuning():
+    page, results = (
+        (ROOT / f"docs/{name}.md").read_text()
+        for name in ("learning_rate", "benchmarks")
+    )
+    [measured] = re.findall(r"^\| MNIST, accuracy % \|(.*)$", results, re.MULTILINE)
+    shown = re.findall(r"^\| .* \| ([\d.]+) % \|$", page, re.MULTILINE)
+    assert len(shown) == 5
+    means = [float(cell.split()[0]) for cell in measured.strip(" |").split("|")]
+    assert {*map(float, shown)} <= {*means}
 
 
 def test_the_table_of_make_tune_is_what_came_out():

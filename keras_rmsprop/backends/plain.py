@@ -237,7 +237,10 @@ class Runner:
 
 
 def as_taken(
-    grads: Sequence[Any], variables: Sequence[Any], clocks: Sequence[Any]
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    clocks: Sequence[Any],
+    native: Sequence[Any] = (),
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Return gradients in float32 at least; see `tensorflow.as_taken`."""
     return [g if g is None else widened(g) for g in grads], [None] * len(grads), []

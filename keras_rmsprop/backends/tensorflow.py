@@ -247,8 +247,9 @@ def update(
             if average is not None:
                 followed.append(average)
             one = one._replace(average=None if average is None else native(average))
-            place = one.variable.dtype, one.dtype, one.variable.device
-            by_kernel.setdefault((*place, average is None), []).append(one)
+            dtypes = one.variable.dtype, one.dtype, one.slots.velocity.dtype
+            place = *dtypes, one.variable.device, average is None
+            by_kernel.setdefault(place, []).append(one)
         elif kind == ONE_AXIS:
             layouts.update_on_one_axis(
                 one.gradient,
@@ -293,10 +294,12 @@ def way(
         in_program: See `update`.
         xla: Whether XLA compiles it; None: look.
     """
-    if one.rows is not None:
-        return Way(ROWS, "sparse gradients: the rows of the batch")
     xla = inside_xla() if xla is None else xla
-    if not (xla or is_watched() or kernel.why_not_for(one, step)):
+    by_kernel = _is_kernel(one, step, xla)
+    if one.rows is not None:
+        how = ", in one native call" if by_kernel else ""
+        return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
+    if by_kernel:
         return Way(KERNEL, "one native call takes the step of all of them")
     if xla and in_program and layouts.has_short_axis(one.variable):
         return Way(ONE_AXIS, "its last axis is short, and XLA vectorises no other")
@@ -311,6 +314,10 @@ def way(
     if not codecs.of(one.slots.velocity).elementwise:
         return Way(ALONE, "`slot_dtype` draws by each element's place")
     return Way(END_TO_END, "small, so operations cost more than what they compute")
+
+
+def _is_kernel(one: Update, step: Step, xla: bool) -> bool:
+    return not (xla or is_watched() or kernel.why_not_for(one, step))
 
 
 def kinds_of_steps(
@@ -360,6 +367,9 @@ def _kept(one: Update, step: Step, gradient: Any, weights: Any, slots: Slots) ->
 
 def _update_rows(one: Update, step: Step) -> None:
     ids = one.rows.ids
+    if ids is not None and _is_kernel(one, step, inside_xla()):
+        kernel.update_rows(one, step)
+        return
     mean = functools.partial(sparse.mean, ids=ids, variable=one.variable)
 
     def taken(weights: Any, slots: Slots) -> Taken:
@@ -468,7 +478,10 @@ def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
 
 
 def as_taken(
-    grads: Sequence[Any], variables: Sequence[Any], clocks: Sequence[Any]
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    clocks: Sequence[Any],
+    native: Sequence[Any] = (),
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Return gradients as Keras can treat them: tensors in float32 at least.
 
@@ -476,6 +489,7 @@ def as_taken(
         grads: A tensor, slices or None for each variable.
         variables: The variables.
         clocks: For each, its clock if it is a table whose rows suffice, or None.
+        native: Variables where a kernel may sum up; none: nowhere.
 
     Returns:
         The gradients; for each its distinct rows, or None; and the operations that
@@ -491,7 +505,7 @@ def as_taken(
             if clock is None:
                 gradient = sparse.dense(gradient, variable)
             else:
-                gradient, ids = sparse.distinct(gradient, variable)
+                gradient, ids = _distinct(gradient, variable, native)
         elif gradient is not None:
             if not gradient.shape.is_fully_defined():
                 gradient = tf.ensure_shape(gradient, variable.shape)
@@ -500,6 +514,15 @@ def as_taken(
         tensors.append(gradient)
         rows.append(ids)
     return tensors, rows, asserts
+
+
+def _distinct(
+    gradient: tf.IndexedSlices, variable: Any, native: Sequence[Any]
+) -> tuple[Any, Any]:
+    wide = tf.IndexedSlices(widened(gradient.values), gradient.indices)
+    if not is_watched() and kernel.takes([wide.values], native):
+        return kernel.distinct(wide)
+    return sparse.distinct(wide, variable)
 
 
 after = tf.control_dependencies

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_rmsprop import options, rule
 from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.codecs import Draw
 from keras_rmsprop.kernel import build
 from keras_rmsprop.sparse import inside_xla, native
 
@@ -25,6 +26,8 @@ DTYPES = {
     "float64": ("float64", "float32"),
 }
 """The dtypes of weights that it takes, by the dtype in which it computes."""
+SLOTS = {"float32": ("float32", "bfloat16"), "float64": ("float64",)}
+"""The dtypes of slots, likewise. The slots of rows have that in which it computes."""
 
 
 def ops() -> Any:
@@ -69,16 +72,20 @@ def why_not_for(one: Update, step: Step) -> str:
     variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
     if not _are_here(variables) or len({v.device for v in variables}) > 1:
         return "not on one CPU of this process"
-    kept = {slot.dtype.name for slot in variables[1:]}
-    if kept != {one.dtype} or variables[0].dtype.name not in DTYPES[one.dtype]:
+    [kept, *others] = {slot.dtype.name for slot in variables[1:]}
+    can_keep = SLOTS[one.dtype] if one.rows is None else [one.dtype]
+    of_weights = variables[0].dtype.name
+    if others or kept not in can_keep or of_weights not in DTYPES[one.dtype]:
         return "the dtypes of weight and slots"
     return ""
 
 
 def _are_here(variables: Sequence[Any]) -> bool:
     """Whether `tf.Variable`s are on CPUs of this process."""
+    with tf.init_scope():
+        here = tf.zeros(()).device.partition("/device:")[0]  # job, replica and task
     return all(
-        hasattr(v, "handle") and "/job:localhost/" in v.device and "CPU" in v.device
+        hasattr(v, "handle") and v.device.startswith(here) and "CPU" in v.device
         for v in variables
     )
 
@@ -101,19 +108,10 @@ def update(updates: Sequence[Update], step: Step) -> None:
         step: What is the same for all.
     """
     dtype = updates[0].dtype
-    numbers = step.options
-    t = tf.cast(step.draw.step + 1, dtype) if numbers.bias_correction else None
-    corrects = t is not None and not rule.is_zero(numbers.rho)
-    correction = rule.correction(numbers.cast(dtype).rho, t) if corrects else 1
-    scale = 1 if step.scale is None else step.scale
     kinds = list(zip(*(one.slots for one in updates), strict=True))
     velocities, momenta, average_gradients = (
         [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
     )
-    decays = [0 if one.decay is None else one.decay for one in updates]
-    if step.decoupled_weight_decay:
-        # In float32 first, as in Keras.
-        decays = [d if options.is_tensor(d) else np.float32(d) for d in decays]
     ops().keras_rmsprop_step(
         gradients=[tf.cast(one.gradient, dtype) for one in updates],
         weights=[one.variable.handle for one in updates],
@@ -121,18 +119,65 @@ def update(updates: Sequence[Update], step: Step) -> None:
         momenta=momenta,
         average_gradients=average_gradients,
         averages=[one.average.handle for one in updates if one.average is not None],
-        learning_rate=tf.cast(step.learning_rate, dtype),
-        correction=tf.cast(correction, dtype),
-        scale=tf.cast(-scale if numbers.maximize else scale, dtype),
         share=tf.cast(0 if step.share is None else step.share(dtype), dtype),
-        constants=_vector([numbers.rho, numbers.momentum, numbers.epsilon]),
-        decays=_vector([] if all(one.decay is None for one in updates) else decays),
-        W=updates[0].variable.dtype.base_dtype,
-        epsilon_inside_sqrt=numbers.epsilon_inside_sqrt,
-        nesterov=numbers.nesterov,
-        lr_in_momentum=numbers.lr_in_momentum,
-        decoupled_weight_decay=step.decoupled_weight_decay,
+        draw=_draw(step.draw),
+        S=updates[0].slots.velocity.dtype.base_dtype,
+        **_numbers(updates, step),
     )
+
+
+def update_rows(one: Update, step: Step) -> None:
+    """Bring some rows of a table up to date and take their step, in one call.
+
+    Args:
+        one: What to do to the table.
+        step: What is the same for all variables.
+    """
+    clock, ids = one.rows
+    velocity, momentum, average_gradient = one.slots
+    ops().keras_rmsprop_rows(
+        gradient=tf.cast(one.gradient, one.dtype),
+        ids=ids,
+        weights=one.variable.handle,
+        velocity=velocity.handle,
+        updates=clock.updates.handle,
+        last=clock.last.handle,
+        momenta=[] if momentum is None else [momentum.handle],
+        average_gradients=[] if average_gradient is None else [average_gradient.handle],
+        **_numbers([one], step),
+    )
+
+
+def _numbers(updates: Sequence[Update], step: Step) -> dict[str, Any]:
+    """Return the arguments of an op that say how to update."""
+    dtype, numbers = updates[0].dtype, step.options
+    t = tf.cast(step.draw.step + 1, dtype) if numbers.bias_correction else None
+    corrects = t is not None and not rule.is_zero(numbers.rho)
+    correction = rule.correction(numbers.cast(dtype).rho, t) if corrects else 1
+    scale = 1 if step.scale is None else step.scale
+    decays = [0 if one.decay is None else one.decay for one in updates]
+    if step.decoupled_weight_decay:
+        # In float32 first, as in Keras.
+        decays = [d if options.is_tensor(d) else np.float32(d) for d in decays]
+    return {
+        "learning_rate": tf.cast(step.learning_rate, dtype),
+        "correction": tf.cast(correction, dtype),
+        "scale": tf.cast(-scale if numbers.maximize else scale, dtype),
+        "constants": _vector([numbers.rho, numbers.momentum, numbers.epsilon]),
+        "decays": _vector([] if all(one.decay is None for one in updates) else decays),
+        "W": updates[0].variable.dtype.base_dtype,
+        "epsilon_inside_sqrt": numbers.epsilon_inside_sqrt,
+        "nesterov": numbers.nesterov,
+        "lr_in_momentum": numbers.lr_in_momentum,
+        "decoupled_weight_decay": step.decoupled_weight_decay,
+    }
+
+
+def _draw(draw: Draw) -> Any:
+    """Return the number from which random rounding starts in a step."""
+    if draw.offset is None:
+        return tf.constant(0)
+    return tf.cast(draw.step, "int32") + tf.cast(draw.offset, "int32")
 
 
 def _vector(numbers: Sequence[Any]) -> Any:
@@ -196,6 +241,16 @@ def follow(
         stand_for = tf.constant([p.sample.stands_for for p in several], "float64")
         found.append(tuple(tf.tensordot(stand_for, x, 1) for x in sums))
     return found
+
+
+def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
+    """Return the sums of the slices of each row, and the rows; see `sparse.distinct`.
+
+    Args:
+        gradient: In float32 or float64.
+    """
+    found = ops().keras_rmsprop_distinct(slices=gradient.values, ids=gradient.indices)
+    return found.sums, found.distinct
 
 
 def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:

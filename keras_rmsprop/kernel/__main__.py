@@ -1,6 +1,7 @@
 """Build the kernel for the installed TensorFlow: python -m keras_rmsprop.kernel."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,8 +18,11 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help=text)
     given = parser.parse_args()
 
-    path = None if given.folder or given.force else build.found()
+    path = None if given.force else build.found()
     if path is not None:
+        if given.folder:
+            given.folder.mkdir(parents=True, exist_ok=True)
+            path = Path(shutil.copy(path, given.folder))
         print(f"The kernel is there already: {path}")
         return
     try:

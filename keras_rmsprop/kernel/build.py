@@ -16,7 +16,10 @@ from pathlib import Path
 import tensorflow as tf
 
 HERE = Path(__file__).parent
-SOURCES = "processors.h", "step.h", "search.h", "step.cc", "search.cc", "ops.cc"
+SOURCES = (
+    *("processors.h", "step.h", "rows.h", "search.h"),
+    *("step.cc", "rows.cc", "search.cc", "ops.cc"),
+)
 FLAGS = (
     *("-shared", "-fPIC", "-O3", "-Wall"),
     # So that loops are vectorised, and results stay those of IEEE arithmetic.

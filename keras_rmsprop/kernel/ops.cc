@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "rows.h"
 #include "search.h"
 #include "step.h"
 #include "tensorflow/core/framework/op.h"
@@ -31,6 +32,7 @@ REGISTER_OP("KerasRmspropStep")
     .Input("correction: T")
     .Input("scale: T")
     .Input("share: T")
+    .Input("draw: int32")
     .Input("constants: double")
     .Input("decays: double")
     .Attr("N: int >= 1")
@@ -39,12 +41,56 @@ REGISTER_OP("KerasRmspropStep")
     .Attr("E: int >= 0")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
+    .Attr("S: {float, double, bfloat16}")
     .Attr("epsilon_inside_sqrt: bool")
     .Attr("nesterov: bool")
     .Attr("lr_in_momentum: bool")
     .Attr("decoupled_weight_decay: bool")
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::NoOutputs);
+
+REGISTER_OP("KerasRmspropRows")
+    .Doc("One step of RMSprop, of some rows of a table; see sparse.py.")
+    .Input("gradient: T")
+    .Input("ids: I")  // distinct
+    .Input("weights: resource")
+    .Input("velocity: resource")
+    .Input("updates: resource")
+    .Input("last: resource")
+    .Input("momenta: M * resource")
+    .Input("average_gradients: A * resource")
+    .Input("learning_rate: T")
+    .Input("correction: T")
+    .Input("scale: T")
+    .Input("constants: double")
+    .Input("decays: double")
+    .Attr("M: int >= 0")
+    .Attr("A: int >= 0")
+    .Attr("T: {float, double}")
+    .Attr("W: {float, double, bfloat16, half}")
+    .Attr("I: {int32, int64}")
+    .Attr("epsilon_inside_sqrt: bool")
+    .Attr("nesterov: bool")
+    .Attr("lr_in_momentum: bool")
+    .Attr("decoupled_weight_decay: bool")
+    .SetIsStateful()
+    .SetShapeFn(tf::shape_inference::NoOutputs);
+
+REGISTER_OP("KerasRmspropDistinct")
+    .Doc("The sums of the slices of each row, and the rows, as they first come.")
+    .Input("slices: T")
+    .Input("ids: I")
+    .Output("sums: T")
+    .Output("distinct: I")
+    .Attr("T: {float, double}")
+    .Attr("I: {int32, int64}")
+    .SetShapeFn([](tf::shape_inference::InferenceContext* c) {
+      tf::shape_inference::ShapeHandle sums;
+      TF_RETURN_IF_ERROR(c->ReplaceDim(c->input(0), 0, c->UnknownDim(), &sums));
+      c->set_output(0, sums);
+      c->set_output(1, c->Vector(c->Dim(sums, 0)));
+      return absl::OkStatus();
+    });
 
 REGISTER_OP("KerasRmspropSquares")
     .Doc("The sum of the squares of each tensor; the same sum with any threads.")
@@ -85,6 +131,7 @@ namespace {
 
 constexpr int64_t kBlockElements = 8192;  // what one thread does at a time
 constexpr int64_t kCyclesAnElement = 4;
+constexpr int64_t kCyclesARow = 400;  // more, as it is not in a cache
 
 // Some elements of the tensor with a number.
 struct Block {
@@ -92,15 +139,21 @@ struct Block {
   int64_t start, size;
 };
 
-std::vector<Block> BlocksOf(const std::vector<int64_t>& sizes) {
+std::vector<Block> BlocksOf(const std::vector<int64_t>& sizes,
+                            int64_t most = kBlockElements) {
   std::vector<Block> blocks;
   for (int i = 0; i < static_cast<int>(sizes.size()); ++i) {
     const int64_t size = sizes[i];
-    for (int64_t start = 0; start < size; start += kBlockElements) {
-      blocks.push_back({i, start, std::min(kBlockElements, size - start)});
+    for (int64_t start = 0; start < size; start += most) {
+      blocks.push_back({i, start, std::min(most, size - start)});
     }
   }
   return blocks;
+}
+
+// How many rows one thread does at a time.
+int64_t RowsEach(int64_t width) {
+  return std::max<int64_t>(1, kBlockElements / (width + 1));
 }
 
 std::vector<int64_t> SizesOf(const tf::OpInputList& tensors) {
@@ -112,13 +165,13 @@ std::vector<int64_t> SizesOf(const tf::OpInputList& tensors) {
 // Does something for all blocks, on TensorFlow's own threads.
 template <typename Function>
 void ForEach(tf::OpKernelContext* ctx, const std::vector<Block>& blocks,
-             Function function) {
+             Function function, int64_t cycles_each = kCyclesAnElement) {
   if (blocks.empty()) return;
-  int64_t elements = 0;
-  for (const Block& block : blocks) elements += block.size;
+  int64_t size = 0;
+  for (const Block& block : blocks) size += block.size;
   const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
   tf::Shard(workers->num_threads, workers->workers, blocks.size(),
-            kCyclesAnElement * elements / blocks.size() + 1,
+            cycles_each * size / blocks.size() + 1,
             [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) function(i, blocks[i]);
             });
@@ -227,15 +280,71 @@ using Plain = std::conditional_t<
     std::is_same_v<W, tf::bfloat16>, Bfloat16,
     std::conditional_t<std::is_same_v<W, Eigen::half>, Half, W>>;
 
-template <typename T, typename W>
-class StepOp : public tf::OpKernel {
+absl::Status ReadScalar(tf::OpKernelContext* ctx, const char* name,
+                        const tf::Tensor** scalar) {
+  TF_RETURN_IF_ERROR(ctx->input(name, scalar));
+  if ((*scalar)->NumElements() != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar."));
+  }
+  return absl::OkStatus();
+}
+
+// What the ops have in common that take a step: its numbers.
+template <typename T>
+class UpdateOp : public tf::OpKernel {
  public:
-  explicit StepOp(tf::OpKernelConstruction* ctx) : OpKernel(ctx) {
+  explicit UpdateOp(tf::OpKernelConstruction* ctx) : OpKernel(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("epsilon_inside_sqrt", &epsilon_inside_sqrt_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("nesterov", &nesterov_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("lr_in_momentum", &lr_in_momentum_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("decoupled_weight_decay", &decoupled_));
   }
+
+ protected:
+  // Reads the numbers, and the weight decay of each variable.
+  absl::Status ReadNumbers(tf::OpKernelContext* ctx, int count, Numbers<T>* numbers,
+                           std::vector<Decay<T>>* decays) {
+    const tf::Tensor *rate, *correction, *scale, *constants, *given;
+    TF_RETURN_IF_ERROR(ReadScalar(ctx, "learning_rate", &rate));
+    TF_RETURN_IF_ERROR(ReadScalar(ctx, "correction", &correction));
+    TF_RETURN_IF_ERROR(ReadScalar(ctx, "scale", &scale));
+    TF_RETURN_IF_ERROR(ctx->input("constants", &constants));
+    TF_RETURN_IF_ERROR(ctx->input("decays", &given));
+    if (constants->NumElements() != 3 ||
+        (given->NumElements() != 0 && given->NumElements() != count)) {
+      return absl::InvalidArgumentError(
+          "There must be three constants, and a decay for each gradient or none.");
+    }
+    const auto constant = constants->flat<double>();
+    const T epsilon = static_cast<T>(constant(2)), lr = rate->flat<T>()(0);
+    numbers->scale = scale->flat<T>()(0);
+    numbers->rho = static_cast<T>(constant(0));
+    numbers->rest = static_cast<T>(1 - constant(0));
+    numbers->momentum = static_cast<T>(constant(1));
+    numbers->epsilon_inside = epsilon_inside_sqrt_ ? epsilon : T(0);
+    numbers->epsilon_outside = epsilon_inside_sqrt_ ? T(0) : epsilon;
+    numbers->correction = correction->flat<T>()(0);
+    numbers->rate_inside = lr_in_momentum_ ? lr : T(1);
+    numbers->rate_outside = lr_in_momentum_ ? T(1) : lr;
+    numbers->nesterov = nesterov_;
+    numbers->share = 0;
+    numbers->draw = 0;
+    for (int i = 0; i < count; ++i) {
+      const T decay =
+          given->NumElements() ? static_cast<T>(given->flat<double>()(i)) : T(0);
+      decays->push_back(decoupled_ ? Decay<T>{0, lr * decay} : Decay<T>{decay, 0});
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  bool epsilon_inside_sqrt_, nesterov_, lr_in_momentum_, decoupled_;
+};
+
+template <typename T, typename W, typename S>
+class StepOp : public UpdateOp<T> {
+ public:
+  using UpdateOp<T>::UpdateOp;
 
   void Compute(tf::OpKernelContext* ctx) override {
     tf::OpInputList gradients;
@@ -247,20 +356,26 @@ class StepOp : public tf::OpKernel {
                                         "average_gradients", "averages"},
                                        2));
     Numbers<T> numbers;
-    const tf::Tensor* decays;
-    OP_REQUIRES_OK(ctx, ReadNumbers(ctx, count, &numbers, &decays));
+    std::vector<Decay<T>> decays;
+    OP_REQUIRES_OK(ctx, this->ReadNumbers(ctx, count, &numbers, &decays));
+    const tf::Tensor* share;
+    OP_REQUIRES_OK(ctx, ReadScalar(ctx, "share", &share));
+    numbers.share = share->flat<T>()(0);
+    const tf::Tensor* draw;
+    OP_REQUIRES_OK(ctx, ReadScalar(ctx, "draw", &draw));
+    numbers.draw = static_cast<uint32_t>(draw->flat<int32_t>()(0));
     OP_REQUIRES(ctx, !variables.Has(kAverages) || (std::is_same_v<T, W>),
                 absl::InvalidArgumentError("Averages need weights in full precision."));
 
     // Everything is checked before anything is written.
     OP_REQUIRES_OK(ctx, variables.Lock());
     const tf::DataType of_weights = tf::DataTypeToEnum<W>::v();
-    const tf::DataType of_slots = tf::DataTypeToEnum<T>::v();
+    const tf::DataType of_slots = tf::DataTypeToEnum<S>::v();
     for (int kind = 0; kind < kKinds; ++kind) {
+      const bool is_slot = kind != kWeights && kind != kAverages;
       for (int i = 0; variables.Has(kind) && i < count; ++i) {
-        OP_REQUIRES_OK(
-            ctx, variables.Check(kind, i, kind == kWeights ? of_weights : of_slots,
-                                 &gradients[i].shape()));
+        OP_REQUIRES_OK(ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights,
+                                            &gradients[i].shape()));
       }
     }
     for (int kind = 0; kind < kKinds; ++kind) {
@@ -268,76 +383,142 @@ class StepOp : public tf::OpKernel {
         OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kind, i));
       }
     }
-    std::vector<Part<T, Plain<W>>> parts(count);
-    const T rate = lr_in_momentum_ ? numbers.rate_inside : numbers.rate_outside;
+    std::vector<Part<T, Plain<W>, Plain<S>>> parts(count);
     for (int i = 0; i < count; ++i) {
-      const T decay =
-          decays->NumElements() ? static_cast<T>(decays->flat<double>()(i)) : T(0);
       parts[i] = {
           gradients[i].NumElements(),
           gradients[i].flat<T>().data(),
           reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, i)),
-          variables.Data<T>(kVelocities, i),
-          variables.Data<T>(kMomenta, i),
-          variables.Data<T>(kAverageGradients, i),
-          decoupled_ ? T(0) : decay,
-          decoupled_ ? rate * decay : T(0),
+          reinterpret_cast<Plain<S>*>(variables.Data<S>(kVelocities, i)),
+          reinterpret_cast<Plain<S>*>(variables.Data<S>(kMomenta, i)),
+          reinterpret_cast<Plain<S>*>(variables.Data<S>(kAverageGradients, i)),
+          decays[i],
           variables.Data<T>(kAverages, i),
       };
     }
     ForEach(ctx, BlocksOf(SizesOf(gradients)), [&](int64_t, const Block& block) {
-      Part<T, Plain<W>> part = parts[block.tensor];
-      part.size = block.size;
-      part.gradient += block.start;
-      part.weights += block.start;
-      part.velocity += block.start;
-      if (part.momentum) part.momentum += block.start;
-      if (part.average_gradient) part.average_gradient += block.start;
-      if (part.average) part.average += block.start;
-      Step(numbers, part);
+      Step(numbers, From(parts[block.tensor], block.start, block.size));
     });
   }
 
  private:
   enum { kWeights, kVelocities, kMomenta, kAverageGradients, kAverages, kKinds };
+};
 
-  absl::Status ReadNumbers(tf::OpKernelContext* ctx, int count, Numbers<T>* numbers,
-                           const tf::Tensor** decays) {
-    T scalars[4];
-    const char* names[] = {"learning_rate", "correction", "scale", "share"};
-    for (int i = 0; i < 4; ++i) {
-      const tf::Tensor* scalar;
-      TF_RETURN_IF_ERROR(ctx->input(names[i], &scalar));
-      if (scalar->NumElements() != 1) {
-        return absl::InvalidArgumentError(absl::StrCat(names[i], " must be a scalar."));
+template <typename T, typename W, typename I>
+class RowsOp : public UpdateOp<T> {
+ public:
+  using UpdateOp<T>::UpdateOp;
+
+  void Compute(tf::OpKernelContext* ctx) override {
+    const tf::Tensor *gradient, *ids;
+    OP_REQUIRES_OK(ctx, ctx->input("gradient", &gradient));
+    OP_REQUIRES_OK(ctx, ctx->input("ids", &ids));
+    OP_REQUIRES(ctx,
+                ids->dims() == 1 && gradient->dims() >= 1 &&
+                    gradient->dim_size(0) == ids->NumElements(),
+                absl::InvalidArgumentError("There must be a row for each index."));
+    Variables variables;
+    OP_REQUIRES_OK(ctx, variables.Find(ctx, 1,
+                                       {"weights", "velocity", "updates", "last",
+                                        "momenta", "average_gradients"},
+                                       kMomenta));
+    Numbers<T> numbers;
+    std::vector<Decay<T>> decays;
+    OP_REQUIRES_OK(ctx, this->ReadNumbers(ctx, 1, &numbers, &decays));
+
+    // Everything is checked before anything is written.
+    OP_REQUIRES_OK(ctx, variables.Lock());
+    OP_REQUIRES_OK(ctx, variables.Check(kWeights, 0, tf::DataTypeToEnum<W>::v(),
+                                        nullptr));
+    const tf::TensorShape shape = variables.Get(kWeights, 0)->shape();
+    tf::TensorShape of_gradient = gradient->shape();
+    if (shape.dims() >= 1) of_gradient.set_dim(0, shape.dim_size(0));
+    OP_REQUIRES_OK(ctx, variables.Check(kWeights, 0, tf::DataTypeToEnum<W>::v(),
+                                        &of_gradient));
+    const tf::TensorShape scalar, of_last({shape.dim_size(0)});
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (kind == kWeights || !variables.Has(kind)) continue;
+      const bool ticks = kind == kUpdates || kind == kLast;
+      OP_REQUIRES_OK(
+          ctx, variables.Check(
+                   kind, 0, ticks ? tf::DT_INT32 : tf::DataTypeToEnum<T>::v(),
+                   kind == kUpdates ? &scalar : kind == kLast ? &of_last : &shape));
+    }
+    const I* id = ids->flat<I>().data();
+    const int64_t count = ids->NumElements();
+    OP_REQUIRES(ctx,
+                std::all_of(id, id + count,
+                            [&](I i) { return 0 <= i && i < shape.dim_size(0); }),
+                absl::InvalidArgumentError(absl::StrCat(
+                    "An index of a sparse gradient is not in [0, ", shape.dim_size(0),
+                    ")")));
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (variables.Has(kind)) {
+        OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kind, 0));
       }
-      scalars[i] = scalar->flat<T>()(0);
     }
-    const tf::Tensor* constants;
-    TF_RETURN_IF_ERROR(ctx->input("constants", &constants));
-    TF_RETURN_IF_ERROR(ctx->input("decays", decays));
-    if (constants->NumElements() != 3 ||
-        ((*decays)->NumElements() != 0 && (*decays)->NumElements() != count)) {
-      return absl::InvalidArgumentError(
-          "There must be three constants, and a decay for each gradient or none.");
-    }
-    const auto constant = constants->flat<double>();
-    const T epsilon = static_cast<T>(constant(2));
-    numbers->scale = scalars[2];
-    numbers->rho = static_cast<T>(constant(0));
-    numbers->rest = static_cast<T>(1 - constant(0));
-    numbers->momentum = static_cast<T>(constant(1));
-    numbers->epsilon_inside = epsilon_inside_sqrt_ ? epsilon : T(0);
-    numbers->epsilon_outside = epsilon_inside_sqrt_ ? T(0) : epsilon;
-    numbers->correction = scalars[1];
-    numbers->rate_inside = lr_in_momentum_ ? scalars[0] : T(1);
-    numbers->rate_outside = lr_in_momentum_ ? T(1) : scalars[0];
-    numbers->nesterov = nesterov_;
-    numbers->share = scalars[3];
-    return absl::OkStatus();
+    int32_t* updates = variables.Data<int32_t>(kUpdates, 0);
+    const int64_t width = count ? gradient->NumElements() / count : 0;
+    const Part<T, Plain<W>, T> row = {
+        width,
+        gradient->flat<T>().data(),
+        reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, 0)),
+        variables.Data<T>(kVelocity, 0),
+        variables.Data<T>(kMomenta, 0),
+        variables.Data<T>(kAverageGradients, 0),
+        decays[0],
+        nullptr,
+    };
+    const Ticks ticks = {*updates, variables.Data<int32_t>(kLast, 0)};
+    ForEach(
+        ctx, BlocksOf({count}, RowsEach(width)),
+        [&](int64_t, const Block& block) {
+          StepRows(numbers, row, ticks, id, block.start, block.size);
+        },
+        kCyclesAnElement * width + kCyclesARow);
+    ++*updates;
   }
 
-  bool epsilon_inside_sqrt_, nesterov_, lr_in_momentum_, decoupled_;
+ private:
+  enum { kWeights, kVelocity, kUpdates, kLast, kMomenta, kAverageGradients, kKinds };
+};
+
+template <typename T, typename I>
+class DistinctOp : public tf::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(tf::OpKernelContext* ctx) override {
+    const tf::Tensor *slices, *ids;
+    OP_REQUIRES_OK(ctx, ctx->input("slices", &slices));
+    OP_REQUIRES_OK(ctx, ctx->input("ids", &ids));
+    OP_REQUIRES(ctx,
+                ids->dims() == 1 && slices->dims() >= 1 &&
+                    slices->dim_size(0) == ids->NumElements(),
+                absl::InvalidArgumentError("There must be a slice for each index."));
+    const I* id = ids->flat<I>().data();
+    const int64_t count = ids->NumElements();
+    const Groups groups = GroupsOf(id, count);
+    const int64_t rows = groups.ends.size();
+    tf::TensorShape shape = slices->shape();
+    shape.set_dim(0, rows);
+    tf::Tensor *sums, *distinct;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, shape, &sums));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, {rows}, &distinct));
+    for (int64_t j = 0; j < rows; ++j) {
+      distinct->flat<I>()(j) = id[groups.order[j ? groups.ends[j - 1] : 0]];
+    }
+    const int64_t width = count ? slices->NumElements() / count : 0;
+    const T* from = slices->flat<T>().data();
+    T* to = sums->flat<T>().data();
+    ForEach(
+        ctx, BlocksOf({rows}, RowsEach(width)),
+        [&](int64_t, const Block& block) {
+          SumRows(groups, width, from, block.start, block.size, to);
+        },
+        width + 1);
+  }
 };
 
 template <typename T>
@@ -462,17 +643,48 @@ REGISTER_FOLLOW(float, Eigen::half);
 REGISTER_FOLLOW(double, double);
 REGISTER_FOLLOW(double, float);
 
-#define REGISTER_STEP(T, W)                                        \
-  REGISTER_KERNEL_BUILDER(Name("KerasRmspropStep")                 \
-                              .Device(tf::DEVICE_CPU)              \
-                              .TypeConstraint<T>("T")              \
-                              .TypeConstraint<W>("W"),             \
-                          StepOp<T, W>)
-REGISTER_STEP(float, float);
-REGISTER_STEP(float, tf::bfloat16);
-REGISTER_STEP(float, Eigen::half);
-REGISTER_STEP(double, double);
-REGISTER_STEP(double, float);
+#define REGISTER_STEP(T, W, S)                        \
+  REGISTER_KERNEL_BUILDER(Name("KerasRmspropStep")    \
+                              .Device(tf::DEVICE_CPU) \
+                              .TypeConstraint<T>("T") \
+                              .TypeConstraint<W>("W") \
+                              .TypeConstraint<S>("S"), \
+                          StepOp<T, W, S>)
+REGISTER_STEP(float, float, float);
+REGISTER_STEP(float, tf::bfloat16, float);
+REGISTER_STEP(float, Eigen::half, float);
+REGISTER_STEP(double, double, double);
+REGISTER_STEP(double, float, double);
+REGISTER_STEP(float, float, tf::bfloat16);
+REGISTER_STEP(float, tf::bfloat16, tf::bfloat16);
+REGISTER_STEP(float, Eigen::half, tf::bfloat16);
+
+#define REGISTER_ROWS(T, W, I)                        \
+  REGISTER_KERNEL_BUILDER(Name("KerasRmspropRows")    \
+                              .Device(tf::DEVICE_CPU) \
+                              .TypeConstraint<T>("T") \
+                              .TypeConstraint<W>("W") \
+                              .TypeConstraint<I>("I"), \
+                          RowsOp<T, W, I>)
+#define REGISTER_ROWS_OF(T, W)  \
+  REGISTER_ROWS(T, W, int32_t); \
+  REGISTER_ROWS(T, W, int64_t)
+REGISTER_ROWS_OF(float, float);
+REGISTER_ROWS_OF(float, tf::bfloat16);
+REGISTER_ROWS_OF(float, Eigen::half);
+REGISTER_ROWS_OF(double, double);
+REGISTER_ROWS_OF(double, float);
+
+#define REGISTER_DISTINCT(T, I)                        \
+  REGISTER_KERNEL_BUILDER(Name("KerasRmspropDistinct") \
+                              .Device(tf::DEVICE_CPU)  \
+                              .TypeConstraint<T>("T")  \
+                              .TypeConstraint<I>("I"), \
+                          DistinctOp<T, I>)
+REGISTER_DISTINCT(float, int32_t);
+REGISTER_DISTINCT(float, int64_t);
+REGISTER_DISTINCT(double, int32_t);
+REGISTER_DISTINCT(double, int64_t);
 
 #define REGISTER_SQUARES(T)                                                         \
   REGISTER_KERNEL_BUILDER(                                                          \

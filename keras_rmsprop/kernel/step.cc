@@ -11,29 +11,59 @@
 namespace keras_rmsprop {
 namespace {
 
+// What a draw depends on; see codecs.py, of which this is the twin.
+constexpr uint32_t kElementStride = 49471, kSlotStride = 27147;
+
+uint32_t Mixed(uint32_t n) {
+  for (int i = 0; i < 3; ++i) {
+    n = (n * 40503 + 12345) & 0xffff;
+    n ^= n >> 8;
+  }
+  return n;
+}
+
+// Returns a number as it is kept in a slot. The draw decides whether what bfloat16
+// leaves away carries.
+template <typename S, typename T>
+inline S Kept(T x, uint32_t draw) {
+  if constexpr (std::is_same_v<S, T>) {
+    return x;
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+    S kept(x);
+    kept.bits = finite ? (bits + (draw & 0xffffu)) >> 16 : kept.bits;
+    return kept;
+  }
+}
+
 // Which options are on is known when this is compiled: with branches in it, the compiler
 // left some of the loops scalar, ten times as slow.
 template <bool kCentered, bool kMomentum, bool kNesterov, bool kCorrected, bool kDecays,
-          typename T, typename W>
-EACH_PROCESSOR void Loop(const Numbers<T>& numbers, const Part<T, W>& part) {
+          typename T, typename W, typename S>
+EACH_PROCESSOR void Loop(const Numbers<T>& numbers, const Part<T, W, S>& part) {
   const Numbers<T> n = numbers;
-  const Part<T, W> p = part;
+  const Part<T, W, S> p = part;
+  const uint32_t start = static_cast<uint32_t>(p.place) * kElementStride + Mixed(n.draw);
   // Bounded, as an infinite average would stay so. A NaN passes all comparisons here.
   const T most = std::numeric_limits<T>::max() / 4, most_root = std::sqrt(most);
   NO_OVERLAP
   for (int64_t i = 0; i < p.size; ++i) {
     const T w = static_cast<T>(p.weights[i]);
     T g = n.scale * p.gradient[i];
-    if constexpr (kDecays) g += p.penalty * w;
+    if constexpr (kDecays) g += p.decay.penalty * w;
     const T square = g * g;
-    const T v = n.rho * p.velocity[i] + n.rest * (square > most ? most : square);
-    p.velocity[i] = v;
+    const T old_v = static_cast<T>(p.velocity[i]);
+    const T v = n.rho * old_v + n.rest * (square > most ? most : square);
+    const uint32_t draw = start + static_cast<uint32_t>(i) * kElementStride;
+    p.velocity[i] = Kept<S>(v, draw);
     T spread = kCorrected ? v / n.correction : v;
     if constexpr (kCentered) {
       const T below = g > most_root ? most_root : g;
       const T bounded = below < -most_root ? -most_root : below;
-      const T a = n.rho * p.average_gradient[i] + n.rest * bounded;
-      p.average_gradient[i] = a;
+      const T a = n.rho * static_cast<T>(p.average_gradient[i]) + n.rest * bounded;
+      p.average_gradient[i] = Kept<S>(a, draw + 2 * kSlotStride);
       const T mean = kCorrected ? a / n.correction : a;
       spread -= mean * mean;
       // Mathematically >= 0; rounding takes it below, and the root to NaN.
@@ -42,12 +72,12 @@ EACH_PROCESSOR void Loop(const Numbers<T>& numbers, const Part<T, W>& part) {
     const T root = std::sqrt(spread + n.epsilon_inside) + n.epsilon_outside;
     T u = n.rate_inside * g / root;
     if constexpr (kMomentum) {
-      const T m = n.momentum * p.momentum[i] + u;
-      p.momentum[i] = m;
+      const T m = n.momentum * static_cast<T>(p.momentum[i]) + u;
+      p.momentum[i] = Kept<S>(m, draw + kSlotStride);
       u = kNesterov ? n.momentum * m + u : m;
     }
     u = n.rate_outside * u;
-    if constexpr (kDecays) u += p.decay * w;
+    if constexpr (kDecays) u += p.decay.taken * w;
     // What is taken is rounded to the weights' dtype, then subtracted.
     p.weights[i] = static_cast<W>(w - static_cast<T>(static_cast<W>(u)));
   }
@@ -63,13 +93,19 @@ EACH_PROCESSOR void Average(T share, int64_t size, const T* weights, T* average)
   }
 }
 
-// Runs the loop for these options: those that are known already, and the flags.
-template <bool... kKnown, typename T, typename W>
-void Run(const Numbers<T>& numbers, const Part<T, W>& part) {
-  Loop<kKnown...>(numbers, part);
+// There is no Nesterov's step without momentum.
+constexpr bool IsPossible(bool, bool momentum, bool nesterov, bool, bool) {
+  return momentum || !nesterov;
 }
-template <bool... kKnown, typename T, typename W, typename... Flags>
-void Run(const Numbers<T>& numbers, const Part<T, W>& part, bool flag, Flags... flags) {
+
+// Runs the loop for these options: those that are known already, and the flags.
+template <bool... kKnown, typename T, typename W, typename S>
+void Run(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+  if constexpr (IsPossible(kKnown...)) Loop<kKnown...>(numbers, part);
+}
+template <bool... kKnown, typename T, typename W, typename S, typename... Flags>
+void Run(const Numbers<T>& numbers, const Part<T, W, S>& part, bool flag,
+         Flags... flags) {
   if (flag) {
     Run<kKnown..., true>(numbers, part, flags...);
   } else {
@@ -97,12 +133,12 @@ EACH_PROCESSOR double SumOfSquares(const T* x, int64_t size) {
 
 }  // namespace
 
-template <typename T, typename W>
-void Step(const Numbers<T>& numbers, const Part<T, W>& part) {
+template <typename T, typename W, typename S>
+void Step(const Numbers<T>& numbers, const Part<T, W, S>& part) {
   const bool has_momentum = part.momentum != nullptr;
   Run(numbers, part, part.average_gradient != nullptr, has_momentum,
       has_momentum && numbers.nesterov, numbers.correction != 1,
-      part.penalty != 0 || part.decay != 0);
+      part.decay.penalty != 0 || part.decay.taken != 0);
   if constexpr (std::is_same_v<T, W>) {
     if (part.average) Average(numbers.share, part.size, part.weights, part.average);
   }
@@ -113,11 +149,16 @@ double Squares(const T* x, int64_t size) {
   return SumOfSquares(x, size);
 }
 
-template void Step(const Numbers<float>&, const Part<float, float>&);
-template void Step(const Numbers<float>&, const Part<float, Bfloat16>&);
-template void Step(const Numbers<float>&, const Part<float, Half>&);
-template void Step(const Numbers<double>&, const Part<double, double>&);
-template void Step(const Numbers<double>&, const Part<double, float>&);
+#define INSTANTIATE(T, W, S) \
+  template void Step(const Numbers<T>&, const Part<T, W, S>&);
+INSTANTIATE(float, float, float)
+INSTANTIATE(float, Bfloat16, float)
+INSTANTIATE(float, Half, float)
+INSTANTIATE(double, double, double)
+INSTANTIATE(double, float, double)
+INSTANTIATE(float, float, Bfloat16)
+INSTANTIATE(float, Bfloat16, Bfloat16)
+INSTANTIATE(float, Half, Bfloat16)
 template double Squares(const float*, int64_t);
 template double Squares(const double*, int64_t);
 

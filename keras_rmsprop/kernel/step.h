@@ -41,26 +41,49 @@ struct Numbers {
   T rate_inside, rate_outside;        // one of them is the learning rate
   bool nesterov;
   T share;                            // of an average that stays when it follows
+  uint32_t draw;                      // what random rounding depends on in this step
+};
+
+// The weight decay of a variable: one of the two is 0.
+template <typename T>
+struct Decay {
+  T penalty;  // times w, added to the gradient
+  T taken;    // times w, added to what is taken
 };
 
 // One variable or a part of one: where its elements are, and its weight decay.
-template <typename T, typename W>
+template <typename T, typename W, typename S>
 struct Part {
   int64_t size;
   const T* gradient;
   W* weights;
-  T* velocity;
-  T* momentum;          // or null
-  T* average_gradient;  // or null
-  T penalty;            // times w, added to the gradient
-  T decay;              // times w, added to what is taken
+  S* velocity;
+  S* momentum;          // or null
+  S* average_gradient;  // or null
+  Decay<T> decay;
   T* average;           // of the weights; or null, as always if T is not W
+  int64_t place = 0;    // of the first element; random rounding goes by the place
 };
 
-// Takes the step of one part; then its average follows. T is float or double; W is that, or with float also
-// Bfloat16 or Half, with double also float.
-template <typename T, typename W>
-void Step(const Numbers<T>& numbers, const Part<T, W>& part);
+// Returns a part that begins so many elements further on.
+template <typename T, typename W, typename S>
+Part<T, W, S> From(Part<T, W, S> part, int64_t start, int64_t size) {
+  part.size = size;
+  part.gradient += start;
+  part.weights += start;
+  part.velocity += start;
+  if (part.momentum) part.momentum += start;
+  if (part.average_gradient) part.average_gradient += start;
+  if (part.average) part.average += start;
+  part.place += start;
+  return part;
+}
+
+// Takes the step of one part; then its average follows. T is float or double. The
+// weights W are that, or with float also Bfloat16 or Half, with double also float. The
+// slots S are T, or with float also Bfloat16, rounded up or down at random.
+template <typename T, typename W, typename S>
+void Step(const Numbers<T>& numbers, const Part<T, W, S>& part);
 
 // Returns the sum of the squares: NaN or infinite if an element is.
 template <typename T>

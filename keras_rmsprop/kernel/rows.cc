@@ -1,0 +1,112 @@
+// The twin of `distinct`, `update` and `faded` in sparse.py.
+
+#include "rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace keras_rmsprop {
+namespace {
+
+constexpr int64_t kAhead = 4;         // how many rows ahead one is asked for
+constexpr int64_t kPrefetched = 512;  // in longer rows the processor sees the pattern
+
+template <typename T>
+void Multiply(T factor, int64_t size, T* values) {
+  for (int64_t i = 0; i < size; ++i) values[i] *= factor;
+}
+
+// Asks for a row that will be needed soon: where it is, no processor can guess.
+template <typename T>
+void Prefetch(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i, 1);
+}
+
+}  // namespace
+
+template <typename I>
+Groups GroupsOf(const I* ids, int64_t count) {
+  // A hash table of numbers of groups, at most half full. -1: free.
+  int bits = 4;
+  while ((int64_t{1} << bits) < 2 * count) ++bits;
+  const uint64_t mask = (uint64_t{1} << bits) - 1;
+  std::vector<int64_t> places(mask + 1, -1), firsts, group(count), sizes;
+  for (int64_t i = 0; i < count; ++i) {
+    uint64_t at = (static_cast<uint64_t>(ids[i]) * 0x9e3779b97f4a7c15u) >> (64 - bits);
+    while (places[at] >= 0 && ids[firsts[places[at]]] != ids[i]) at = (at + 1) & mask;
+    if (places[at] < 0) {
+      places[at] = firsts.size();
+      firsts.push_back(i);
+      sizes.push_back(0);
+    }
+    group[i] = places[at];
+    ++sizes[group[i]];
+  }
+  Groups groups = {std::vector<int64_t>(count), std::vector<int64_t>(sizes.size())};
+  std::vector<int64_t> next(sizes.size());
+  int64_t end = 0;
+  for (size_t j = 0; j < sizes.size(); ++j) {
+    next[j] = end;
+    groups.ends[j] = end += sizes[j];
+  }
+  for (int64_t i = 0; i < count; ++i) groups.order[next[group[i]]++] = i;
+  return groups;
+}
+
+template <typename T>
+void SumRows(const Groups& groups, int64_t width, const T* slices, int64_t start,
+             int64_t count, T* sums) {
+  for (int64_t j = start; j < start + count; ++j) {
+    T* sum = sums + j * width;
+    int64_t i = j ? groups.ends[j - 1] : 0;
+    std::copy_n(slices + groups.order[i] * width, width, sum);
+    for (++i; i < groups.ends[j]; ++i) {
+      const T* slice = slices + groups.order[i] * width;
+      for (int64_t k = 0; k < width; ++k) sum[k] += slice[k];
+    }
+  }
+}
+
+template <typename T, typename W, typename I>
+void StepRows(const Numbers<T>& numbers, const Part<T, W, T>& first, const Ticks& ticks,
+              const I* ids, int64_t start, int64_t count) {
+  const int64_t width = first.size;
+  for (int64_t i = start; i < start + count; ++i) {
+    if (i + kAhead < start + count && width <= kPrefetched) {
+      const int64_t next = ids[i + kAhead] * width;
+      Prefetch(first.weights + next, width);
+      Prefetch(first.velocity + next, width);
+      if (first.momentum) Prefetch(first.momentum + next, width);
+      if (first.average_gradient) Prefetch(first.average_gradient + next, width);
+    }
+    Part<T, W, T> row = From(first, ids[i] * width, width);
+    row.gradient = first.gradient + i * width;
+    const int32_t silence = ticks.updates - ticks.last[ids[i]];
+    if (silence != 0) {
+      const double rho = static_cast<double>(numbers.rho);
+      const T factor = static_cast<T>(std::pow(rho, silence));
+      Multiply(factor, width, row.velocity);
+      if (row.average_gradient) Multiply(factor, width, row.average_gradient);
+    }
+    Step(numbers, row);
+    ticks.last[ids[i]] = ticks.updates + 1;
+  }
+}
+
+#define INSTANTIATE(T, W)                                                            \
+  template void StepRows(const Numbers<T>&, const Part<T, W, T>&, const Ticks&,      \
+                         const int32_t*, int64_t, int64_t);                          \
+  template void StepRows(const Numbers<T>&, const Part<T, W, T>&, const Ticks&,      \
+                         const int64_t*, int64_t, int64_t);
+template Groups GroupsOf(const int32_t*, int64_t);
+template Groups GroupsOf(const int64_t*, int64_t);
+template void SumRows(const Groups&, int64_t, const float*, int64_t, int64_t, float*);
+template void SumRows(const Groups&, int64_t, const double*, int64_t, int64_t, double*);
+INSTANTIATE(float, float)
+INSTANTIATE(float, Bfloat16)
+INSTANTIATE(float, Half)
+INSTANTIATE(double, double)
+INSTANTIATE(double, float)
+
+}  // namespace keras_rmsprop

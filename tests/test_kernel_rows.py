@@ -1,0 +1,186 @@
+"""The native update of rows of a table: against the portable one, and its checks."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernel import DTYPES, copied, needs_kernel, update_of, values
+
+from keras_rmsprop import RMSprop, kernel, rule
+from keras_rmsprop.backends import tensorflow as backend
+from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.codecs import Draw
+from keras_rmsprop.rule import Slots
+from keras_rmsprop.sparse import Clock, Rows
+
+ROWS = 50
+UPDATES = 40
+
+
+def clock_of(table, last):
+    clock = Clock(table)
+    clock.updates.assign(UPDATES)
+    clock.last.assign(last)
+    return clock
+
+
+@needs_kernel
+@given(
+    dtypes=st.sampled_from(DTYPES),
+    of_ids=st.sampled_from(["int32", "int64"]),
+    of_row=st.sampled_from([(), (1,), (7,), (3, 5), (0,), (64,), (9001,)]),
+    count=st.sampled_from([0, 1, 13, ROWS]),
+    options=st.builds(
+        rule.Options,
+        rho=st.sampled_from([0.0, 0.9, 0.999]),
+        momentum=st.sampled_from([0.0, 0.9]),
+        epsilon_inside_sqrt=st.booleans(),
+        bias_correction=st.booleans(),
+        nesterov=st.booleans(),
+        lr_in_momentum=st.booleans(),
+        maximize=st.booleans(),
+        epsilon=st.sampled_from([1e-7, 1.0]),
+        cautious=st.just(False),
+    ),
+    decay=st.sampled_from([None, 0.01]),
+    decoupled=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60)
+def test_is_the_portable_way(
+    dtypes, of_ids, of_row, count, options, decay, decoupled, scale, seed
+):
+    rng = np.random.default_rng(seed)
+    weights, slots = dtypes
+    one = update_of((ROWS, *of_row), weights, slots, options, rng, decay)
+    if one.slots.average_gradient is not None:  # v is at least a^2
+        small = one.slots.average_gradient * 0.01
+        one.slots.average_gradient.assign(small)
+    one = one._replace(gradient=tf.cast(rng.normal(size=(count, *of_row)), slots))
+    [expected] = copied([one])
+    ids = tf.constant(rng.permutation(ROWS)[:count], of_ids)
+    last = rng.integers(0, UPDATES + 1, ROWS)
+    one, expected = (
+        x._replace(rows=Rows(clock_of(x.variable, last), ids)) for x in (one, expected)
+    )
+    scale = None if scale is None else tf.constant(scale, "float64")
+    step = Step(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
+    assert kernel.why_not_for(one, step) == ""
+    kernel.update_rows(one, step)
+    backend.update([expected], step._replace(native=False))
+    # What lies between two numbers of 16 bits may be rounded to either.
+    rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 2e-6)
+    rtol = 1e-13 if dtypes == ("float64", "float64") else rtol
+    for got, want in zip(values([one]), values([expected]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * 1e-2)
+    ticks = (x.rows.clock.variables for x in (one, expected))
+    for got, want in zip(*ticks, strict=True):
+        np.testing.assert_array_equal(got.numpy(), want.numpy())
+
+
+def table_update(ids, **changed):
+    variable = tf.Variable(tf.ones((4, 3)))
+    slots = Slots(tf.Variable(tf.ones((4, 3))))
+    clock = clock_of(variable, [UPDATES, 0, 0, 0])
+    gradient = tf.ones((len(ids), 3))
+    one = Update(variable, gradient, slots, rows=Rows(clock, tf.constant(ids)))
+    return one._replace(**changed)
+
+
+STEP = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("ids", "changed", "message"),
+    [
+        ([0, 4], {}, r"not in \[0, 4\)"),
+        ([-1, 0], {}, r"not in \[0, 4\)"),
+        ([0, 1], {"gradient": tf.ones((3, 3))}, "a row for each index"),
+        ([0, 1], {"gradient": tf.ones((2, 2))}, "shape"),
+        ([0, 1], {"slots": Slots(tf.Variable(tf.ones((3, 3))))}, "shape"),
+    ],
+)
+def test_bad_input_changes_nothing(ids, changed, message):
+    one = table_update(ids, **changed)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        kernel.update_rows(one, STEP)
+    for v in (one.variable, one.slots.velocity):
+        np.testing.assert_array_equal(v.numpy(), np.ones(v.shape))
+    clock = one.rows.clock
+    assert clock.updates.numpy() == UPDATES
+    np.testing.assert_array_equal(clock.last.numpy(), [UPDATES, 0, 0, 0])
+
+
+@needs_kernel
+@given(
+    dtype=st.sampled_from(["float32", "float64"]),
+    of_ids=st.sampled_from(["int32", "int64"]),
+    of_row=st.sampled_from([(), (1,), (3, 5), (0,), (9001,)]),
+    count=st.sampled_from([0, 1, 13, 300]),
+    rows=st.sampled_from([1, 7, 1000, 2**31 - 1]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40)
+def test_slices_of_a_row_are_summed(dtype, of_ids, of_row, count, rows, seed):
+    rng = np.random.default_rng(seed)
+    slices = rng.normal(size=(count, *of_row)).astype(dtype)
+    ids = rng.integers(0, rows, count).astype(of_ids)
+    sums, found = kernel.distinct(tf.IndexedSlices(slices, ids))
+    want, first = np.unique(ids, return_index=True)
+    np.testing.assert_array_equal(found, ids[np.sort(first)])
+    assert found.dtype == of_ids
+    for id_, sum_ in zip(found.numpy(), sums.numpy(), strict=True):
+        expected = slices[ids == id_].astype("float64").sum(axis=0)
+        np.testing.assert_allclose(sum_, expected, rtol=1e-5, atol=1e-5)
+    assert len(want) == len(sums)
+
+
+@needs_kernel
+def test_slices_need_an_index_each():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="slice for each index"):
+        kernel.distinct(tf.IndexedSlices(tf.ones((3, 2)), tf.constant([1, 2])))
+
+
+@needs_kernel
+def test_what_was_read_before_stays_as_it_is():
+    one = table_update([1, 2])
+    read = [v.read_value() for v in (one.variable, one.slots.velocity)]
+    kernel.update_rows(one, STEP)
+    for x in read:
+        np.testing.assert_array_equal(x.numpy(), np.ones((4, 3)))
+    assert one.variable.numpy()[1, 0] < 1
+    np.testing.assert_array_equal(one.variable.numpy()[[0, 3]], np.ones((2, 3)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
+def test_everywhere_but_inside_xla(how, monkeypatch):
+    calls = []
+    original = kernel.update_rows
+    monkeypatch.setattr(
+        kernel, "update_rows", lambda *args: (calls.append(1), original(*args))
+    )
+    table = keras.layers.Embedding(20, 4)
+    model = keras.Sequential([keras.Input((3,)), table, keras.layers.Flatten()])
+    optimizer = RMSprop(0.01)
+    x = np.array([[0, 1, 1], [7, 7, 7]])
+    if how == "fit":
+        model.compile(optimizer, "mse", jit_compile=False)
+        model.fit(x, np.ones((2, 12)), verbose=0)
+    else:
+        optimizer.build(model.trainable_variables)
+
+        def step():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(model(x) - 1))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables))
+
+        if how != "eager":
+            step = tf.function(step, jit_compile=how.startswith("XLA"))
+        step()
+    assert bool(calls) == (not how.startswith("XLA"))
+    assert "in one native call" in optimizer.explain()
