@@ -30,6 +30,8 @@ MALLOC = {"TF_ENABLE_ONEDNN_OPTS": "0"}
 """TensorFlow's other allocator keeps what it once had."""
 LARGE_ROUNDS = 3
 """In how many rounds a set is measured for which every process starts anew."""
+PROCESS_BYTES = 1e9
+"""About what a process takes before there is any variable."""
 SLOW = "torch, compiled"
 """Compiles for a minute; not for the quick run."""
 
@@ -98,14 +100,22 @@ def updates(options: argparse.Namespace) -> list[Plan]:
             whos = [who for who in whos if who.startswith(("this", "Keras"))]
         else:
             hows = ["plain"]
+    # In two groups, as all of a group are in memory together.
+    in_graphs = [who for who in whos if who.endswith(("tf.function", "XLA"))]
+    eager = [who for who in whos if who not in in_graphs]
     # Weights, gradients and three slots, and as much again for a step.
-    most = harness.memory("MemAvailable") / (2 * 4 * 5 * len(whos))
+    free = harness.memory("MemAvailable") - PROCESS_BYTES * len(eager)
+    most = free / (2 * 4 * 5 * len(eager))
     large = [name for name in sets if update.numbers(name) > most]
     small = [name for name in sets if name not in large]
     few = min(rounds, LARGE_ROUNDS)
     return [
-        Plan("update.py", whos, small, hows, rounds, seconds),
-        Plan("update.py", whos, large, hows, few, seconds, fresh=True),
+        plan
+        for group in (eager, in_graphs)
+        for plan in (
+            Plan("update.py", group, small, hows, rounds, seconds),
+            Plan("update.py", group, large, hows, few, seconds, fresh=True),
+        )
     ]
 
 

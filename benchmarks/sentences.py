@@ -38,11 +38,11 @@ def figure(part: Part, query: str) -> str:
         what.split(" | ") if what else part.whats,
         how.split(" | ") if how else part.hows,
     ):
-        cases = [(name, *case) for name in whos]
-        if len(cases) == 2:
-            found.append(part.ratio(*cases, of))
+        first, *second = [(name, *case) for name in whos]
+        if second:
+            found.append(part.ratio(first, second[0], of))
         else:
-            found.append(spread(part.values(*cases, of)))
+            found.append(spread(part.values(first, of)))
     medians = sorted(x.median for x in found if x)
     if not medians:
         raise KeyError(query)
