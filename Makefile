@@ -9,7 +9,7 @@ MUTANTS := $(VENV)/.mutants
 DOCS := $(VENV)/.docs
 OLDEST := .venv-oldest
 WHEELS := dist
-PARTS := $(WHEELS)/parts/keras_rmsprop-*
+PARTS := $(WHEELS)/parts/keras_rmsprop-*/
 
 # make train EPOCHS=2 LEARNING_RATE=0.01 CENTERED=1: each an option of the program.
 OPTIONS := EPOCHS BATCH_SIZE LEARNING_RATE RHO EPSILON MOMENTUM SEED DATA OUTPUT
@@ -129,15 +129,15 @@ docs: $(DOCS)  ## build the site: site/index.html; a dead link is an error
 	$(BIN)/mkdocs build --strict $(ARGS)
 
 wheel: $(READY)  ## build dist/*.whl, with the kernel for each TensorFlow here
-	rm -rf $(WHEELS)
+	rm -rf $(WHEELS)/parts $(WHEELS)/keras_rmsprop-*.whl
 	$(BIN)/python -m build --wheel --outdir $(WHEELS)/parts .
 	$(BIN)/wheel unpack --dest $(WHEELS)/parts $(WHEELS)/parts/*.whl
 	@for python in $(BIN)/python $(wildcard $(OLDEST)/bin/python); do \
-		$$python -m keras_rmsprop.kernel --folder $(PARTS)/keras_rmsprop/kernel 2>/dev/null || \
+		$$python -m keras_rmsprop.kernel --folder $(PARTS)keras_rmsprop/kernel 2>/dev/null || \
 			echo "No native kernel for $$python."; \
 	done
 	$(BIN)/wheel pack --dest-dir $(WHEELS) $(PARTS)
-	@if ls $(PARTS)/keras_rmsprop/kernel/*.so >/dev/null 2>&1; then \
+	@if ls $(PARTS)keras_rmsprop/kernel/*.so >/dev/null 2>&1; then \
 		$(BIN)/wheel tags --remove $(WHEELS)/*.whl --platform-tag \
 			$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_platform())' | tr .- __); \
 	fi

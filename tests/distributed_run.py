@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rmsprop import RMSprop
+from keras_rmsprop import RMSprop, kernel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed.py"
 ROWS, BATCH = 48, 16
@@ -95,6 +95,7 @@ def loop(strategy, model, data):
         for x, y in strategy.experimental_distribute_dataset(data):
             step(x, y)
     graph = step.get_concrete_function(x, y).graph
+    assert "KerasRmsprop" in str(graph.as_graph_def()) or kernel.ops() is None
     tables = {tuple(variables[i].shape) for i in optimizer._clocks}
     for op in graph.get_operations():
         for tensor in op.outputs:
