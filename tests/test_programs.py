@@ -1,6 +1,8 @@
 """The XLA-compiled step: traced once, up to date, and equal to the plain way."""
 
 import gc
+import json
+import operator
 import re
 import weakref
 
@@ -472,3 +474,21 @@ def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
     optimizer = RMSprop()
     optimizer.build([keras.Variable(tf.ones(large))])
     assert "without XLA" in optimizer.explain()
+
+
+def test_equal_numbers_are_the_same_wherever_they_come_from():
+    identities = programs.Identities()
+    for text in ("1.5", "[1.5, 2]"):
+        one, other = (json.loads(text) for _ in "ab")
+        one, other = (tuple(x) if isinstance(x, list) else x for x in (one, other))
+        assert one is not other
+        assert identities.comparable(one) == identities.comparable(other)
+
+
+def test_a_constraint_may_be_a_function_without_attributes():
+    weight = keras.Variable([-1.0, 2.0])
+    weight.constraint = operator.abs
+    RMSprop(0.1).apply([[1.0, 1.0]], [weight])
+    np.testing.assert_allclose(
+        weight.numpy(), [1 + 0.1 / 0.1**0.5, 2 - 0.1 / 0.1**0.5], rtol=1e-5
+    )
