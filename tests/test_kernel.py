@@ -268,6 +268,17 @@ def test_everywhere_but_inside_xla(how, calls):
 
 
 @needs_kernel
+@pytest.mark.parametrize("options", [{}, {"use_ema": True}, {"learning_rate": "auto"}])
+def test_xla_is_not_needed_where_it_does_all(options):
+    optimizer = RMSprop(**options)
+    variable = keras.Variable(np.zeros((300, 300)))
+    optimizer.build([variable])
+    assert "An eager step is one program without XLA:" in optimizer.explain()
+    variable.constraint = keras.constraints.NonNeg()
+    assert "compiled by XLA" in optimizer.explain()
+
+
+@needs_kernel
 def test_variables_of_several_dtypes_take_a_call_each(calls):
     dtypes = ["float32", "bfloat16", "float64", "float16", "float32"]
     variables = [keras.Variable(np.ones(5), dtype=d) for d in dtypes]

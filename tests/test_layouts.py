@@ -219,6 +219,14 @@ def test_on_one_axis_and_back(kinds):
             np.testing.assert_array_equal(x, y)
 
 
+def test_the_first_step_on_one_axis():
+    variable = keras.Variable(np.ones((64, 64, 3, 3), "float32"))
+    optimizer = RMSprop(0.1, jit_compile=True)
+    optimizer.apply([np.ones(variable.shape, "float32")], [variable])
+    np.testing.assert_allclose(variable.numpy(), 1 - 0.1 / 0.1**0.5, rtol=1e-5)
+    assert "on one axis" in optimizer.explain()
+
+
 def test_the_largest_that_is_small():
     assert layouts.is_small(tf.zeros([4, layouts.END_TO_END_ELEMENTS // 4]))
     assert not layouts.is_small(tf.zeros([layouts.END_TO_END_ELEMENTS + 1]))
