@@ -273,6 +273,7 @@ class Search:
         *,
         sign: int,
         fold: bool,
+        scale: Any = None,
         kernel: Any = None,
     ) -> Any:
         """Update the estimate of how far the weights must travel; see `find`.
@@ -284,6 +285,7 @@ class Search:
             factor: See `find`.
             sign: See `find`.
             fold: See `find`.
+            scale: See `find`.
             kernel: See `find`.
         """
         given: dict[int, Any] = {}
@@ -299,7 +301,16 @@ class Search:
             if first is not None
         ]
         kept = self.estimate
-        return find(parts, kept, factor, options, sign=sign, fold=fold, kernel=kernel)
+        return find(
+            parts,
+            kept,
+            factor,
+            options,
+            sign=sign,
+            fold=fold,
+            scale=scale,
+            kernel=kernel,
+        )
 
     def known(self) -> Estimate:
         """Return the estimate, as numbers."""
@@ -329,6 +340,7 @@ def find(
     *,
     sign: int = 1,
     fold: bool = False,
+    scale: Any = None,
     kernel: Any = None,
 ) -> Any:
     """Update the estimate with this step's gradients; return the distance, a scalar.
@@ -340,11 +352,13 @@ def find(
         options: How to look.
         sign: -1 if the step goes up the gradient.
         fold: Whether XLA compiles it; see `folding`.
+        scale: What gradients are to be multiplied by; None: 1.
         kernel: Where there is one, the native kernel, which follows most variables.
     """
     old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
+    weight = weight if scale is None else weight * ops.cast(scale, "float32")
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Part]] = {}
@@ -460,7 +474,7 @@ def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     sparse.write(part.sums, new, ids)
     sum_ = ops.sum(ops.absolute(new))
     if ids is not None:
-        sum_ += FORGETTING * before - ops.sum(ops.absolute(old))
+        sum_ += FORGETTING * ops.cast(before, g.dtype) - ops.sum(ops.absolute(old))
     sum_ = ops.maximum(sum_, 0)  # rounding takes it below
     clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
     return ops.sum(g * (first - x)), sum_

@@ -175,8 +175,8 @@ class RMSprop(keras.optimizers.Optimizer):
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing - weights, slots, averages, accumulators, `iterations` - except
             `skipped_steps`, which counts such steps. Else a NaN stays in weights and
-            slots for good. It looks at the gradients as they come in: a
-            `global_clipnorm` that overflows is not seen. A
+            slots for good. It looks at the gradients as they come in: without the
+            native kernel, a `global_clipnorm` that overflows is not seen. A
             `keras.optimizers.LossScaleOptimizer` around this one skips such steps
             itself. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
@@ -428,7 +428,8 @@ class RMSprop(keras.optimizers.Optimizer):
         finally:
             self.built = True
         for kept in self._keeper.made():
-            kept.start_fresh()  # averages as the weights are now
+            # Averages as the weights are now.
+            backend.assign_everywhere(kept.variable, kept.start())
         self._put_in_order()
         if self._clocks:
             self._clocks.move(
@@ -736,6 +737,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 rate,
                 sign=-1 if self.maximize else 1,
                 fold=backend.inside_xla(),
+                scale=self._now.scale,
                 kernel=backend.searching_kernel(self._native()),
             )
             rate = self._rate_of(distance, rate)
@@ -853,8 +855,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _scales_in_update(self) -> bool:
         """Whether nobody sees gradients between clipping and the update."""
-        others = self._has_own_step() or self._has_own(_METHODS_IN_BETWEEN)
-        return self._search is None and not others
+        return not self._has_own_step() and not self._has_own(_METHODS_IN_BETWEEN)
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]

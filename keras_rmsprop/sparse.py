@@ -163,15 +163,21 @@ class Clocks(tf.Module):
     def make(self, index: int) -> Clock:
         """Return the clock of this table; make one if it has none."""
         if index not in self:
-            self._being_made = True
             clock = Clock(
                 self._tables()[index],
                 has_average=self._have_averages(),
                 has_sums=self._have_sums(),
             )
-            setattr(self, f"table_{index}", clock)
-            self._being_made = False
+            self._put(index, clock)
         return self[index]
+
+    def _put(self, index: int, clock: Clock) -> None:
+        # While it is put there, TensorFlow asks what is there, which makes a clock.
+        self._being_made = True
+        try:
+            setattr(self, f"table_{index}", clock)
+        finally:
+            self._being_made = False
 
     def __iter__(self) -> Iterator[int]:
         names = [name for name in vars(self) if name.startswith("table_")]
@@ -183,7 +189,7 @@ class Clocks(tf.Module):
         for i in self:
             delattr(self, f"table_{i}")
         for i, clock in clocks.items():
-            setattr(self, f"table_{i}", clock)
+            self._put(i, clock)
 
     def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
         # A checkpoint that is written asks for what to write, and says that it does.
@@ -230,11 +236,18 @@ class Summand:
     def __truediv__(self, divisor: Any) -> "Summand":
         return Summand(self.values / divisor, *self._rest)
 
+    def __mul__(self, factor: Any) -> "Summand":
+        return Summand(self.values * factor, *self._rest)
+
+    __rmul__ = __mul__
+
     def __add__(self, sums: Any) -> Any:
         ids, clock, on_sum = self._rest
         clock.mark_sums(True, ids)
         rows = tf.cast(tf.where(tf.convert_to_tensor(clock.summed))[:, 0], ids.dtype)
         on_sum(rows)
+        if 0 in self.values.shape[1:]:
+            return read(sums, rows)
         places = tf.searchsorted(rows, ids)[:, None]
         return tf.tensor_scatter_nd_add(read(sums, rows), places, self.values)
 
@@ -251,6 +264,28 @@ def check_ids(gradient: tf.IndexedSlices, variable: Any) -> Any:
     good = tf.reduce_all((ids >= 0) & (ids < variable.shape[0]))
     message = f"An index of a sparse gradient is not in [0, {variable.shape[0]})"
     return tf.raw_ops.Assert(condition=good, data=[message, ids], summarize=10)
+
+
+def with_known_shape(
+    gradient: tf.IndexedSlices, variable: Any
+) -> tuple[tf.IndexedSlices, list[Any]]:
+    """Return slices of which as much is known as can be, and operations that fail.
+
+    They fail if the slices have not the shape of rows, or there is not one for each
+    index, and that was not known before.
+    """
+    values, ids, asserts = gradient.values, gradient.indices, []
+    if ids.shape.rank is None:
+        ids = tf.ensure_shape(ids, [None])
+        asserts.append(ids.op)
+    if values.shape.rank is None or not values.shape[1:].is_fully_defined():
+        values = tf.ensure_shape(values, [None, *variable.shape[1:]])
+        asserts.append(values.op)
+    if None in (values.shape[0], ids.shape[0]) and not inside_xla():
+        same = tf.equal(tf.shape(values)[0], tf.size(ids))
+        message = "A sparse gradient must have a row for each index"
+        asserts.append(tf.raw_ops.Assert(condition=same, data=[message]))
+    return tf.IndexedSlices(values, ids, gradient.dense_shape), asserts
 
 
 def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:

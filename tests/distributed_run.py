@@ -43,6 +43,8 @@ RUNS = {
     "lazy": ("fit", "table", {"momentum": 0.5, "sparse_update": "lazy"}),
     "clipped rows": ("loop", "table", {"clipnorm": 0.05}),
     "table, restored": ("restored", "table", {}),
+    "table, unfrozen later": ("unfrozen 0", "table", {"use_ema": True}),
+    "other layers unfrozen later": ("unfrozen -1", "table", {}),
     "skipped": ("fit", "table", {"skip_nonfinite": True}),
     "skipped, loop": ("loop", "table", {"skip_nonfinite": True}),
 }
@@ -132,6 +134,12 @@ def main(name, output):
                 model.optimizer.build(model.trainable_variables)
             tf.train.Checkpoint(model).restore(path)  # outside the scope
             model.fit(data, epochs=1, shuffle=False, verbose=0)
+        elif way.startswith("unfrozen"):
+            layer = model.layers[int(way.split()[1])]
+            for layer.trainable in (False, True):
+                with strategy.scope():
+                    model.compile(model.optimizer, "mse", jit_compile=False)
+                model.fit(data, epochs=1, shuffle=False, verbose=0)
         elif way == "fit":
             model.fit(data, epochs=2, shuffle=False, verbose=0)
         else:

@@ -216,7 +216,7 @@ int main() {
       TestRows<double, float, int32_t>(width, all);
     }
   }
-  for (const Sample sample : {Sample{1, 1, 1}, {37, 37, 1}, {5, 40, 1}, {3, 10, 4}}) {
+  for (const Sample sample : {Sample{1, 1, 1}, {1, 3, 1}, {37, 37, 1}, {5, 40, 1}, {3, 10, 4}}) {
     for (const int64_t runs : {0, 1, 2, 29}) {
       for (const bool begins : {false, true}) {
         TestFollow<float, float>(sample, runs, begins);

@@ -584,9 +584,17 @@ def test_two_replicas_find_what_one_finds():
                     keras.Input((4,), dtype="int32"), keras.layers.Embedding(50, 3),
                     keras.layers.Flatten(), keras.layers.Dense(1)])
                 model.compile(RMSprop("auto"), "mse", jit_compile=False)
-            model.fit(ids, y, batch_size=16, epochs=5, shuffle=False, verbose=0)
+            optimizer = model.optimizer
+            for model.layers[0].trainable in (False, True):
+                with strategy.scope():
+                    model.compile(optimizer, "mse", jit_compile=False)
+                model.fit(ids, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+            for v in (*model.variables, *optimizer.variables):
+                copies = strategy.experimental_local_results(v.value)
+                for copy in copies:
+                    np.testing.assert_array_equal(copy, copies[0], v.path)
             weights = [w.numpy() for w in model.weights]
-            return weights, model.optimizer.found_learning_rate
+            return weights, optimizer.found_learning_rate
 
         one, rate = trained(tf.distribute.OneDeviceStrategy("CPU:0"))
         two, rate_of_two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))

@@ -131,3 +131,57 @@ def test_rho_that_changes_while_rows_are_silent(as_variable):
     np.testing.assert_allclose(
         run(RMSprop, "sparse"), run(BUILT_IN, "made dense"), 1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("of_values", "of_ids", "bad"),
+    [
+        ([None, None], [None], tf.ones((2, 4))),
+        ([None, None], [None], tf.ones((2, 1))),
+        ([None, 3], [None], tf.ones((3, 3))),
+        (None, None, tf.ones(2)),
+    ],
+)
+def test_slices_whose_shape_is_wrong_at_last_change_nothing(of_values, of_ids, bad):
+    table, bias = keras.Variable(np.ones((10, 3))), keras.Variable(np.ones(3))
+    optimizer = RMSprop(0.01)
+    optimizer.build([table, bias])
+    signature = [tf.TensorSpec(of_values), tf.TensorSpec(of_ids, tf.int32)]
+
+    @tf.function(input_signature=signature)
+    def step(values, ids):
+        slices = tf.IndexedSlices(values, ids, tf.constant([10, 3]))
+        optimizer.apply([slices, tf.ones(3)])
+
+    step(tf.ones((2, 3)), tf.constant([1, 2]))
+    everything = [table, bias, *optimizer.variables]
+    before = [v.numpy() for v in everything]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"shape|row for each"):
+        step(bad, tf.constant([1, 2]))
+    for v, old in zip(everything, before, strict=True):
+        np.testing.assert_array_equal(v.numpy(), old, v.path)
+
+
+def test_a_table_without_columns():
+    table = keras.Variable(np.ones((10, 0)))
+    optimizer = RMSprop(gradient_accumulation_steps=2)
+    for _ in range(3):
+        slices = tf.IndexedSlices(tf.ones((2, 0)), tf.constant([1, 2]))
+        optimizer.apply([slices], [table])
+    assert int(optimizer.iterations) == 1
+
+
+def test_the_rate_of_a_table_of_float64_is_found():
+    found = []
+    for densely in (False, True):
+        table = keras.Variable(np.zeros((6, 3)), dtype="float64")
+        optimizer = RMSprop("auto")
+        for _ in range(30):
+            slices = tf.IndexedSlices(
+                tf.gather(table.value, [1, 4]) - 1, tf.constant([1, 4]), (6, 3)
+            )
+            gradient = tf.convert_to_tensor(slices) if densely else slices
+            optimizer.apply([gradient], [table])
+        found.append(optimizer.found_learning_rate)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] > 1e-4

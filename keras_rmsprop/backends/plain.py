@@ -251,6 +251,11 @@ def after(operations: Sequence[Any]) -> Any:
     return contextlib.nullcontext()
 
 
+def assign_everywhere(variable: Any, value: Any) -> None:
+    """Set a variable; see `tensorflow.assign_everywhere`."""
+    variable.assign(value)
+
+
 def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
     """Whether a native kernel takes all of these updates: here there is none."""
     return False

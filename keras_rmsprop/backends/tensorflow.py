@@ -420,6 +420,14 @@ def clipped(
     return [g if g is None else g * scale for g in grads]
 
 
+def assign_everywhere(variable: Any, value: Any) -> None:
+    """Set a variable on all replicas of this process, even if called from one."""
+    copies = getattr(native(variable), "values", (native(variable),))
+    value = tf.convert_to_tensor(value)
+    for copy in copies:
+        copy.assign(tf.cast(value, copy.dtype))
+
+
 def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
     """Whether the kernel takes all of these updates."""
     return not is_watched() and not any(
@@ -501,7 +509,8 @@ def as_taken(
     for gradient, variable, clock in zip(grads, variables, clocks, strict=True):
         ids = None
         if isinstance(gradient, tf.IndexedSlices):
-            asserts.append(sparse.check_ids(gradient, variable))
+            gradient, of_shape = sparse.with_known_shape(gradient, variable)
+            asserts += [*of_shape, sparse.check_ids(gradient, variable)]
             if clock is None:
                 gradient = sparse.dense(gradient, variable)
             else:

@@ -52,12 +52,41 @@ EACH_PROCESSOR void FollowRun(const Run<T>& run, const T* __restrict gradient,
   }
 }
 
+// Short runs in one loop: to begin a run costs more than its elements.
+template <typename T, typename W>
+Sums FollowShort(const Followed<T, W>& part, int64_t start, int64_t size, T forgetting,
+                 T weight, bool begins) {
+  const Sample sample = part.sample;
+  Sums sums;
+  int64_t place = start % sample.run;
+  int64_t begin = start / sample.run * sample.pitch;
+  for (int64_t i = start; i < start + size; ++i) {
+    const int64_t at = begin + place * sample.stride;
+    const T g = part.gradient[at], x = static_cast<T>(part.weights[at]);
+    if (begins) part.first_weights[i] = x;
+    const T s = forgetting * part.gradient_sums[i] + weight * g;
+    part.gradient_sums[i] = s;
+    sums.gain += double(g) * double(part.first_weights[i] - x);
+    sums.length += std::abs(double(s));
+    if (++place == sample.run) {
+      place = 0;
+      begin += sample.pitch;
+    }
+  }
+  return sums;
+}
+
 }  // namespace
 
 template <typename T, typename W>
 Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgetting,
             T weight, bool begins) {
-  const Sample& sample = part.sample;
+  Sample sample = part.sample;
+  // Runs of one element are one run.
+  if (sample.run == 1) sample = {start + size, 0, sample.pitch};
+  if (sample.run < 2 * kSums) {
+    return FollowShort(part, start, size, forgetting, weight, begins);
+  }
   double gains[kSums] = {}, lengths[kSums] = {};
   for (int64_t i = start; i < start + size;) {
     const int64_t place = i % sample.run;
