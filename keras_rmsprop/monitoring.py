@@ -20,7 +20,7 @@ MOST_ELEMENTS = 2**15
 """Of a larger variable only so many elements are looked at, evenly spaced."""
 SETTLING = 10
 """After so many looks, no weight should change much in one step."""
-FEWEST_STEPS, MOST_TIME = 100, 0.03
+FEWEST_STEPS, MOST_TIME = 100, 0.02
 """Steps from one look to the next by default, and the share of time that looks take."""
 
 
