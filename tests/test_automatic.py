@@ -588,7 +588,7 @@ def test_two_replicas_find_what_one_finds():
             for model.layers[0].trainable in (False, True):
                 with strategy.scope():
                     model.compile(optimizer, "mse", jit_compile=False)
-                model.fit(ids, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+                model.fit(ids, y, batch_size=16, epochs=5, shuffle=False, verbose=0)
             for v in (*model.variables, *optimizer.variables):
                 copies = strategy.experimental_local_results(v.value)
                 for copy in copies:
