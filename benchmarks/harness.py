@@ -8,7 +8,6 @@ often; `measure` carries it out.
 import gc
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -103,12 +102,11 @@ def measure(
                 try:
                     for request in [] if failed else requests:
                         # All are in memory together, and few give back any.
-                        most = (
-                            SHARE * memory("MemTotal")
-                            if "what" in request
-                            else math.inf
-                        )
-                        if who in workers and workers[who].memory() > most:
+                        if (
+                            "what" in request
+                            and who in workers
+                            and workers[who].is_large()
+                        ):
                             workers.pop(who).stop()
                         if who not in workers:
                             workers[who] = Worker(plan, who, before)
@@ -163,9 +161,10 @@ class Worker:
             raise RuntimeError(f"failed:\n{self._complaints.read()[-2000:]}")
         return json.loads(answer)
 
-    def memory(self) -> int:
-        """Return the bytes of memory that the process has now."""
-        return _memory_of_process("VmRSS", self._process.pid)
+    def is_large(self) -> bool:
+        """Whether the process has more than its share of the memory."""
+        has = _memory_of_process("VmRSS", self._process.pid)
+        return has > SHARE * memory("MemTotal")
 
     def stop(self) -> None:
         """Let the process end, as it does when nothing more can be asked."""

@@ -775,7 +775,7 @@ def test_no_compiler(tmp_path, monkeypatch):
 
 @needs_kernel
 def test_building_it(tmp_path):
-    # What would take 20 s is done by a compiler that writes what it wrote before.
+    # What would take long is done by a compiler that writes what it wrote before.
     compiler = tmp_path / "compiler"
     library = build.found()
     out = tmp_path / "a folder"

@@ -56,7 +56,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path | None = None) -> Path:
-    """Compile the library, which takes some 20 seconds.
+    """Compile the library, which takes half a minute or so.
 
     Args:
         folder: Where to put it; None: the user's cache.

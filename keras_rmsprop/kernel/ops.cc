@@ -254,7 +254,17 @@ class Variables {
   // Copies a locked variable's buffer if a reader still has it. In copy-on-read mode
   // readers have copies: they make them under the lock.
   absl::Status MakeSoleOwner(tf::OpKernelContext* ctx, int kind, int i) {
-    tf::Tensor* tensor = Get(kind, i);
+    return MakeSoleOwner(ctx, Get(kind, i));
+  }
+  absl::Status MakeSoleOwnerOfAll(tf::OpKernelContext* ctx) {
+    for (const auto& variable : variables_) {
+      TF_RETURN_IF_ERROR(MakeSoleOwner(ctx, variable->tensor()));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  static absl::Status MakeSoleOwner(tf::OpKernelContext* ctx, tf::Tensor* tensor) {
     if (tensor->RefCountIsOne()) return absl::OkStatus();
     tf::Tensor copy;
     tf::AllocatorAttributes attributes;
@@ -267,7 +277,6 @@ class Variables {
     return absl::OkStatus();
   }
 
- private:
   std::vector<tf::core::RefCountPtr<tf::Var>> variables_;
   std::vector<std::string> names_;
   std::vector<int> first_;  // of each kind; -1: there is none
@@ -378,11 +387,7 @@ class StepOp : public UpdateOp<T> {
                                             &gradients[i].shape()));
       }
     }
-    for (int kind = 0; kind < kKinds; ++kind) {
-      for (int i = 0; variables.Has(kind) && i < count; ++i) {
-        OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kind, i));
-      }
-    }
+    OP_REQUIRES_OK(ctx, variables.MakeSoleOwnerOfAll(ctx));
     std::vector<Part<T, Plain<W>, Plain<S>>> parts(count);
     for (int i = 0; i < count; ++i) {
       parts[i] = {
@@ -453,11 +458,7 @@ class RowsOp : public UpdateOp<T> {
                 absl::InvalidArgumentError(absl::StrCat(
                     "An index of a sparse gradient is not in [0, ", shape.dim_size(0),
                     ")")));
-    for (int kind = 0; kind < kKinds; ++kind) {
-      if (variables.Has(kind)) {
-        OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kind, 0));
-      }
-    }
+    OP_REQUIRES_OK(ctx, variables.MakeSoleOwnerOfAll(ctx));
     int32_t* updates = variables.Data<int32_t>(kUpdates, 0);
     const int64_t width = count ? gradient->NumElements() / count : 0;
     const Part<T, Plain<W>, T> row = {
