@@ -160,11 +160,19 @@ def embeddings(options: argparse.Namespace) -> list[Plan]:
     if options.quick:
         tables = [name for name in tables if name in (fit.SMALL, fit.LARGE)]
     compared = [t for t in tables if t == fit.SMALL or rows[t] >= rows[fit.LARGE]]
-    plans = []
+    kinds = "uniform", "zipf"
+    alone = Plan(
+        "fit.py",
+        ["this", harness.PORTABLE, "Keras"],
+        [name for name in tables if rows[name] <= rows[fit.LARGE]],
+        [f"{kind} ids, {fit.UPDATE}" for kind in kinds],
+        options.rounds,
+    )
+    plans = [alone._replace(seconds=options.seconds)]
     for way in fit.TABLE_JIT:
         # PyTorch has no XLA.
         whos = [who for who in fit.KEPT if who != fit.TORCH or way == "without XLA"]
-        hows = [f"{kind} ids, {way}" for kind in ("uniform", "zipf")]
+        hows = [f"{kind} ids, {way}" for kind in kinds]
         for fresh in (False, True):
             some = [name for name in tables if (rows[name] > room / 32) is fresh]
             plan = Plan("fit.py", whos, some, hows, options.rounds, fresh=fresh)

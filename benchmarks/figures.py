@@ -32,6 +32,10 @@ FIT = {1.15: "MNIST network", 1.5: "wide", 1.1: "61 x 64"}
 COMPILED = 1.3
 """Within how many times torch's compiled step an update shall be."""
 
+TABLE = 60, 2, "1,000,000 rows", "1,000 rows"
+"""The update of a table: how many times as fast as the built-in on the first one, and
+within how many times its own time on the second one."""
+
 AUTO = "MNIST network", "16 M", "3 x 2048"
 """Where a step whose learning rate is to be found must not cost much more."""
 
@@ -154,8 +158,13 @@ def targets(parts: Mapping[str, Part]) -> list[list[str]]:
     Args:
         parts: What was measured, as far as it was.
     """
-    update, fit, memory = (parts.get(part, Part({}, [])) for part in PARTS[:3])
-    rows = (*_eager(update), *_compiled(update, fit), *_cost(update, fit, memory))
+    update, fit, memory, tables = (parts.get(part, Part({}, [])) for part in PARTS)
+    rows = (
+        *_eager(update),
+        *_compiled(update, fit),
+        *_cost(update, fit, memory),
+        *_tables(tables),
+    )
     return [["target", "worst case", "holds"], *rows]
 
 
@@ -255,3 +264,15 @@ def _cost(update: Part, fit: Part, memory: Part) -> Targets:
         if case[0].startswith("this")
     }
     yield _target("a step allocates one largest variable at most", ratios, 1)
+
+
+def _tables(tables: Part) -> Targets:
+    times, most, large, small = TABLE
+    updates = [how for how in tables.hows if how.endswith("an update")]
+    ratios = tables.ratios("Keras", "this", [large], updates)
+    text = f"an update of {large}: {times} x as fast as Keras"
+    yield _target(text, ratios, times, least=True)
+    ratios = {
+        how: tables.ratio(("this", large, how), ("this", small, how)) for how in updates
+    }
+    yield _target(f"an update of {large}: within {most} x {small}", ratios, most)

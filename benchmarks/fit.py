@@ -1,6 +1,7 @@
 """The steps of `fit` that are measured, and imports: of one optimizer, on a model.
 
-Where the model is an embedding, PyTorch trains it, too.
+Where the model is an embedding, PyTorch trains it, too, and the update of its table is
+measured on its own.
 """
 
 import functools
@@ -79,6 +80,8 @@ SMALL, LARGE = "1,000 rows", "1,000,000 rows"
 """Tables whose times are compared. From the larger one on the memory is, too."""
 JIT = {"default": "auto", "jit_compile=True": True}
 TABLE_JIT = {"without XLA": False, "with XLA": True}
+UPDATE = "an update"
+"""Of a table, eagerly, by gradients that are there already; no model, no `fit`."""
 MONITOR = "this, Monitor"
 OPTIMIZERS = {
     "this": "keras_rmsprop:RMSprop",
@@ -101,8 +104,9 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
     Args:
         who: One of `OPTIMIZERS`, or `TORCH` or `FLOOR` for tables.
         what: One of `MODELS` or `TABLES`, or `"import"`.
-        how: Ends as one of `JIT` or `TABLE_JIT`; begins with the kind of ids, or with
-            "mean", for the mean of the steps, as a few of them take longer.
+        how: Ends as one of `JIT` or `TABLE_JIT`, or as `UPDATE`; begins with the kind
+            of ids, or with "mean", for the mean of the steps, as a few of them take
+            longer.
     """
     if what == "import":
         start = time.perf_counter()
@@ -112,6 +116,8 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
     task = {**MODELS, **TABLES}[what]
     if who == TORCH:
         return with_torch(task, how)
+    if how.endswith(UPDATE):
+        return of_table(who, task, how)
     start_tensorflow()
     fit, memory = with_keras(who, task, how)
     start = time.perf_counter()
@@ -229,6 +235,39 @@ def with_keras(
         return ends
 
     return fit, memory
+
+
+def of_table(who: str, task: Task, how: str) -> harness.Ready:
+    """Prepare updates of the table alone."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    ids, _ = batches(task, how)
+    ids = ids.reshape(len(ids), -1)
+    values = np.random.default_rng(0).standard_normal((ids.shape[1], WIDTH), "float32")
+    shape = task.rows, WIDTH
+    slices = [
+        tf.IndexedSlices(tf.constant(values), tf.constant(i), tf.constant(shape))
+        for i in ids
+    ]
+    memory = harness.Memory()
+    table = keras.Variable(keras.ops.zeros(shape))
+    optimizer = pkgutil.resolve_name(OPTIMIZERS[who])()
+    optimizer.build([table])
+    memory.forget_peak()
+    given = itertools.cycle(slices)
+
+    def step() -> None:
+        optimizer.apply([next(given)])
+
+    [first] = harness.milliseconds(step, seconds=0, least=1)
+    harness.milliseconds(step, seconds=0, least=2 * WARM_UP)
+
+    def timed(seconds: float) -> float:
+        return statistics.median(harness.milliseconds(step, seconds, WARM_UP))
+
+    return ready(first / 1e3, timed, memory)
 
 
 def with_torch(task: Task, how: str) -> harness.Ready:
