@@ -92,7 +92,7 @@ mutants: $(MUTANTS)  ## change the code in many places, one at a time, and see t
 sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sanitizers
 	@mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -DONE_PROCESSOR -ffp-contract=off -fno-sanitize-recover=all \
-		-fsanitize=address,undefined $(addprefix keras_rmsprop/kernel/,step.cc rows.cc search.cc) \
+		-fsanitize=address,undefined $(addprefix keras_rmsprop/kernel/,blocks.cc step.cc rows.cc search.cc) \
 		tests/step_test.cc -o build/step_test
 	build/step_test
 

@@ -98,6 +98,24 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     return choices[choices.index(value)]
 
 
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Return an argument as a tuple of strings.
+
+    Args:
+        name: Name of the argument.
+        value: What was received.
+
+    Raises:
+        TypeError: It is not a list or tuple of strings.
+    """
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not all(isinstance(part, str) for part in value):
+        raise TypeError(
+            f"`{name}` must be a list of strings. Received: {name}={value!r}"
+        )
+    return tuple(value)
+
+
 def learning_rate(value: Any) -> Any:
     """Return a learning rate; Keras checks what is not a number.
 

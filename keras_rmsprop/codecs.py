@@ -1,22 +1,30 @@
-"""How a slot is kept: the dtype of its variable, and how numbers get in and out.
+"""How a slot is kept: its variable, and how numbers get in and out.
 
-A step is computed in float32 or float64. A codec says in which dtype the results are
-kept between steps (`dtype`) and which variables that needs besides (`extra`). It
-converts between the two (`encode`, `decode`). Nothing else in the package knows how a
-slot is kept.
+A step is computed in float32 or float64. A codec says of which dtype and shape the
+variable is that keeps the results between steps (`dtype`, `shape`), and which variables
+that needs besides (`extra`). It converts between the two (`encode`, `decode`). Nothing
+else in the package knows how a slot is kept.
 """
 
+import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
+from numpy.typing import NDArray
 
+from keras_rmsprop import bits, blockwise
 from keras_rmsprop.rule import Slots
 
+Shape = Sequence[int]
 ROUNDING_OFFSET = "rounding_offset"
-"""The variable that `StochasticBfloat16` needs: an int32 scalar, drawn once."""
+"""The variable that random rounding needs: an int32 scalar, drawn once."""
+DRAWN_ONCE: Mapping[str, Callable[[], int]] = {
+    ROUNDING_OFFSET: lambda: random.randrange(bits.DRAWS)
+}
 
 
 class Draw(NamedTuple):
@@ -39,6 +47,8 @@ class Float:
     """What else it needs: int32 scalars, by name, and what each starts with."""
     elementwise = True
     """Whether how an element is kept depends on nothing but its value."""
+    in_blocks = False
+    """Whether the slot is not of the shape of the weights; see `as_blocks`."""
 
     def __init__(self, kept: str | None = None) -> None:
         self._kept = kept
@@ -50,18 +60,39 @@ class Float:
         )
         return self._kept or wide
 
-    def decode(self, stored: Any, dtype: str) -> Any:
-        """Return the kept values in the dtype of a step."""
+    def shape(self, weights: Shape) -> Shape:
+        """Return the shape of a slot whose weights have this shape."""
+        return weights
+
+    def initializer(self, start: Any, weights: Shape, slot: int) -> Any:
+        """Return what makes a slot that starts with these numbers.
+
+        Args:
+            start: A Keras initializer of the numbers.
+            weights: The shape of the weights.
+            slot: Which slot this is.
+        """
+        return start
+
+    def decode(self, stored: Any, dtype: str, shape: Shape = (), slot: int = 0) -> Any:
+        """Return the kept values in the dtype of a step.
+
+        Args:
+            stored: What is kept.
+            dtype: The dtype of the step.
+            shape: The shape of the values.
+            slot: Which slot this is, a small number.
+        """
         return ops.cast(stored, dtype)
 
-    def encode(self, values: Any, dtype: str, draw: Draw, slot: int) -> Any:
+    def encode(self, values: Any, dtype: str, draw: Draw | None, slot: int) -> Any:
         """Return new values in the form in which they are kept.
 
         Args:
             values: The values, in the dtype of the step.
             dtype: The dtype of the variable that keeps them.
-            draw: What random rounding depends on.
-            slot: Which slot this is, a small number.
+            draw: What random rounding depends on; None: round to the nearest.
+            slot: Which slot this is.
         """
         return ops.cast(values, dtype)
 
@@ -69,30 +100,138 @@ class Float:
 class StochasticBfloat16(Float):
     """Keeps numbers in bfloat16, rounded up or down at random, right on average."""
 
-    extra: ClassVar[Mapping[str, Callable[[], int]]] = {
-        ROUNDING_OFFSET: lambda: random.randrange(2**16)
-    }
+    extra = DRAWN_ONCE
     elementwise = False  # its place decides how it is rounded
 
     def __init__(self) -> None:
         super().__init__("bfloat16")
 
-    def encode(self, values: Any, dtype: str, draw: Draw, slot: int) -> Any:
+    def encode(self, values: Any, dtype: str, draw: Draw | None, slot: int) -> Any:
         """See `Float.encode`."""
+        if draw is None:
+            return ops.cast(values, dtype)
         return stochastically(values, draw.offset, draw.step, slot)
 
 
-Codec = Float | StochasticBfloat16
+class Blockwise(Float):
+    """Keeps numbers in a byte each, rounded as above; see `blockwise.py`."""
+
+    extra = DRAWN_ONCE
+    elementwise, in_blocks = False, True
+
+    def __init__(self) -> None:
+        super().__init__("uint8")
+
+    def shape(self, weights: Shape) -> Shape:
+        """See `Float.shape`."""
+        width = blockwise.BLOCK + blockwise.SCALE
+        return (blockwise.blocks(math.prod(weights)), width)
+
+    def initializer(self, start: Any, weights: Shape, slot: int) -> Any:
+        """See `Float.initializer`."""
+        if start == "zeros":
+            return start  # which all bytes of zeros are
+
+        def start_encoded(shape: Shape, dtype: str) -> Any:
+            values = keras.initializers.get(start)(weights, "float32")
+            return self.encode(values, dtype, None, slot)
+
+        return start_encoded
+
+    def decode(self, stored: Any, dtype: str, shape: Shape = (), slot: int = 0) -> Any:
+        """See `Float.decode`."""
+        stored = ops.convert_to_tensor(stored)
+        blocks = blockwise.decoded(stored, signed=_is_signed(slot))
+        return ops.cast(from_blocks(blocks, shape), dtype)
+
+    def encode(self, values: Any, dtype: str, draw: Draw | None, slot: int) -> Any:
+        """See `Float.encode`."""
+        blocks = as_blocks(ops.cast(values, "float32"))
+        drawn: Any = blockwise.NEAREST
+        if draw is not None and draw.offset is not None:
+            drawn = bits.draws(blocks, draw.offset, draw.step, slot)
+        return blockwise.encoded(blocks, drawn, signed=_is_signed(slot))
 
 
-def named(slot_dtype: str | None) -> Codec:
+def as_blocks(x: Any) -> Any:
+    """Return a tensor as rows, one for each block, filled up with zeros."""
+    size = math.prod(x.shape)
+    shape = blockwise.blocks(size), blockwise.BLOCK
+    if tuple(x.shape) == shape:
+        return x
+    padding = math.prod(shape) - size
+    if padding:
+        x = ops.pad(ops.reshape(x, (size,)), [[0, padding]])
+    return ops.reshape(x, shape)
+
+
+def from_blocks(blocks: Any, shape: Shape) -> Any:
+    """Return a tensor of this shape; the inverse of `as_blocks`."""
+    size, padded = math.prod(shape), math.prod(blocks.shape)
+    if tuple(blocks.shape) == tuple(shape):
+        return blocks
+    if size < padded:
+        blocks = ops.reshape(blocks, (padded,))[:size]
+    return ops.reshape(blocks, shape)
+
+
+def _is_signed(slot: int) -> bool:
+    return Slots._fields[slot] != "velocity"
+
+
+def named(slot_dtype: str | None) -> Float:
     """Return the codec that the option `slot_dtype` asks for."""
-    return StochasticBfloat16() if slot_dtype == "bfloat16" else Float(slot_dtype)
+    special = {"bfloat16": StochasticBfloat16, "uint8": Blockwise}
+    return special[slot_dtype]() if slot_dtype in special else Float(slot_dtype)
 
 
-def of(stored: Any) -> Codec:
+def of(stored: Any) -> Float:
     """Return the codec of an existing slot, whatever the option says now."""
     return named(keras.backend.standardize_dtype(stored.dtype))
+
+
+CODES = f"uint8 in blocks of {blockwise.BLOCK}, then a float32 scale; 8-fold groups"
+"""What a file calls the form in which `Blockwise` keeps numbers."""
+LEAST_ELEMENTS = 2**12
+"""Of a variable that is kept in bytes: with fewer it would save next to nothing."""
+
+
+def chosen(
+    slot_dtype: str | None, path: str, shape: Shape, float32_slots: Sequence[str]
+) -> tuple[Float, str]:
+    """Return how a variable's slots are kept, and why; empty: as all are.
+
+    Args:
+        slot_dtype: The option.
+        path: The variable's path.
+        shape: Its shape.
+        float32_slots: What the paths of those have in them that are not kept in bytes.
+    """
+    codec, why = named(slot_dtype), ""
+    if codec.in_blocks:
+        why = "a byte a number, in blocks"
+        if math.prod(shape) < LEAST_ELEMENTS:
+            codec, why = Float(), f"fewer than {LEAST_ELEMENTS} elements"
+        for part in float32_slots:
+            if part in path:
+                codec, why = Float(), f"`float32_slots` has {part!r}"
+    return codec, why
+
+
+def decoded(slots: Slots, dtype: str, shape: Shape) -> Slots:
+    """Return the values that slots keep, in the dtype of a step."""
+    return Slots(
+        *(
+            None if slot is None else of(slot).decode(slot, dtype, shape, number)
+            for number, slot in enumerate(slots)
+        )
+    )
+
+
+def as_numbers(slots: Slots, shape: Shape) -> Slots:
+    """Return slots, and instead of those in another form the numbers they keep."""
+    in_blocks = of(slots.velocity).in_blocks
+    return decoded(slots, "float32", shape) if in_blocks else slots
 
 
 def encoded(slots: Slots, values: Slots, draw: Draw) -> Slots:
@@ -109,21 +248,81 @@ def encoded(slots: Slots, values: Slots, draw: Draw) -> Slots:
     )
 
 
+class Numbers(np.ndarray[Any, Any]):
+    """Numbers of a slot that keeps them in another form."""
+
+    stored: Any = None
+    """The array in that form."""
+
+
+class Place:
+    """A slot of another shape, as a place for numbers of the shape of its weights.
+
+    Args:
+        slot: The variable.
+        shape: The shape of the weights.
+        number: Which slot it is.
+    """
+
+    def __init__(self, slot: Any, shape: Shape, number: int) -> None:
+        self._slot, self.shape, self._number = slot, tuple(shape), number
+
+    def numpy(self) -> Any:
+        """Return the numbers."""
+        return self.understood(self._slot.numpy())
+
+    def understood(self, array: Any) -> Any:
+        """Return numbers, given these or what a slot like this one has."""
+        is_of_slot = self._is_of_slot(array) and array.dtype == np.uint8
+        return numbers(array, self.shape, self._number) if is_of_slot else array
+
+    def assign(self, values: Any) -> None:
+        """Set the slot to numbers, to the bit if they come from a slot like this."""
+        stored = getattr(values, "stored", None)
+        if not self._is_of_slot(stored):
+            dtype = keras.backend.standardize_dtype(self._slot.dtype)
+            stored = of(self._slot).encode(values, dtype, None, self._number)
+        self._slot.assign(stored)
+
+    def _is_of_slot(self, array: Any) -> bool:
+        return getattr(array, "shape", None) == tuple(self._slot.shape)
+
+
+def place(slot: Any, shape: Shape, number: int) -> Any:
+    """Return a slot, or a `Place` if it is not of the shape of its weights."""
+    is_same = tuple(slot.shape) == tuple(shape)
+    return slot if is_same else Place(slot, shape, number)
+
+
+def places(slots: Slots, shape: Shape) -> Slots:
+    """Return a place for each slot."""
+    return Slots(
+        *(
+            None if slot is None else place(slot, shape, number)
+            for number, slot in enumerate(slots)
+        )
+    )
+
+
+def numbers(stored: NDArray[Any], shape: Shape, number: int) -> Numbers:
+    """Return the float32 numbers that a slot of another form keeps.
+
+    Args:
+        stored: What it has.
+        shape: The shape of the weights.
+        number: Which slot it is.
+    """
+    values = of(stored).decode(stored, "float32", shape, number)
+    found = ops.convert_to_numpy(values).view(Numbers)
+    found.stored = stored
+    return found
+
+
 # Stochastic rounding, so that averages in bfloat16 do not stall.
 #
 # bfloat16 keeps 8 bits of a number. An average that should grow by less than half of
 # the last one is rounded back to where it was, step after step. Rounded up or down by
 # a draw, with chances as each is near, it is right on average.
-#
-# A draw costs next to nothing here: each step has a number of its own, as good as
-# random, and from it the elements go on by a fixed stride, which covers all draws
-# evenly. So the mean over a variable is better than that of independent draws, while a
-# single average strays as it does with these. (Even strides in time, too, would hold a
-# steady average closer, but err where gradients repeat, as those of an epoch do.)
-
-ELEMENT_STRIDE, SLOT_STRIDE = 49471, 27147
-"""From one element's draw to the next, and from one slot's, in units of 2^-16: 1/p,
-where p^3 = p + 1, and the fraction of the root of 2. Both are odd: so all are met."""
 
 
 def stochastically(x: Any, offset: Any, t: Any, slot: int) -> Any:
@@ -134,41 +333,10 @@ def stochastically(x: Any, offset: Any, t: Any, slot: int) -> Any:
         offset: An integer scalar, drawn once.
         t: The number of the step, an integer scalar.
         slot: Which slot this is.
-
-    Reference:
-        - Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018, for
-          the stride.
     """
     x = ops.cast(x, "float32")
-    step = ops.cast(t, "int32") + ops.cast(offset, "int32")
-    start = _mixed(step) + slot * SLOT_STRIDE
-    element = ops.reshape(ops.arange(ops.size(x), dtype="int32"), ops.shape(x))
-    draw = _low(element * ELEMENT_STRIDE + start)
     # float32 has 16 bits more than bfloat16: the draw decides whether they carry.
-    bits = ops.bitwise_and(_view(x, "int32") + draw, -(2**16))
-    rounded = ops.where(ops.isfinite(x), _view(bits, "float32"), x)
+    carried = bits.view(x, "int32") + bits.draws(x, offset, t, slot)
+    kept = bits.view(ops.bitwise_and(carried, -bits.DRAWS), "float32")
+    rounded = ops.where(ops.isfinite(x), kept, x)
     return ops.cast(rounded, "bfloat16")
-
-
-def _mixed(n: Any) -> Any:
-    """Map the numbers below 2^16 onto themselves, in an order that looks random."""
-    for _ in range(3):
-        n = _low(n * 40503 + 12345)
-        n = ops.bitwise_xor(n, ops.right_shift(n, 8))
-    return n
-
-
-def _low(n: Any) -> Any:
-    return ops.bitwise_and(n, 2**16 - 1)
-
-
-def _view(x: Any, dtype: str) -> Any:
-    """Return the bits of a tensor as numbers of another dtype."""
-    if hasattr(ops, "view"):
-        return ops.view(x, dtype)
-    # Keras before 3.12 leaves this to its backends.
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.bitcast(x, dtype)
-    return x.view(ops.zeros((), dtype).dtype)

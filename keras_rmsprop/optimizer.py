@@ -162,12 +162,20 @@ class RMSprop(keras.optimizers.Optimizer):
             $k = [u g > 0]$ over its mean in the variable (0.001 at least); else
             $k = 1$. Defaults to `False`.
         slot_dtype: Dtype of the slots: `None` as said above, `"float32"`, `"float64"`,
-            or `"bfloat16"`, which halves them: steps are computed in float32 and what
-            is kept is rounded stochastically, up or down at random, right on average.
-            The random numbers start from one that is drawn when the optimizer is built
-            (see `keras.utils.set_random_seed`) and saved with it. bfloat16 keeps 2 to 3
-            digits, too few for `centered` where gradients vary little. Defaults to
+            `"bfloat16"`, which halves them, or `"uint8"`, which quarters them: steps
+            are computed in float32 and what is kept is rounded stochastically, up or
+            down at random, right on average. The random numbers start from one that is
+            drawn when the optimizer is built (see `keras.utils.set_random_seed`) and
+            saved with it. bfloat16 keeps 2 to 3 digits, too few for `centered` where
+            gradients vary little. uint8 keeps blocks of 256 numbers with a scale each,
+            260 bytes, so a slot has another shape than its weight. Within a block it
+            tells apart what is up to two million times smaller than the largest (see
+            `keras_rmsprop.blockwise`), and it is not for `centered`. Defaults to
             `None`.
+        float32_slots: With `slot_dtype="uint8"`, names: a variable that has one of them
+            in its path keeps its slots as without it, and so does one with fewer than
+            4096 elements. Of a table in blocks, a sparse gradient is taken as dense.
+            Defaults to `("embeddings",)`.
         ema_warmup: Whether the average of the weights begins with a short memory: after
             $t$ updates its decay rate is the smaller one of `ema_momentum` and
             $(1 + t) / (10 + t)$, so that a short run does not drag its first weights
@@ -357,12 +365,15 @@ class RMSprop(keras.optimizers.Optimizer):
             initializer: What it starts with.
         """
         dtype = keras.backend.standardize_dtype(reference_variable.dtype)
+        shape = reference_variable.shape
         if name in rule.Slots._fields:
-            dtype = codecs.named(self.slot_dtype).dtype(dtype)
+            codec, _ = self._codec(reference_variable)
+            number = rule.Slots._fields.index(name)
+            initializer = codec.initializer(initializer, shape, number)
+            dtype, shape = codec.dtype(dtype), codec.shape(shape)
         elif name == ACCUMULATOR:
             # In bfloat16 a sum of 256 ones does not grow.
             dtype = keras.backend.result_type(dtype, "float32")
-        shape = reference_variable.shape
         if self._search is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
             dtype = keras.backend.result_type(dtype, "float32")
             shape = self._search.options.sample(shape).shape
@@ -373,6 +384,18 @@ class RMSprop(keras.optimizers.Optimizer):
             )
         finally:
             self._now.slot = None
+
+    def _codec(self, variable: Any) -> tuple[codecs.Float, str]:
+        """Return how the slots of a variable of the model will be kept, and why."""
+        path = getattr(variable, "path", variable.name)
+        return codecs.chosen(self.slot_dtype, path, variable.shape, self.float32_slots)
+
+    def _is_in_blocks(self, variable: Any) -> bool:
+        """Whether slots of a variable are kept, or will be, in no rows."""
+        i = self._trainable_variables_indices.get(self._var_key(variable))
+        is_there = self.built and i is not None
+        codec = codecs.of(self._velocities[i]) if is_there else self._codec(variable)[0]
+        return codec.in_blocks
 
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
@@ -585,6 +608,7 @@ class RMSprop(keras.optimizers.Optimizer):
             ),
             "`update_step` is a subclass'": self._has_own_step(),
             "`rho` may change unseen": options.is_tensor(self.rho),
+            "its slots are kept in blocks, not in rows": (self._is_in_blocks(variable)),
             "the learning rate is found from whole rows": (
                 self._search is not None
                 and self._search.options.sample(variable.shape).whole_rows
@@ -983,6 +1007,11 @@ class RMSprop(keras.optimizers.Optimizer):
         text = explained(steps, names)
         if jit_compile is not False and (why := backend.why_no_kernel()):
             text += f"\nNo kernel: {why}."
+        reasons = [self._codec(variable)[1] for variable in variables]
+        if any(reasons):
+            both = zip(self._velocities, reasons, strict=True)
+            kept = [Way(slot.dtype, why) for slot, why in both]
+            text += "\n" + explained({"What a step leaves is kept as:": kept}, names)
         if self._search is not None:
             text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
         return text
@@ -1067,9 +1096,9 @@ class RMSprop(keras.optimizers.Optimizer):
     def get_state(self) -> State:
         """Return what the optimizer remembers of its variables, as NumPy arrays.
 
-        The averages of silent rows are up to date in it, and slots in bfloat16 are
-        float32. It does not include the averages of the weights (`use_ema`), nor the
-        estimate behind `learning_rate="auto"`.
+        The averages of silent rows are up to date in it, and slots in bfloat16 or in
+        bytes are float32. It does not include the averages of the weights (`use_ema`),
+        nor the estimate behind `learning_rate="auto"`.
 
         Raises:
             ValueError: The optimizer is not built.
@@ -1081,7 +1110,8 @@ class RMSprop(keras.optimizers.Optimizer):
             slots = self._slots_of(i)
             if i in self._clocks:
                 slots = sparse.caught_up(slots, sparse.Rows(self._clocks[i]), self.rho)
-            found.append(slots.map(as_array))
+            shape = self._trainable_variables[i].shape
+            found.append(codecs.as_numbers(slots, shape).map(as_array))
         return State(int(as_array(self.iterations)), found, self._paths())
 
     def set_state(self, state: State) -> None:
@@ -1103,13 +1133,12 @@ class RMSprop(keras.optimizers.Optimizer):
             )
         _ = self.variables  # up to date, they need no clock
         iterations = checks.integer("iterations", state.iterations, 0)
-        places = [self._slots_of(i) for i in range(len(self._velocities))]
-        pairs = [
-            (slot, ops.convert_to_tensor(array, slot.dtype))
-            for slot, array in matched(places, state.slots, self._paths())
+        places = [
+            codecs.places(self._slots_of(i), variable.shape)
+            for i, variable in enumerate(self._trainable_variables)
         ]
-        for slot, value in pairs:
-            slot.assign(value)
+        for place, array in matched(places, state.slots, self._paths()):
+            place.assign(array)
         every = self.gradient_accumulation_steps or 1
         self._iterations.assign(iterations * every)
         for sums in self._accumulated_gradients if every > 1 else []:

@@ -5,7 +5,7 @@ configuration and `explain` read this table; the formula is in `rule.py`.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import keras
@@ -66,8 +66,10 @@ class Dialect(TypedDict, total=False):
     maximize: Annotated[bool, Option(False, checks.flag)]
     cautious: Annotated[bool, Option(False, checks.flag)]
     slot_dtype: Annotated[
-        str | None, Option(None, one_of(None, "bfloat16", "float32", "float64"))
+        str | None,
+        Option(None, one_of(None, "bfloat16", "float32", "float64", "uint8")),
     ]
+    float32_slots: Annotated[Sequence[str], Option(("embeddings",), checks.names)]
     ema_warmup: Annotated[bool, Option(False, checks.flag)]
     skip_nonfinite: Annotated[bool, Option(False, checks.flag)]
     sparse_update: Annotated[str, Option("exact", one_of("exact", "lazy"))]
@@ -118,10 +120,16 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: One is out of its range.
         TypeError: One is not of its type.
     """
-    return {
+    options = {
         name: option.check(name, given.get(name, option.default))
         for name, option in OPTIONS.items()
     }
+    if options["slot_dtype"] == "uint8" and options["centered"]:
+        raise ValueError(
+            '`centered` must be False with `slot_dtype="uint8"`: the difference of two '
+            "averages needs more digits. Received: centered=True"
+        )
+    return options
 
 
 def signature(function: Callable[..., Any]) -> inspect.Signature:

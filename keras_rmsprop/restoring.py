@@ -11,6 +11,7 @@ from typing import Any
 from keras_rmsprop import saving
 from keras_rmsprop.alignment import Owner
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.codecs import place
 from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, Keeper
 
 
@@ -66,6 +67,14 @@ class Restorer:
 
         return [(name(v), v) for v in self._variables()]
 
+    def _places(self) -> dict[saving.Name, Any]:
+        """Return the optimizer's variables, slots as places for numbers."""
+        shapes = {owner.path: owner.shape for owner in self._owners()}
+        return {
+            name: v if name.slot < 0 else place(v, shapes[name.path], name.slot)
+            for name, v in self.named()
+        }
+
     def save(self, store: Any, *, built: bool) -> None:
         """Save the variables, with names by which they are found again.
 
@@ -73,10 +82,11 @@ class Restorer:
             store: What Keras passes to `save_own_variables`.
             built: Whether the optimizer is built.
         """
-        saved = [(name, v.numpy()) for name, v in self.named()]
+        saved = ((name, where.numpy()) for name, where in self._places().items())
         if self._file is not None and not built:
-            saved = saving.updated(self._file, saved)
-        saving.write(store, saved)
+            saving.write(store, saving.updated(self._file, [*saved]))
+        else:
+            saving.write(store, saved)
 
     def load(self, store: Any, *, built: bool, who: str) -> None:
         """Load the variables; before the optimizer is built, keep the file for then.
@@ -132,18 +142,18 @@ class Restorer:
         """Load a file, except for the variables to keep."""
         owners = self._owners()
         paths = [owner.path for owner in owners]
-        places = dict(self.named())
+        places, variables = self._places(), dict(self.named())
         plan = saving.plan(file, places, owners)
         if plan.warning:
             warnings.warn(plan.warning, stacklevel=2)
         kept = {id(k.variable): k for k in self._keeper.all()}
         # Parts of two searches would find a learning rate that is far too large.
         restarts = any(name.kind == GRADIENT_SUM for name in plan.fresh)
-        for name, variable in places.items():
+        for name, variable in variables.items():
             if restarts and name.kind in OF_SEARCH:
                 kept[id(variable)].start_fresh()
             elif name in plan.values and name not in keep:
-                variable.assign(plan.values[name])
+                places[name].assign(plan.values[name])
             elif name in plan.fresh and id(variable) in kept:
                 kept[id(variable)].start_fresh()
         # A table without a clock in the file has no silent rows.

@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_rmsprop import codecs, rule
 from keras_rmsprop.alignment import Owner, aligned
+from keras_rmsprop.codecs import ROUNDING_OFFSET
 from keras_rmsprop.slots import OF_SEARCH, RATE, RATE_FACTOR
 from keras_rmsprop.state import is_real
 
-OURS = ("rounding_offset", "skipped_steps")
+OURS = (ROUNDING_OFFSET, "skipped_steps")
 """Kinds that the built-in does not have, and that a file may lack."""
 _NOT_IN_BUILT_IN = *OURS, *OF_SEARCH
 _ORDER = "order"
 """The attribute that says in which order variables stand: `"model"`, the model's. In
 files of version 0.1.0, which lack it, those unfrozen later come last."""
+_CODES, _SHAPE = "codes", "shape"
+"""The attributes of what is kept in codes: in which, and the shape of the weights."""
 _KINDS_OF_0_1 = {"accumulator": "gradient_accumulator"}
 
 
@@ -34,6 +38,12 @@ class Name(NamedTuple):
     """As in `velocity` or `iteration`."""
     path: str
     """The path of the model's variable that it belongs to; empty if there is none."""
+
+    @property
+    def slot(self) -> int:
+        """Which slot of its variable it is; -1 if it is something else."""
+        kind, slots = self.kind.partition("#")[0], rule.Slots._fields
+        return slots.index(kind) if self.path and kind in slots else -1
 
 
 class File(NamedTuple):
@@ -81,10 +91,14 @@ def write(store: Any, values: Iterable[tuple[Name, Any]]) -> None:
     """
     for number, (name, value) in enumerate(values):
         key = str(number)
-        store[key] = value
+        stored = getattr(value, "stored", value)
+        store[key] = stored
         attributes = _attributes(store, key)
         attributes["kind"], attributes["path"] = name
         attributes[_ORDER] = "model"
+        if stored is not value:
+            attributes[_CODES] = codecs.CODES
+            attributes[_SHAPE] = value.shape
 
 
 def read(store: Any) -> File:
@@ -102,6 +116,10 @@ def read(store: Any) -> File:
             kind = attributes["kind"]
             names[key] = Name(_KINDS_OF_0_1.get(kind, kind), attributes["path"])
             in_order = in_order and _ORDER in attributes
+            if attributes.get(_CODES) == codecs.CODES:
+                values[key] = codecs.numbers(
+                    values[key], tuple(attributes[_SHAPE]), names[key].slot
+                )
     return File(values, names, in_order)
 
 
@@ -146,6 +164,9 @@ def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Pla
         ValueError: A value is not numeric.
     """
     values, names_differ = _named(file, places, owners)
+    for name in values.keys() & places.keys():
+        if isinstance(place := places[name], codecs.Place):
+            values[name] = place.understood(values[name])
     wrong = [name for name, value in values.items() if not is_real(value)]
     if wrong:
         shown = ", ".join(
@@ -172,7 +193,7 @@ def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Pla
             "hold the state of SGD or Adam"
         )
     fresh = [n for n in places if n not in fitting and n.kind not in OURS]
-    left = values.keys() - fitting.keys()
+    left = {n for n in values.keys() - fitting.keys() if n.kind != ROUNDING_OFFSET}
     warning = ""
     if fresh or left:
         warning = (

@@ -15,8 +15,10 @@
 #include <vector>
 
 using keras_rmsprop::Bfloat16;
+using keras_rmsprop::Coded;
 using keras_rmsprop::Followed;
 using keras_rmsprop::Half;
+using keras_rmsprop::kBlock;
 using keras_rmsprop::Numbers;
 using keras_rmsprop::Part;
 using keras_rmsprop::Sample;
@@ -174,6 +176,59 @@ void TestRows(int64_t width, bool all) {
   for (int i = 0; i < kRows; ++i) Expect(last[i], last0[i], 0, "clock of a row");
 }
 
+// A step with slots in blocks, beside one with the numbers that they stand for.
+void TestBlocks(int64_t size, bool momentum) {
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  auto v = std::make_unique<Coded[]>(blocks), m = std::make_unique<Coded[]>(blocks);
+  auto plain_v = std::make_unique<float[]>(blocks * kBlock);
+  auto plain_m = std::make_unique<float[]>(blocks * kBlock);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int i = 0; i < kBlock; ++i) {
+      const bool is_one = b * kBlock + i < size;
+      v[b].codes[i] = is_one * random_bits();
+      m[b].codes[i] = is_one * random_bits();
+      if (m[b].codes[i] == 128) m[b].codes[i] = 0;  // no code
+    }
+    v[b].scale = 0.5f * (b + 1), m[b].scale = 0.01f * (b + 1);
+    keras_rmsprop::Decode(v[b], false, &plain_v[b * kBlock]);
+    keras_rmsprop::Decode(m[b], true, &plain_m[b * kBlock]);
+    Coded again;  // to the nearest: the codes of the same numbers, but for the scale
+    v[b].codes[0] = 255, m[b].codes[0] = 129;
+    keras_rmsprop::Decode(v[b], false, &plain_v[b * kBlock]);
+    keras_rmsprop::Decode(m[b], true, &plain_m[b * kBlock]);
+    keras_rmsprop::Encode(&plain_v[b * kBlock], false, 0, &again);
+    for (int i = 0; i < kBlock; ++i) Expect(again.codes[i], v[b].codes[i], 0, "code");
+    keras_rmsprop::Encode(&plain_m[b * kBlock], true, 0, &again);
+    for (int i = 0; i < kBlock; ++i) Expect(again.codes[i], m[b].codes[i], 0, "code");
+    Expect(again.scale, m[b].scale, 0, "scale");
+  }
+  auto g = Draw<float>(size, false), w = Draw<float>(size, false);
+  auto w0 = std::make_unique<float[]>(size);
+  std::copy_n(w.get(), size, w0.get());
+  const Numbers<float> n = {1, .9f, .1f, .8f, .1f, 0, 1, .01f, 1, false, 0, 5};
+  keras_rmsprop::Step(n, Part<float, float, Coded>{size, g.get(), w.get(), v.get(),
+                                                   momentum ? m.get() : nullptr, nullptr,
+                                                   {0, 0}, nullptr});
+  keras_rmsprop::Step(n, Part<float, float, float>{
+                             size, g.get(), w0.get(), plain_v.get(),
+                             momentum ? plain_m.get() : nullptr, nullptr, {0, 0}, nullptr});
+  for (int64_t i = 0; i < size; ++i) Expect(w[i], w0[i], 0, "weight beside blocks");
+  float kept[kBlock];
+  for (int64_t b = 0; b < blocks; ++b) {
+    keras_rmsprop::Decode(v[b], false, kept);
+    for (int i = 0; i < kBlock; ++i) {
+      const float want = plain_v[b * kBlock + i];
+      Expect(kept[i], want, want / 3 + v[b].scale * 1e-4, "velocity in a block");
+    }
+    if (!momentum) continue;
+    keras_rmsprop::Decode(m[b], true, kept);
+    for (int i = 0; i < kBlock; ++i) {
+      const float want = plain_m[b * kBlock + i];
+      Expect(kept[i], want, std::abs(want) / 3 + m[b].scale * 1e-3, "momentum in a block");
+    }
+  }
+}
+
 void TestGroups(int64_t count, int32_t rows) {
   constexpr int64_t kWidth = 3;
   std::vector<int32_t> ids(count);
@@ -206,6 +261,9 @@ void TestGroups(int64_t count, int32_t rows) {
 int main() {
   for (const int64_t count : {0, 1, 2, 17, 500}) {
     for (const int32_t rows : {1, 7, 1000}) TestGroups(count, rows);
+  }
+  for (const int64_t size : {0, 1, 255, 256, 257, 1001}) {
+    for (const bool momentum : {false, true}) TestBlocks(size, momentum);
   }
   for (const int64_t width : {1, 7, 64}) {
     for (const bool all : {false, true}) {

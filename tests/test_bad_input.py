@@ -70,7 +70,7 @@ ARGUMENTS = [
     out_of_range("jit_compile", "no", '"auto", True or False'),
     out_of_range("sparse_update", "x", '"exact" or "lazy"'),
     *(
-        out_of_range("slot_dtype", x, 'None, "bfloat16", "float32" or "float64"')
+        ({"slot_dtype": x}, ValueError, f"`slot_dtype` must be None, .*={x!r}")
         for x in ("float16", "int8", 3)
     ),
     ({"name": 3}, ValueError, "must be a string .* name=3"),

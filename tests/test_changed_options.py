@@ -69,6 +69,7 @@ ELSEWHERE = {
     "sparse_update",
     "initial_accumulator_value",  # these two are read when the slots are made
     "slot_dtype",
+    "float32_slots",  # in test_one_byte.py
     "name",
 }
 """What has a test of its own here, or nothing to test."""

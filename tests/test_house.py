@@ -61,7 +61,9 @@ def test_imports_run_one_way():
         ("checks", set()),
         ("folding", set()),
         ("slots", set()),
-        ("codecs", {"rule"}),
+        ("bits", set()),
+        ("blockwise", {"bits"}),
+        ("codecs", {"bits", "blockwise", "rule"}),
         ("options", {"checks"}),
         ("alignment", set()),
         ("skipping", {"folding"}),
@@ -85,7 +87,7 @@ def test_only_the_rooms_of_tensorflow_import_it():
     }
     assert users == {
         "averages",  # under that backend only
-        "codecs",  # for Keras before 3.12
+        "bits",  # for Keras before 3.12
         "monitoring",  # to write for TensorBoard
         "sparse",
         "transfer",  # to read checkpoints of TensorFlow 1
@@ -183,7 +185,7 @@ def test_there_is_one_subclass_of_keras_optimizer():
 
 def test_how_a_slot_is_kept_is_known_in_one_room():
     for name, tree in TREES.items():
-        if name.endswith((".codecs", ".options")):
+        if name.endswith((".bits", ".codecs", ".options")):
             continue
         words = [
             node.value

@@ -1,6 +1,7 @@
 """A step as data, and how it is taken on any backend of Keras, variable by variable."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ class Step(NamedTuple):
             gradient = gradient * ops.cast(self.scale, dtype)
         taken, new = rule.step(
             gradient,
-            slots.map(lambda slot: codecs.of(slot).decode(slot, dtype)),
+            codecs.decoded(slots, dtype, gradient.shape),
             rate,
             self.options.cast(dtype),
             # Traced for each variable, so only where it is read.
@@ -195,7 +196,18 @@ def update_one(
         assign_sub: Subtracts from the variable; None: by its own `assign_sub`.
     """
     variable, gradient, slots, decay, *_ = one
-    taken, new = step.taken(gradient, variable, slots, dtype=one.dtype, decay=decay)
+    given, weights, mean = gradient, variable, ops.mean
+    if codecs.of(slots.velocity).in_blocks:
+        # All in the layout of the slots: XLA vectorises nothing across a reshape.
+        given = codecs.as_blocks(gradient)
+        weights = weights if decay is None else codecs.as_blocks(variable)
+        size = math.prod(variable.shape)
+        mean = lambda x: ops.sum(x) / size  # noqa: E731
+    taken, new = step.taken(
+        given, weights, slots, dtype=one.dtype, decay=decay, mean=mean
+    )
+    if given is not gradient:
+        taken = codecs.from_blocks(taken, variable.shape)
     new = codecs.encoded(slots, new, step.draw)
     for slot, value in zip(slots, new, strict=True):
         if slot is not None:

@@ -301,7 +301,8 @@ def way(
         return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
     if by_kernel:
         return Way(KERNEL, "one native call takes the step of all of them")
-    if xla and in_program and layouts.has_short_axis(one.variable):
+    in_blocks = codecs.of(one.slots.velocity).in_blocks
+    if xla and in_program and layouts.has_short_axis(one.variable) and not in_blocks:
         return Way(ONE_AXIS, "its last axis is short, and XLA vectorises no other")
     if xla:
         return Way(ALONE, "XLA makes one loop of its operations")

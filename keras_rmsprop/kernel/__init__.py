@@ -26,7 +26,7 @@ DTYPES = {
     "float64": ("float64", "float32"),
 }
 """The dtypes of weights that it takes, by the dtype in which it computes."""
-SLOTS = {"float32": ("float32", "bfloat16"), "float64": ("float64",)}
+SLOTS = {"float32": ("float32", "bfloat16", "uint8"), "float64": ("float64",)}
 """The dtypes of slots, likewise. The slots of rows have that in which it computes."""
 
 

@@ -17,8 +17,8 @@ import tensorflow as tf
 
 HERE = Path(__file__).parent
 SOURCES = (
-    *("processors.h", "step.h", "rows.h", "search.h"),
-    *("step.cc", "rows.cc", "search.cc", "ops.cc"),
+    *("processors.h", "blocks.h", "step.h", "rows.h", "search.h"),
+    *("blocks.cc", "step.cc", "rows.cc", "search.cc", "ops.cc"),
 )
 FLAGS = (
     *("-shared", "-fPIC", "-O3", "-Wall"),

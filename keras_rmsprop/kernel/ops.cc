@@ -41,7 +41,7 @@ REGISTER_OP("KerasRmspropStep")
     .Attr("E: int >= 0")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
-    .Attr("S: {float, double, bfloat16}")
+    .Attr("S: {float, double, bfloat16, uint8}")
     .Attr("epsilon_inside_sqrt: bool")
     .Attr("nesterov: bool")
     .Attr("lr_in_momentum: bool")
@@ -283,11 +283,12 @@ class Variables {
   std::vector<tf::mutex*> mutexes_;
 };
 
-// The arithmetic has types of its own for 16 bits, with the same bits.
+// The arithmetic has types of its own for 16 bits and for blocks, with the same bits.
 template <typename W>
 using Plain = std::conditional_t<
     std::is_same_v<W, tf::bfloat16>, Bfloat16,
-    std::conditional_t<std::is_same_v<W, Eigen::half>, Half, W>>;
+    std::conditional_t<std::is_same_v<W, Eigen::half>, Half,
+                       std::conditional_t<std::is_same_v<W, uint8_t>, Coded, W>>>;
 
 absl::Status ReadScalar(tf::OpKernelContext* ctx, const char* name,
                         const tf::Tensor** scalar) {
@@ -383,8 +384,12 @@ class StepOp : public UpdateOp<T> {
     for (int kind = 0; kind < kKinds; ++kind) {
       const bool is_slot = kind != kWeights && kind != kAverages;
       for (int i = 0; variables.Has(kind) && i < count; ++i) {
-        OP_REQUIRES_OK(ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights,
-                                            &gradients[i].shape()));
+        tf::TensorShape shape = gradients[i].shape();
+        if (is_slot && std::is_same_v<S, uint8_t>) {
+          shape = {(shape.num_elements() + kBlock - 1) / kBlock, sizeof(Coded)};
+        }
+        OP_REQUIRES_OK(
+            ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights, &shape));
       }
     }
     OP_REQUIRES_OK(ctx, variables.MakeSoleOwnerOfAll(ctx));
@@ -659,6 +664,9 @@ REGISTER_STEP(double, float, double);
 REGISTER_STEP(float, float, tf::bfloat16);
 REGISTER_STEP(float, tf::bfloat16, tf::bfloat16);
 REGISTER_STEP(float, Eigen::half, tf::bfloat16);
+REGISTER_STEP(float, float, uint8_t);
+REGISTER_STEP(float, tf::bfloat16, uint8_t);
+REGISTER_STEP(float, Eigen::half, uint8_t);
 
 #define REGISTER_ROWS(T, W, I)                        \
   REGISTER_KERNEL_BUILDER(Name("KerasRmspropRows")    \

@@ -2,6 +2,7 @@
 
 #include "step.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -11,8 +12,8 @@
 namespace keras_rmsprop {
 namespace {
 
-// What a draw depends on; see codecs.py, of which this is the twin.
-constexpr uint32_t kElementStride = 49471, kSlotStride = 27147;
+// What a draw depends on; see bits.py, of which this is the twin.
+constexpr uint32_t kSlotStride = 27147;
 
 uint32_t Mixed(uint32_t n) {
   for (int i = 0; i < 3; ++i) {
@@ -131,16 +132,48 @@ EACH_PROCESSOR double SumOfSquares(const T* x, int64_t size) {
   return sum;
 }
 
-}  // namespace
-
+// Takes the step of a part whose slots have an element for each of its own.
 template <typename T, typename W, typename S>
-void Step(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+void StepElements(const Numbers<T>& numbers, const Part<T, W, S>& part) {
   const bool has_momentum = part.momentum != nullptr;
   Run(numbers, part, part.average_gradient != nullptr, has_momentum,
       has_momentum && numbers.nesterov, numbers.correction != 1,
       part.decay.penalty != 0 || part.decay.taken != 0);
   if constexpr (std::is_same_v<T, W>) {
     if (part.average) Average(numbers.share, part.size, part.weights, part.average);
+  }
+}
+
+// Each block is read, updated and kept while it is in the nearest cache.
+template <typename T, typename W>
+void StepBlocks(const Numbers<T>& numbers, const Part<T, W, Coded>& part) {
+  float v[kBlock], m[kBlock];
+  const bool has_momentum = part.momentum != nullptr;
+  for (int64_t i = 0; i < part.size; i += kBlock) {
+    const auto p = From(part, i, std::min<int64_t>(kBlock, part.size - i));
+    Decode(*p.velocity, false, v);
+    if (has_momentum) Decode(*p.momentum, true, m);
+    StepElements(numbers, Part<T, W, float>{p.size, p.gradient, p.weights, v,
+                                            has_momentum ? m : nullptr, nullptr,
+                                            p.decay, p.average, p.place});
+    const uint32_t draw =
+        static_cast<uint32_t>(p.place) * kElementStride + Mixed(numbers.draw);
+    std::fill(v + p.size, v + kBlock, 0.0f);
+    Encode(v, false, draw, p.velocity);
+    if (!has_momentum) continue;
+    std::fill(m + p.size, m + kBlock, 0.0f);
+    Encode(m, true, draw + kSlotStride, p.momentum);
+  }
+}
+
+}  // namespace
+
+template <typename T, typename W, typename S>
+void Step(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+  if constexpr (std::is_same_v<S, Coded>) {
+    StepBlocks(numbers, part);
+  } else {
+    StepElements(numbers, part);
   }
 }
 
@@ -159,6 +192,9 @@ INSTANTIATE(double, float, double)
 INSTANTIATE(float, float, Bfloat16)
 INSTANTIATE(float, Bfloat16, Bfloat16)
 INSTANTIATE(float, Half, Bfloat16)
+INSTANTIATE(float, float, Coded)
+INSTANTIATE(float, Bfloat16, Coded)
+INSTANTIATE(float, Half, Coded)
 template double Squares(const float*, int64_t);
 template double Squares(const double*, int64_t);
 

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "blocks.h"
 
 namespace keras_rmsprop {
 
@@ -71,9 +74,11 @@ Part<T, W, S> From(Part<T, W, S> part, int64_t start, int64_t size) {
   part.size = size;
   part.gradient += start;
   part.weights += start;
-  part.velocity += start;
-  if (part.momentum) part.momentum += start;
-  if (part.average_gradient) part.average_gradient += start;
+  // In blocks a part begins with a block.
+  const int64_t begin = std::is_same_v<S, Coded> ? start / kBlock : start;
+  part.velocity += begin;
+  if (part.momentum) part.momentum += begin;
+  if (part.average_gradient) part.average_gradient += begin;
   if (part.average) part.average += start;
   part.place += start;
   return part;
@@ -81,7 +86,7 @@ Part<T, W, S> From(Part<T, W, S> part, int64_t start, int64_t size) {
 
 // Takes the step of one part; then its average follows. T is float or double. The
 // weights W are that, or with float also Bfloat16 or Half, with double also float. The
-// slots S are T, or with float also Bfloat16, rounded up or down at random.
+// slots S are T, or with float also Bfloat16 or Coded, rounded up or down at random.
 template <typename T, typename W, typename S>
 void Step(const Numbers<T>& numbers, const Part<T, W, S>& part);
 
