@@ -14,7 +14,7 @@ import fit
 import harness
 import report
 import update
-from figures import LARGEST, PARTS, Part
+from figures import KEPT, LARGEST, PARTS, Part
 from harness import Plan
 
 PEERS = "torch", "jax", "optax", "numba"
@@ -147,9 +147,19 @@ def peak(
 
 
 def peaks(options: argparse.Namespace) -> list[Plan]:
-    """Return the plan of the memory of updates."""
+    """Return the plans of the memory of updates, and of slots of fewer bytes."""
     whos = [who for who in update.COMPETITORS if who not in ("torch, plain", SLOW)]
-    return [peak("update.py", whos, [LARGEST], list(update.OPTIONS), **MALLOC)]
+    ours = [who for who in update.KEEPERS if not who.startswith("Ada")]
+    times = Plan("update.py", ours, [KEPT], ["plain"], options.rounds, options.seconds)
+    peaks = peak("update.py", whos, [LARGEST], list(update.OPTIONS), **MALLOC)
+    others = [who for who in ours if who not in whos]
+    return [
+        times._replace(whos=list(update.KEEPERS)),
+        times._replace(hows=list(update.MOMENTUM)),
+        peaks,
+        peaks._replace(whos=others, hows=["plain"]),
+        peaks._replace(whos=ours, hows=list(update.MOMENTUM)),
+    ]
 
 
 def embeddings(options: argparse.Namespace) -> list[Plan]:

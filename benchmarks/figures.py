@@ -11,6 +11,8 @@ PARTS = "update", "fit", "memory", "embedding"
 WAYS = "eager", "tf.function", "XLA"
 LARGEST = "4 x 4096 x 4096"
 """The set of variables whose memory is measured."""
+KEPT = "16 M"
+"""The set of variables that is updated with slots of fewer bytes."""
 LARGEST_BYTES = 4 * 4096 * 4096
 """Of one of its variables."""
 TWINS = "axes as they come", "axes flattened"
@@ -31,6 +33,12 @@ FIT = {1.15: "MNIST network", 1.5: "wide", 1.1: "61 x 64"}
 """How many times as fast as the built-in the default `fit` shall be on which model."""
 COMPILED = 1.3
 """Within how many times torch's compiled step an update shall be."""
+
+BYTES = {
+    "uint8, eager": ("this, eager", NOISE),
+    "portable uint8, eager": ("portable, eager", 2),
+}
+"""Within how many times whose update those with slots of a byte a number shall be."""
 
 TABLE = 60, 2, "1,000,000 rows", "1,000 rows"
 """The update of a table: how many times as fast as the built-in on the first one, and
@@ -261,9 +269,13 @@ def _cost(update: Part, fit: Part, memory: Part) -> Targets:
             [peak / LARGEST_BYTES for peak in memory.values(case, "peak")]
         )
         for case in memory.figures
-        if case[0].startswith("this")
+        if case[0].startswith(("this", "uint8", "portable uint8"))
+        and case[1] == LARGEST
     }
     yield _target("a step allocates one largest variable at most", ratios, 1)
+    for who, (other, bound) in BYTES.items():
+        ratios = memory.ratios(who, other, [KEPT])
+        yield _target(f"{who}: within {bound} x {other} ({KEPT})", ratios, bound)
 
 
 def _tables(tables: Part) -> Targets:

@@ -115,8 +115,7 @@ def _fits(fit: Part) -> Pages:
 
 
 def _peaks(memory: Part) -> Pages:
-    table = [[""]]
-    [what] = memory.whats
+    table, what = [[""]], figures.LARGEST
     for how in memory.hows:
         table[0] += [f"{how}: state, bytes", "peak, MiB", "x largest variable"]
     for who in memory.whos:
@@ -126,7 +125,17 @@ def _peaks(memory: Part) -> Pages:
             row.append(memory.text((who, what, how), "state"))
             row += [short(peak[0] / size) for size in (2**20, figures.LARGEST_BYTES)]
         table.append(row)
-    return {f"State a parameter, and memory that a step adds, {what}": table}
+    kept = [["", *(h for how in memory.hows for h in (f"{how}, ms", "state, bytes"))]]
+    for who in memory.whos:
+        row, what_kept = [who], figures.KEPT
+        for how in memory.hows:
+            case = who, what_kept, how
+            row += [memory.text(case), memory.text(case, "state")]
+        kept.append(row)
+    return {
+        f"State a parameter, and memory that a step adds, {what}": table,
+        f"An eager update of {figures.KEPT}, by how slots are kept": kept,
+    }
 
 
 def _embeddings(part: Part) -> Pages:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,14 +216,16 @@ def finished(file: Path) -> dict[Run, Result]:
     return {Run(*given): Result(*result) for given, result in lines}
 
 
-def train(runs: list[Run], file: Path) -> None:
+def train(
+    runs: list[Run], file: Path, competitors: Mapping[str, Competitor] = COMPETITORS
+) -> None:
     """Train, in this process, and add each result to the file."""
     import keras
     import tuning_tasks
 
     every = tuning_tasks.TASKS | tuning_tasks.HELD_OUT
     for given in runs:
-        make = COMPETITORS[given.competitor].make
+        make = competitors[given.competitor].make
         task = every[given.task]
         result = run(task, make, given.seed, given.rate, given.scale)
         keras.utils.clear_session()  # its graphs would fill the memory

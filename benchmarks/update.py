@@ -69,6 +69,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.004,
     },
 }
+MOMENTUM = {"momentum": {"momentum": 0.9}}
+"""Of the updates whose slots differ."""
+OF_KERAS = {"Keras": "RMSprop", "Adam": "Adam", "Adafactor": "Adafactor"}
+SLOT_DTYPES = "bfloat16", "uint8"
 LR, RHO, EPSILON, WARM_UP = 0.001, 0.9, 1e-7, 3
 
 
@@ -78,16 +82,22 @@ def numbers(set_name: str) -> int:
 
 
 def with_keras(module: str, way: str, case: Case) -> tuple[Step, int]:
-    """Prepare a Keras optimizer: this, one that finds its rate, or the built-in."""
+    """Prepare a Keras optimizer: this, as the module's name says, or one of Keras."""
     import keras
     import tensorflow as tf
 
     import keras_rmsprop
 
-    made = keras.optimizers.RMSprop if module == "Keras" else keras_rmsprop.RMSprop
+    options = case.options
+    made: Any = keras_rmsprop.RMSprop
+    if module in OF_KERAS:
+        made = getattr(keras.optimizers, OF_KERAS[module])
+    slot_dtype = module.split()[-1]
+    if slot_dtype in SLOT_DTYPES:
+        options = {**options, "slot_dtype": slot_dtype}
     variables = [keras.Variable(v) for v in case.values]
     given = [tf.constant(g) for g in case.gradients]
-    optimizer = made("auto" if module == "auto" else LR, **case.options)
+    optimizer = made("auto" if module == "auto" else LR, **options)
     optimizer.build(variables)
     step = optimizer.apply
     if way != "eager":
@@ -236,19 +246,30 @@ COMPETITORS: dict[str, Callable[[Case], tuple[Step, int]]] = {
 }
 
 
+KEEPERS: dict[str, Callable[[Case], tuple[Step, int]]] = {
+    f"{module}, eager": partial(with_keras, module, "eager")
+    for module in (
+        *("this", *SLOT_DTYPES, harness.PORTABLE, f"{harness.PORTABLE} uint8"),
+        *("Adam", "Adafactor"),
+    )
+}
+"""Those whose state differs in bytes."""
+
+
 def setup(who: str, what: str, how: str) -> harness.Ready:
     """Make a set of variables with fixed gradients, and warm up.
 
     Args:
-        who: One of `COMPETITORS`.
+        who: One of `COMPETITORS` or `KEEPERS`.
         what: One of `SETS`.
-        how: One of `OPTIONS`.
+        how: One of `OPTIONS` or `MOMENTUM`.
     """
     rng = np.random.default_rng(0)
     values, gradients = (
         [rng.standard_normal(shape, "float32") for shape in SETS[what]] for _ in "wg"
     )
-    step, state = COMPETITORS[who](Case(values, gradients, OPTIONS[how]))
+    options = (OPTIONS | MOMENTUM)[how]
+    step, state = (COMPETITORS | KEEPERS)[who](Case(values, gradients, options))
     [first] = harness.milliseconds(step, seconds=0, least=1)
     harness.milliseconds(step, seconds=0, least=WARM_UP)
 

@@ -21,7 +21,7 @@ from keras_rmsprop import RMSprop, automatic, kernel, rule
 from keras_rmsprop.backends import plain
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
-from keras_rmsprop.codecs import Draw
+from keras_rmsprop.codecs import Blockwise, Draw
 from keras_rmsprop.kernel import build
 from keras_rmsprop.rule import Slots
 
@@ -160,6 +160,77 @@ def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
         # Where arithmetic is off by a bit, it may be rounded to the other side.
         assert np.mean(got == want) > 0.999
         np.testing.assert_allclose(got, want, rtol=2e-2)
+
+
+@needs_kernel
+@given(
+    weights=st.sampled_from(kernel.DTYPES["float32"]),
+    sizes=st.lists(
+        st.sampled_from([(), (0,), (256,), (257,), (3, 5), (130, 70), (20_001,)]),
+        min_size=1,
+        max_size=3,
+    ),
+    options=st.builds(
+        rule.Options,
+        rho=st.sampled_from([0.0, 0.9, 0.999]),
+        momentum=st.sampled_from([0.0, 0.9]),
+        epsilon=st.just(1e-7),
+        epsilon_inside_sqrt=st.booleans(),
+        bias_correction=st.booleans(),
+        nesterov=st.booleans(),
+        lr_in_momentum=st.booleans(),
+        maximize=st.booleans(),
+        cautious=st.just(False),
+    ),
+    decay=st.sampled_from([None, 0.01]),
+    share=st.sampled_from([None, 0.7]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25)
+def test_slots_in_bytes_get_the_same_codes(weights, sizes, options, decay, share, seed):
+    rng = np.random.default_rng(seed)
+    draw = Draw(tf.constant(12345), tf.constant(seed % 70_000, "int64"))
+    codec, updates = Blockwise(), []
+    for shape in sizes:
+        one = update_of(shape, weights, "float32", options, rng, decay)
+        scale = 10.0 ** rng.uniform(-3, 0, shape)
+        coded = [
+            None
+            if slot is None
+            else tf.Variable(codec.encode(slot * scale, "uint8", draw, number))
+            for number, slot in enumerate(one.slots[:2])
+        ]
+        updates.append(one._replace(slots=Slots(*coded)))
+    expected = copied(updates)
+    step = Step(options, 0.01, draw, native=True)
+    assert not any(kernel.why_not_for(one, step) for one in updates)
+    averages = [tf.Variable(rng.normal(size=shape), dtype=weights) for shape in sizes]
+    if share is not None and weights == "float32":
+        old = [average.numpy() for average in averages]
+        with_share = step._replace(share=lambda dtype: tf.constant(share, dtype))
+        both = zip(updates, averages, strict=True)
+        updates = [one._replace(average=average) for one, average in both]
+        kernel.update(updates, with_share)
+        for one, x in zip(updates, old, strict=True):
+            want = share * x + (1 - share) * one.variable.numpy()
+            np.testing.assert_allclose(one.average.numpy(), want, rtol=1e-5, atol=1e-6)
+    else:
+        kernel.update(updates, step)
+    plain.update(expected, step)
+    rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 1e-5)
+    for mine, theirs in zip(updates, expected, strict=True):
+        got, want = (tf.cast(x.variable, "float64").numpy() for x in (mine, theirs))
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
+        for slot, twin in zip(mine.slots, theirs.slots, strict=True):
+            if slot is None:
+                continue
+            codes, twins = (np.int32(x.numpy()[:, :256]) for x in (slot, twin))
+            scales, others = (x.numpy()[:, 256:].copy() for x in (slot, twin))
+            # Where arithmetic is off by a bit, it may be rounded to the other side.
+            assert (codes != twins).sum() <= 2 + 0.001 * codes.size
+            np.testing.assert_allclose(
+                scales.view("float32"), others.view("float32"), rtol=1e-5
+            )
 
 
 @needs_kernel

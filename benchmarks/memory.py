@@ -1,0 +1,254 @@
+"""What slots of fewer bytes cost: bytes a parameter, and how well they train.
+
+    python benchmarks/memory.py [--seeds N] [--scale S]
+
+Some networks of `tuning_tasks.py` are trained with the same rates and seeds, with slots
+in float32, in bfloat16 and in bytes. Every result is written at once. The times of a
+step are those of `bench.py --only memory`.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import harness
+import tuning
+from tuning import Competitor, Result, Run
+
+HERE = Path(__file__).parent
+RUNS = HERE / "results" / "memory_runs.jsonl"
+FIGURES, PICTURE = (HERE / "results" / f"memory.{kind}" for kind in ("json", "png"))
+PAGE = HERE.parent / "docs" / "memory.md"
+BEGIN, END = "<!-- benchmark:memory -->\n", "<!-- /benchmark -->\n"
+RATES = {"mnist": 0.00316, "cnn": 0.00316, "gru": 0.01, "text": 0.00316}
+"""The built-in's best rates, by `tuning.py`."""
+OF_ADAFACTOR = 0.01, 0.0316
+ELEMENTS = [(2048, 2048), (2048, 2048), (1024, 2048)]
+"""Of a model of ten million parameters in matrices."""
+WITHIN = {"accuracy": 0.2, "loss": 0.01}
+"""How far from float32 the mean of a test may be: points, or a share of the loss."""
+
+
+def ours(slot_dtype: str | None, momentum: float = 0.0) -> tuning.MakeOptimizer:
+    """Return what makes this RMSprop with slots of a dtype."""
+
+    def make(rate: float, steps: int) -> Any:
+        from keras_rmsprop import RMSprop
+
+        rate *= 1 - momentum  # as steps add up
+        return RMSprop(rate, momentum=momentum, slot_dtype=slot_dtype)
+
+    return make
+
+
+def of_keras(name: str) -> tuning.MakeOptimizer:
+    """Return what makes an optimizer of Keras."""
+
+    def make(rate: float, steps: int) -> Any:
+        import keras
+
+        return getattr(keras.optimizers, name)(rate)
+
+    return make
+
+
+COMPETITORS = {
+    "float32": Competitor("this, float32", ours(None)),
+    "bfloat16": Competitor("this, bfloat16", ours("bfloat16")),
+    "uint8": Competitor("this, uint8", ours("uint8")),
+    "momentum": Competitor("this, momentum, float32", ours(None, 0.9)),
+    "momentum, uint8": Competitor("this, momentum, uint8", ours("uint8", 0.9)),
+    "adam": Competitor("Keras' Adam", of_keras("Adam")),
+    "adafactor": Competitor("Keras' Adafactor", of_keras("Adafactor"), OF_ADAFACTOR),
+}
+TWINS = {"bfloat16": "float32", "uint8": "float32", "momentum, uint8": "momentum"}
+"""Whose result theirs is to be."""
+
+
+def bytes_a_parameter(make: Callable[[float, int], Any]) -> float:
+    """Return the bytes that an optimizer keeps, counted from its variables."""
+    import keras
+
+    optimizer = make(0.001, 1)
+    optimizer.build([keras.Variable(keras.ops.zeros(shape)) for shape in ELEMENTS])
+    kept = sum(v.numpy().nbytes for v in optimizer.variables)
+    return float(kept / sum(map(math.prod, ELEMENTS)))
+
+
+def score(results: Mapping[Run, Result], task: str, who: str) -> Any:
+    """Return the best rate's `tuning_report.Score`, or None if it did not run."""
+    import tuning_report
+
+    rates = {run.rate for run in results if (run.task, run.competitor) == (task, who)}
+    found = [tuning_report.score(results, task, who, rate) for rate in rates]
+    task_ = tuning_report.EVERY[task]
+    return max(
+        (x for x in found if x is not None),
+        key=lambda x: tuning_report.rank(task_, x),
+        default=None,
+    )
+
+
+def verdict(results: Mapping[Run, Result], task: str, who: str) -> str:
+    """Return how far a competitor is from its twin, in words; bold if too far."""
+    import tuning_report
+
+    mine, theirs = (score(results, task, x) for x in (who, TWINS[who]))
+    if mine is None or theirs is None:
+        return ""
+    metric = tuning_report.EVERY[task].metric
+    difference = mine.mean - theirs.mean
+    if metric == "loss":
+        difference /= theirs.mean
+        worse, text = difference, f"{100 * difference:+.2f} %"
+    else:
+        worse, text = -difference, f"{difference:+.2f}"
+    return text if worse <= WITHIN[metric] else f"**{text}**"
+
+
+def times() -> dict[str, str]:
+    """Return the milliseconds of an update of 16 M, as far as they were measured."""
+    import report
+
+    parts = report.load(report.RESULTS / report.FIGURES)
+    if "memory" not in parts:
+        return {}
+    names = {
+        "float32": ("this, eager", "plain"),
+        "bfloat16": ("bfloat16, eager", "plain"),
+        "uint8": ("uint8, eager", "plain"),
+        "momentum": ("this, eager", "momentum"),
+        "momentum, uint8": ("uint8, eager", "momentum"),
+        "adam": ("Adam, eager", "plain"),
+        "adafactor": ("Adafactor, eager", "plain"),
+    }
+    return {
+        who: parts["memory"].text((name, "16 M", how))
+        for who, (name, how) in names.items()
+    }
+
+
+def rows(results: Mapping[Run, Result]) -> list[list[str]]:
+    """Return the table: the headings, then a row each competitor."""
+    import tuning_report
+
+    tasks = [t for t in RATES if any(run.task == t for run in results)]
+    table = [["", "bytes a parameter"]]
+    for task in tasks:
+        of = tuning_report.EVERY[task]
+        metric = "accuracy %" if of.metric == "accuracy" else "loss"
+        table[0].append(f"{of.title}, {metric}")
+    table[0].append("update of 16 M, ms")
+    took = times()
+    for who, competitor in COMPETITORS.items():
+        cells = [competitor.name, f"{bytes_a_parameter(competitor.make):.3f}"]
+        for task in tasks:
+            found = score(results, task, who)
+            text = ""
+            if found is not None:
+                mean, low, high = (f"{x:.4g}" for x in found[:3])
+                text = f"{mean} ({low}-{high})"
+            if who in TWINS:
+                text += f"; {verdict(results, task, who)}"
+            cells.append(text)
+        table.append([*cells, took.get(who, "")])
+    return table
+
+
+def errors() -> dict[str, Any]:
+    """Return the relative error of numbers that are kept, by how they are kept.
+
+    Each is rounded at random, and its error is the root of the mean square.
+    """
+    import keras
+    import numpy as np
+
+    from keras_rmsprop import codecs
+
+    shares = np.geomspace(1e-8, 1, 8 * 16, dtype="float32")[::-1]
+    draws = 512  # of each share, in blocks whose largest number is 1
+    x = np.repeat(shares[:, None], draws, axis=1).reshape(-1, 128)
+    blocks = np.concatenate([np.ones_like(x[:, :1]), x, np.zeros((len(x), 127))], 1)
+    blocks = blocks.astype("float32")
+    found = {"share": shares.tolist()}
+    for name, dtype, slot in (
+        ("v in uint8", "uint8", 0),
+        ("momentum in uint8", "uint8", 1),
+        ("bfloat16", "bfloat16", 0),
+    ):
+        codec = codecs.named(dtype)
+        stored = codec.encode(blocks, dtype, codecs.Draw(0, 1), slot)
+        kept = codec.decode(stored, "float32", blocks.shape, slot)
+        kept = keras.ops.convert_to_numpy(kept)[:, 1:129].reshape(len(shares), draws)
+        error = np.sqrt(np.mean((kept / shares[:, None] - 1) ** 2, axis=1))
+        found[name] = error.tolist()
+    return found
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Draw the errors over the share of the largest number."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colors = {"v in uint8": "#2a78d6", "momentum in uint8": "#1a9076"}
+    for name, error in found.items():
+        if name == "share":
+            continue
+        axes.loglog(found["share"], error, color=colors.get(name, "#6b6a66"), lw=1.8)
+        axes.annotate(
+            name,
+            (found["share"][-1], error[-1]),
+            color=colors.get(name, "#6b6a66"),
+            weight="bold",
+            ha="left",
+            va="bottom",
+        )
+    axes.set_xlabel("number, as a share of the largest one in its block")
+    axes.set_ylabel("relative error (root of the mean square)")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
+    axes.grid(color="#e4e3df")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Train what is missing, print the table, publish it if it is whole."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="part of the steps")
+    parser.add_argument("--publish", action="store_true", help="no training")
+    options = parser.parse_args()
+    done = tuning.finished(RUNS)
+    runs = [
+        Run(task, who, rate, seed, options.scale)
+        for seed in range(options.seeds)
+        for task in RATES
+        for who, competitor in COMPETITORS.items()
+        for rate in (OF_ADAFACTOR if who == "adafactor" else (RATES[task],))
+    ]
+    if not options.publish:
+        tuning.train([run for run in runs if run not in done], RUNS, COMPETITORS)
+    results = {r: x for r, x in tuning.finished(RUNS).items() if r in {*runs}}
+    table = rows(results)
+    lines = [f"| {' | '.join(row)} |\n" for row in table]
+    lines.insert(1, "|---" * len(table[0]) + "|\n")
+    sys.stdout.writelines(lines)
+    if options.scale != 1 or len(results) < len(runs):
+        return
+    harness.fix_threads()
+    found = errors()
+    report = {"machine": harness.machine(), "table": table, "errors": found}
+    FIGURES.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    draw(found, PICTURE)
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + "".join(lines) + END + rest.split(END, 1)[1])
+
+
+if __name__ == "__main__":
+    main()
