@@ -26,9 +26,16 @@ PAGE = HERE.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- benchmark:memory -->\n", "<!-- /benchmark -->\n"
 RATES = {"mnist": 0.00316, "cnn": 0.00316, "gru": 0.01, "text": 0.00316}
 """The built-in's best rates, by `tuning.py`."""
-OF_ADAFACTOR = 0.01, 0.0316
+OF_ADAFACTOR = 0.00316, 0.01, 0.0316
 ELEMENTS = [(2048, 2048), (2048, 2048), (1024, 2048)]
 """Of a model of ten million parameters in matrices."""
+KEPT = {
+    "v in uint8": ("uint8", 0),
+    "momentum in uint8": ("uint8", 1),
+    "bfloat16": ("bfloat16", 0),
+}
+"""Dtype, and which slot."""
+DECADES = 7
 WITHIN = {"accuracy": 0.2, "loss": 0.01}
 """How far from float32 the mean of a test may be: points, or a share of the loss."""
 
@@ -159,61 +166,59 @@ def rows(results: Mapping[Run, Result]) -> list[list[str]]:
     return table
 
 
-def errors() -> dict[str, Any]:
-    """Return the relative error of numbers that are kept, by how they are kept.
+def errors() -> dict[str, list[float]]:
+    """Return relative errors of what is kept, by how, a value each power of ten.
 
-    Each is rounded at random, and its error is the root of the mean square.
+    The first is of numbers from a tenth of the largest one in their block on. They are
+    spread evenly over logarithms, and rounded at random. The error is the root of the
+    mean square.
     """
     import keras
     import numpy as np
 
     from keras_rmsprop import codecs
 
-    shares = np.geomspace(1e-8, 1, 8 * 16, dtype="float32")[::-1]
-    draws = 512  # of each share, in blocks whose largest number is 1
-    x = np.repeat(shares[:, None], draws, axis=1).reshape(-1, 128)
-    blocks = np.concatenate([np.ones_like(x[:, :1]), x, np.zeros((len(x), 127))], 1)
-    blocks = blocks.astype("float32")
-    found = {"share": shares.tolist()}
-    for name, dtype, slot in (
-        ("v in uint8", "uint8", 0),
-        ("momentum in uint8", "uint8", 1),
-        ("bfloat16", "bfloat16", 0),
-    ):
-        codec = codecs.named(dtype)
-        stored = codec.encode(blocks, dtype, codecs.Draw(0, 1), slot)
-        kept = codec.decode(stored, "float32", blocks.shape, slot)
-        kept = keras.ops.convert_to_numpy(kept)[:, 1:129].reshape(len(shares), draws)
-        error = np.sqrt(np.mean((kept / shares[:, None] - 1) ** 2, axis=1))
-        found[name] = error.tolist()
+    found: dict[str, list[float]] = {name: [] for name in KEPT}
+    for decade in range(DECADES):
+        x = np.geomspace(0.1, 1, 255 * 128) * 10.0**-decade
+        x = np.random.default_rng(0).permutation(x).reshape(-1, 255)
+        x = np.insert(x, 0, 1.0, axis=1).astype("float32")
+        for name, (dtype, slot) in KEPT.items():
+            codec = codecs.named(dtype)
+            stored = codec.encode(x, dtype, codecs.Draw(0, 1), slot)
+            kept = codec.decode(stored, "float32", x.shape, slot)
+            error = (keras.ops.convert_to_numpy(kept) / x - 1)[:, 1:]
+            found[name].append(float(np.sqrt(np.mean(error**2))))
     return found
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Draw the errors over the share of the largest number."""
+def draw(found: Mapping[str, list[float]], path: Path) -> None:
+    """Draw the errors, a group of bars each power of ten."""
     from matplotlib.figure import Figure
 
-    figure = Figure((8, 4.2), layout="constrained")
+    figure = Figure((9, 4.2), layout="constrained")
     axes = figure.subplots()
-    colors = {"v in uint8": "#2a78d6", "momentum in uint8": "#1a9076"}
-    for name, error in found.items():
-        if name == "share":
-            continue
-        axes.loglog(found["share"], error, color=colors.get(name, "#6b6a66"), lw=1.8)
-        axes.annotate(
-            name,
-            (found["share"][-1], error[-1]),
-            color=colors.get(name, "#6b6a66"),
-            weight="bold",
-            ha="left",
-            va="bottom",
-        )
+    width = 0.9 / len(found)
+    for i, ((name, values), color) in enumerate(
+        zip(found.items(), ("#2a78d6", "#1a9076", "#6b6a66"), strict=True)
+    ):
+        places = [decade + (i - 1) * width for decade in range(DECADES)]
+        bars = axes.bar(places, values, 0.92 * width, color=color, label=name)
+        labels = [f"{100 * value:.2g}" if value < 1 else ">100" for value in values]
+        axes.bar_label(bars, labels, size=7, color=color)
+    ends = ["1", "0.1", "0.01", *(f"$10^{{-{n}}}$" for n in range(3, DECADES + 1))]
+    axes.set_xticks(
+        range(DECADES), [f"{ends[n + 1]} to {ends[n]}" for n in range(DECADES)]
+    )
     axes.set_xlabel("number, as a share of the largest one in its block")
-    axes.set_ylabel("relative error (root of the mean square)")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
-    axes.grid(color="#e4e3df")
+    axes.set_yscale("log")
+    axes.set_ylim(1e-3, 4)
+    axes.set_yticks([0.001, 0.01, 0.1, 1], ["0.1 %", "1 %", "10 %", "100 %"])
+    axes.set_ylabel("relative error, root of the mean square")
+    axes.grid(axis="y", color="#e4e3df")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=130)
 
 
