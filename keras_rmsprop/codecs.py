@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import keras
 from keras import ops
 
-from keras_rmsprop.rule import Slots
+from keras_rmsprop.rule import Slots, wide
 
 ROUNDING_OFFSET = "rounding_offset"
 """The variable that `StochasticBfloat16` needs: an int32 scalar, drawn once."""
@@ -45,10 +45,7 @@ class Float:
 
     def dtype(self, weights: Any) -> str:
         """Return the dtype of a slot whose weights have this dtype."""
-        wide = keras.backend.result_type(
-            keras.backend.standardize_dtype(weights), "float32"
-        )
-        return self._kept or wide
+        return self._kept or wide(weights)
 
     def decode(self, stored: Any, dtype: str) -> Any:
         """Return the kept values in the dtype of a step."""

@@ -361,10 +361,10 @@ class RMSprop(keras.optimizers.Optimizer):
             dtype = codecs.named(self.slot_dtype).dtype(dtype)
         elif name == ACCUMULATOR:
             # In bfloat16 a sum of 256 ones does not grow.
-            dtype = keras.backend.result_type(dtype, "float32")
+            dtype = rule.wide(dtype)
         shape = reference_variable.shape
         if self._search is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
-            dtype = keras.backend.result_type(dtype, "float32")
+            dtype = rule.wide(dtype)
             shape = self._search.options.sample(shape).shape
         self._now.slot = name or "var", reference_variable, dtype, shape
         try:

@@ -62,6 +62,15 @@ class Options(NamedTuple):
         return Options(*(cast(x, dtype) for x in self))
 
 
+def wide(*dtypes: Any) -> str:
+    """Return the dtype to compute in for floating dtypes: float32, or float64.
+
+    `keras.backend.result_type` knows float64 on TensorFlow only.
+    """
+    given = map(keras.backend.standardize_dtype, dtypes)
+    return "float64" if "float64" in given else "float32"
+
+
 def cast(x: Any, dtype: str) -> Any:
     """Return a number as it is, and a tensor cast to a dtype."""
     return x if _is_number(x) else ops.cast(x, dtype)

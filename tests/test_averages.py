@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras.optimizers import RMSprop as BuiltIn
 from small_models import (
+    JIT,
     OneBuiltInEach,
     dense_model,
     numbers,
@@ -16,9 +17,10 @@ from small_models import (
     take_steps,
     user_warnings,
 )
-from stepping import WAYS, assert_close, python
+from stepping import WAYS, assert_close, python, tensor
 
 from keras_rmsprop import RMSprop
+from keras_rmsprop.state import as_array
 
 OPTIONS = {"learning_rate": 0.02, "use_ema": True, "ema_momentum": 0.9}
 
@@ -27,7 +29,7 @@ def train_only(model, *layers):
     """Freeze the other layers of a model, which keeps its optimizer."""
     for layer in model.layers:
         layer.trainable = layer.name in layers
-    model.compile(model.optimizer, "mse", jit_compile=False)
+    model.compile(model.optimizer, "mse", jit_compile=JIT)
 
 
 def finalize(model):
@@ -172,6 +174,7 @@ def function_of_a_step(model):
     return step
 
 
+@pytest.mark.tensorflow("`tf.function`")
 def test_functions_that_train_some_layers_or_all():
     ours, theirs = ours_and_the_built_ins()
     for model in (ours, theirs):
@@ -179,8 +182,8 @@ def test_functions_that_train_some_layers_or_all():
         for layers in (["body", "head"], ["head"], ["body", "head"]):
             train_only(model, *layers)
             step = function_of_a_step(model)
-            step(tf.constant(1.0))
-            step(tf.constant(2.0))
+            step(tensor(1.0))
+            step(tensor(2.0))
         finalize(model)
     assert_close(weights(ours), weights(theirs), 1e-5)
 
@@ -231,7 +234,7 @@ def test_warm_up(way, options):
     oracle = Warm((WARM | options)["ema_momentum"], every)
     rng = np.random.default_rng(0)
     for step in range(14):
-        gradients = [tf.constant(rng.normal(size=w.shape), "float32") for w in weights]
+        gradients = [tensor(rng.normal(size=w.shape), "float32") for w in weights]
         if step == 3 and "skip_nonfinite" in options:
             apply([gradients[0] * np.nan, gradients[1]])
             continue
@@ -240,6 +243,7 @@ def test_warm_up(way, options):
         assert_close(averages_of(optimizer), oracle.averages, 1e-6)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("way", WAYS)
 def test_warm_up_in_float64(way):
     weight = keras.Variable([1.0, -2.0], dtype="float64")
@@ -247,11 +251,12 @@ def test_warm_up_in_float64(way):
     optimizer.build([weight])
     apply = WAYS[way](optimizer)
     for step in range(8):
-        apply([tf.constant([1.0, step], "float64")])
+        apply([tensor([1.0, step], "float64")])
         oracle.follow([weight.numpy()])
     assert_close(averages_of(optimizer), oracle.averages, 1e-14)
 
 
+@pytest.mark.tensorflow("sparse gradients")
 def test_warm_up_follows_rows_that_are_lazy():
     table = keras.Variable(np.ones((4, 1), "float32"))
     optimizer = RMSprop(**WARM, sparse_update="lazy")
@@ -268,10 +273,10 @@ def test_warm_up_in_low_precision():
     optimizer, oracle = RMSprop(**WARM), Warm()
     for _ in range(6):
         optimizer.apply([np.ones(5, "float32")], [weight])
-        oracle.follow([tf.cast(weight.value, "float64").numpy()])
+        oracle.follow([as_array(weight)])
     average = next(v for v in optimizer.variables if v.path.endswith("average"))
     assert keras.backend.standardize_dtype(average.dtype) == "bfloat16"
-    assert_close([tf.cast(average.value, "float64").numpy()], oracle.averages, 2e-2)
+    assert_close([as_array(average)], oracle.averages, 2e-2)
 
 
 def test_warm_up_is_an_option_like_others():
@@ -319,6 +324,7 @@ def test_warm_up_on_other_backends(backend, every):
         f"""
         import keras, numpy as np
         from keras_rmsprop import RMSprop
+from keras_rmsprop.state import as_array
 
         weight = keras.Variable([1.0, 2.0])
         optimizer = RMSprop(0.1, use_ema=True, ema_momentum=0.4, ema_warmup=True,

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from stepping import SHAPES, WAYS, arrays, assert_close, train
+from stepping import BACKEND, SHAPES, WAYS, arrays, assert_close, train
 
 from keras_rmsprop import RMSprop, reference
 
@@ -122,6 +122,7 @@ def in_reference(options):
     }
 
 
+@pytest.mark.float64
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", ["eager", "tf.function"])  # the first one is XLA, too
 @pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS)
@@ -168,5 +169,6 @@ def test_weight_decay_exclusions(exclude):
 def test_empty_matrices_which_the_built_in_cannot_step():
     variable = keras.Variable(np.zeros((0, 3), "float32"))
     RMSprop().apply([np.zeros((0, 3), "float32")], [variable])
-    with pytest.raises(Exception, match="Biases must be 1D"):
-        keras.optimizers.RMSprop().apply([np.zeros((0, 3), "float32")], [variable])
+    if BACKEND == "tensorflow":
+        with pytest.raises(Exception, match="Biases must be 1D"):
+            keras.optimizers.RMSprop().apply([np.zeros((0, 3), "float32")], [variable])

@@ -12,6 +12,8 @@ from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.float64
+
 
 def variable(x, dtype="float64", **options):
     return keras.Variable(np.asarray(x), dtype=dtype, **options)

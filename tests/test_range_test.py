@@ -186,6 +186,7 @@ def test_losses_of_batches_of_all_sizes():
     np.testing.assert_allclose(finder.losses, loss, 1e-4)
 
 
+@pytest.mark.tensorflow("`tf.GradientTape`")
 def test_a_train_step_that_tells_its_own_loss():
     class Own(keras.Sequential):
         def train_step(self, data):

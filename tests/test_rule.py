@@ -9,6 +9,8 @@ from stepping import assert_close
 
 from keras_rmsprop import reference, rule
 
+pytestmark = pytest.mark.float64
+
 OPTIONS = {"rho": 0.9, "momentum": 0.0, "epsilon": 1e-7, "nesterov": False}
 
 

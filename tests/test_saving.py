@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import python
+from stepping import python, tensor
 
 from keras_rmsprop import RMSprop, saving
 
@@ -115,6 +115,7 @@ class TestStateMoves:
         assert_same_state(other, model)
 
     @pytest.mark.one_in(2)
+    @pytest.mark.tensorflow("`tf.train.Checkpoint`")
     def test_in_a_checkpoint(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(
@@ -139,6 +140,7 @@ class TestStateMoves:
         assert hyperparameters(optimizer) == hyperparameters(model.optimizer)
 
 
+@pytest.mark.tensorflow("`tf.train.Checkpoint`")
 def test_checkpoint_restored_before_the_slots_exist(tmp_path):
     model = trained(RMSprop(**OPTIONS))
     path = tf.train.Checkpoint(optimizer=model.optimizer).save(str(tmp_path / "ckpt"))
@@ -149,10 +151,11 @@ def test_checkpoint_restored_before_the_slots_exist(tmp_path):
         np.testing.assert_array_equal(got.numpy(), want.numpy())
 
 
+@pytest.mark.tensorflow("`tf.train.Checkpoint`")
 def test_traced_programs_are_no_part_of_a_checkpoint(tmp_path):
     variable = keras.Variable([1.0])
     optimizer = RMSprop()
-    optimizer.apply([tf.constant([1.0])], [variable])
+    optimizer.apply([tensor([1.0])], [variable])
     names = [
         n
         for n, _ in tf.train.list_variables(
@@ -229,6 +232,7 @@ class TestRestoring:
         other.fit(*data(), epochs=2, verbose=0)
         assert_same_state(other, model)
 
+    @pytest.mark.tensorflow("`tf.function`")
     def test_loaded_and_then_built_inside_a_function(self, tmp_path):
         path = tmp_path / "m.weights.h5"
         model = two_layers(RMSprop(**SAVED))
@@ -308,7 +312,7 @@ class TestRestoring:
         optimizer, other = RMSprop(), RMSprop()
         optimizer.build([a, b])
         other.build([b, a])
-        optimizer.apply([tf.constant([1.0, 1]), tf.constant([2.0, 2])])
+        optimizer.apply([tensor([1.0, 1]), tensor([2.0, 2])])
         named = dict(zip("0123", optimizer._restorer.named(), strict=True))
         file = saving.File(
             {key: v.numpy() for key, (_, v) in named.items()},
@@ -371,7 +375,7 @@ class TestRestoring:
         twins = [keras.Variable(v.numpy()) for v in (a, b)]
         builtins = [keras.optimizers.RMSprop(0.1, momentum=0.5) for _ in twins]
         for n in range(4):
-            gradients = [tf.constant([1.0 + n, -1.0]), tf.constant([0.5 * n])]
+            gradients = [tensor([1.0 + n, -1.0]), tensor([0.5 * n])]
             known = 1 if n < 2 else 2
             optimizer.apply(gradients[:known], [a, b][:known])
             for builtin, g, twin in list(zip(builtins, gradients, twins, strict=True))[
@@ -381,13 +385,14 @@ class TestRestoring:
         for got, want in zip((a, b), twins, strict=True):
             np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-6)
 
+    @pytest.mark.tensorflow("sparse gradients")
     def test_unfreezing_a_table(self):
         table, bias = keras.Variable(np.ones((3, 1), "float32")), keras.Variable([1.0])
         twin = keras.Variable(table.numpy())
         optimizer, builtin = RMSprop(0.1), keras.optimizers.RMSprop(0.1)
-        optimizer.apply([tf.constant([1.0])], [bias])
+        optimizer.apply([tensor([1.0])], [bias])
         slices = tf.IndexedSlices([[1.0]], [2], [3, 1])
         for _ in range(2):
-            optimizer.apply([slices, tf.constant([1.0])], [table, bias])
+            optimizer.apply([slices, tensor([1.0])], [table, bias])
             builtin.apply([tf.convert_to_tensor(slices)], [twin])
         np.testing.assert_allclose(table.numpy(), twin.numpy(), rtol=1e-6)

@@ -13,6 +13,8 @@ from keras_rmsprop.backends.programs import Programs
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.tensorflow("how its backend takes a step")
+
 
 def zeros(*shape, dtype="float32"):
     return tf.zeros(shape, dtype)
