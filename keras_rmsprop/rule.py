@@ -76,6 +76,13 @@ def cast(x: Any, dtype: str) -> Any:
     return x if _is_number(x) else ops.cast(x, dtype)
 
 
+def mean_of_all(x: Tensor) -> Tensor:
+    """Return the mean; `ops.mean` is exact in float64 on TensorFlow only."""
+    if wide(x.dtype) != "float64":
+        return ops.mean(x)
+    return ops.sum(x) / max(math.prod(x.shape), 1)
+
+
 def step(
     g: Tensor,
     slots: Slots,
@@ -84,7 +91,7 @@ def step(
     *,
     t: Tensor = None,
     penalty: Tensor = None,
-    mean: Callable[[Tensor], Tensor] = ops.mean,
+    mean: Callable[[Tensor], Tensor] = mean_of_all,
 ) -> tuple[Tensor, Slots]:
     """Return what to take from the weights w for gradient g, and the new slots.
 

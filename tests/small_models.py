@@ -5,6 +5,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from stepping import BACKEND, tensor
 
@@ -12,6 +13,10 @@ ROWS = 12
 """The rows of the tables."""
 JIT = BACKEND == "jax"
 """Whether to compile: TensorFlow and PyTorch take long to; JAX is slow without."""
+
+no_fit_of_other_layers = pytest.mark.skipif(
+    JIT, reason="on JAX `fit` trains the layers that the optimizer was built with"
+)
 
 
 def compiled(optimizer, inputs, layers, frozen=(), name=None):

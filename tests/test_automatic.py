@@ -9,7 +9,13 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import dense_model, gradient, numbers, table_model
+from small_models import (
+    dense_model,
+    gradient,
+    no_fit_of_other_layers,
+    numbers,
+    table_model,
+)
 from stepping import WAYS, assert_close, python, tensor
 
 from keras_rmsprop import AutoLearningRate, RMSprop, automatic, reference
@@ -407,6 +413,7 @@ def test_a_training_can_end_in_a_function():
     assert int(optimizer.iterations) == 1
 
 
+@no_fit_of_other_layers
 def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
     x, y = numbers(model, batch=32)

@@ -50,6 +50,9 @@ def through_a_weights_file(source, target, folder):
 
 
 def through_a_checkpoint(source, target, folder):
+    if BACKEND != "tensorflow":
+        pytest.skip("only on TensorFlow: `tf.train.Checkpoint`")
+
     def checkpoint(model):
         return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
 

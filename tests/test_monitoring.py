@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from small_models import compiled, dense_model, numbers, table_model
-from stepping import gradients_of, python
+from stepping import BACKEND, gradients_of, python
 
 from keras_rmsprop import RMSprop, monitoring
 from keras_rmsprop.callbacks import AverageForEvaluation, Monitor
@@ -45,7 +45,8 @@ def test_it_looks_every_so_many_batches_and_changes_nothing():
         x, y = numbers(model, batch=32)
         model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
         ends.append([v.numpy() for v in [*model.weights, *model.optimizer.variables]])
-    assert sorted({r.step for r in callbacks[0].readings}) == [2, 5, 8]
+    steps = [2, 5, 8] if BACKEND == "tensorflow" else [1, 4, 7]  # built before a step
+    assert sorted({r.step for r in callbacks[0].readings}) == steps
     for a, b in zip(*ends, strict=True):
         np.testing.assert_array_equal(a, b)
 

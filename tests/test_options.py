@@ -141,7 +141,7 @@ def test_equals_the_reference(options, way):
             )
             for w, g, state in zip(expected, gradients, states, strict=True)
         ]
-    assert_close(weights, expected, 1e-12)
+    assert_close(weights, expected, 1e-12 if BACKEND == "tensorflow" else 1e-11)
 
 
 @pytest.mark.parametrize("exclude", [{"var_names": ["bias"]}, {"var_list": "first"}])

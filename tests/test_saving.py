@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_models import no_fit_of_other_layers
 from stepping import python, tensor
 
 from keras_rmsprop import RMSprop, saving
@@ -57,7 +58,7 @@ def test_config_round_trip():
 def test_config_round_trip_with_a_schedule():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
     copy = keras.optimizers.deserialize(keras.optimizers.serialize(RMSprop(schedule)))
-    assert copy.learning_rate.numpy() == np.float32(0.1)
+    assert float(copy.learning_rate) == np.float32(0.1)
 
 
 def test_keras_file(tmp_path):
@@ -67,8 +68,8 @@ def test_keras_file(tmp_path):
     assert type(loaded.optimizer) is RMSprop
     assert loaded.optimizer.get_config() == model.optimizer.get_config()
     assert_same_state(loaded, model)
-    model.fit(*data(), verbose=0)
-    loaded.fit(*data(), verbose=0)
+    for each in (model, loaded):
+        each.fit(*data(), shuffle=False, verbose=0)
     assert_same_state(loaded, model)
 
 
@@ -225,11 +226,11 @@ class TestRestoring:
         model.jit_compile = jit_compile
         model.fit(*data(), epochs=2, verbose=0)
         save(model, path)
-        model.fit(*data(), epochs=2, verbose=0)
         other = two_layers(RMSprop(**SAVED))
         other.jit_compile = jit_compile
         other.load_weights(path)
-        other.fit(*data(), epochs=2, verbose=0)
+        for each in (model, other):
+            each.fit(*data(), epochs=2, shuffle=False, verbose=0)
         assert_same_state(other, model)
 
     @pytest.mark.tensorflow("`tf.function`")
@@ -335,6 +336,7 @@ class TestRestoring:
             optimizer.load_own_variables(store)
         assert not optimizer.variables[2].numpy().any()
 
+    @no_fit_of_other_layers
     @pytest.mark.one_in(3)
     @pytest.mark.parametrize("jit_compile", [False, True])
     @pytest.mark.parametrize(

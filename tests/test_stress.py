@@ -254,8 +254,10 @@ class TestExtremes:
         # In plain bfloat16 the sum stops at 256, the mean of 1000 ones at 0.256.
         variable = keras.Variable([1.0], dtype="bfloat16")
         optimizer = RMSprop(rho=0.0, gradient_accumulation_steps=1000)
+        optimizer.build([variable])
+        apply = LOOP(optimizer)
         for _ in range(1000):
-            optimizer.apply([tensor([1.0], "bfloat16")], [variable])
+            apply([tensor([1.0], "bfloat16")])
         v = optimizer.get_state().slots[0].velocity
         np.testing.assert_allclose(v, [1.0], rtol=1e-5)
 

@@ -61,7 +61,7 @@ class Step(NamedTuple):
         *,
         dtype: str,
         decay: Any = None,
-        mean: Callable[[Any], Any] = ops.mean,
+        mean: Callable[[Any], Any] = rule.mean_of_all,
     ) -> Taken:
         """Return what the step takes from the weights, and the new slots.
 
