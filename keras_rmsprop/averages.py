@@ -35,7 +35,7 @@ class Momentum(NamedTuple):
         if self.warms_up:
             dtype = keras.backend.standardize_dtype(dtype)
             n = ops.cast(t, rule.wide(dtype))
-            most = ops.minimum(rule.cast(most, n.dtype), (1 + n) / (10 + n))
+            most = rule.at_most((1 + n) / (10 + n), rule.cast(most, n.dtype))
             most = ops.cast(most, dtype)
         return ops.cast(ops.not_equal(t, 0), dtype) * most
 

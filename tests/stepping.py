@@ -81,7 +81,7 @@ def gradients_of(model, x, y):
 
 
 def _error(found, y):
-    return keras.ops.mean(keras.ops.square(found - y))
+    return keras.ops.mean(keras.ops.square(found - tensor(y)))
 
 
 def _on_jax(model):

@@ -232,6 +232,8 @@ def test_tensorflow_v1(options, dtype):
 
 
 def check_tf_keras_legacy(dtype, **options):
+    if BACKEND != "tensorflow" and dtype == "float64" and "clipnorm" in options:
+        pytest.skip("only on TensorFlow Keras clips norms in float64")
     theirs = peer("tf_keras").optimizers.legacy.RMSprop(LR, **options)
     expected = train_tensorflow(theirs, dtype)
     check(dialects.tf_keras_legacy(LR, **options), expected, dtype)

@@ -169,7 +169,7 @@ def test_options_reach_both_optimizers(tmp_path):
     )
     ours, theirs = mnist_train.make_optimizers(options).values()
     assert type(ours) is keras_rmsprop.RMSprop
-    assert type(theirs) is keras.optimizers.RMSprop
+    assert isinstance(theirs, keras.optimizers.RMSprop)
     expected = pytest.approx(given | {"centered": True})
     for optimizer in (ours, theirs):
         config = optimizer.get_config()

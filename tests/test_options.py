@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from stepping import BACKEND, SHAPES, WAYS, arrays, assert_close, train
+from stepping import BACKEND, SHAPES, WAYS, arrays, assert_close, tensor, train
 
 from keras_rmsprop import RMSprop, reference
 
@@ -55,7 +55,8 @@ OPTIONS = {
 }
 
 
-RTOL = {"float32": 1e-5, "float64": 1e-12}
+# Elsewhere it is the built-in that is less exact, in averages of the weights.
+RTOL = {"float32": 1e-5, "float64": 1e-12 if BACKEND == "tensorflow" else 1e-9}
 
 
 @pytest.mark.one_in(3)
@@ -156,7 +157,7 @@ def test_weight_decay_exclusions(exclude):
         elif exclude:
             optimizer.exclude_from_weight_decay(**exclude)
         for _ in range(3):
-            optimizer.apply([np.array([0.1, 0.2], "float32")] * 2, variables)
+            optimizer.apply([tensor([0.1, 0.2])] * 2, variables)
         return [v.numpy() for v in variables]
 
     options = {"learning_rate": 0.1, "weight_decay": 0.5}

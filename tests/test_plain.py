@@ -16,7 +16,7 @@ pytestmark = pytest.mark.float64
 
 
 def variable(x, dtype="float64", **options):
-    return keras.Variable(np.asarray(x), dtype=dtype, **options)
+    return keras.Variable(np.asarray(x), dtype=dtype, trainable=False, **options)
 
 
 def dtype_of(x):

@@ -233,6 +233,7 @@ def test_the_count_is_saved(tmp_path):
     assert int(other.optimizer.skipped_steps) == 3
 
 
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize(
     "backend",
     [

@@ -236,7 +236,7 @@ def test_a_sum_of_updates_is_converted_at_the_learning_rate_of_its_step():
     variables = [keras.Variable(a) for a in arrays([(3, 2), (2,)])]
     theirs = keras.optimizers.RMSprop(0.5, momentum=0.5)
     for seed in range(3):
-        theirs.apply(arrays([(3, 2), (2,)], seed=seed), variables)
+        theirs.apply([*map(tensor, arrays([(3, 2), (2,)], seed=seed))], variables)
     optimizer = built(learning_rate=0.25, momentum=0.5, lr_in_momentum=False)
     transfer.from_keras(optimizer, theirs)
     got = optimizer.get_state().slots[0].momentum
