@@ -623,6 +623,7 @@ def test_two_replicas_find_what_one_finds():
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends_find_what_the_reference_finds(backend):
     pytest.importorskip(backend)

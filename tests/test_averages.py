@@ -347,6 +347,7 @@ def test_warm_up_in_fit(jit_compile):
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("every", [None, 2])
 def test_warm_up_on_other_backends(backend, every):

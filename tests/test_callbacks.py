@@ -55,6 +55,7 @@ def test_files_and_early_stopping():
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize(
     "arguments",
     [

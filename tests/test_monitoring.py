@@ -174,6 +174,7 @@ def test_bad_input():
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends(backend):
     pytest.importorskip(backend)
