@@ -41,7 +41,8 @@ def made(name):
     )
     rng = np.random.default_rng(0)
     model.set_weights([rng.normal(0, 0.3, v.shape) for v in model.weights])
-    model.compile(RMSprop(**{"learning_rate": 0.02} | RUNS[name]), "mse")
+    optimizer = RMSprop(**{"learning_rate": 0.02} | RUNS[name])
+    model.compile(optimizer, "mse", jit_compile=BACKEND == "jax")
     return model
 
 

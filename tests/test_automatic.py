@@ -16,7 +16,7 @@ from small_models import (
     numbers,
     table_model,
 )
-from stepping import WAYS, assert_close, python, tensor
+from stepping import LOOP, WAYS, assert_close, python, tensor
 
 from keras_rmsprop import AutoLearningRate, RMSprop, automatic, reference
 
@@ -541,10 +541,12 @@ def test_accumulated_gradients_count_once():
         weights, gradients = problem(shapes=SHAPES[:4])
         variables = [keras.Variable(w, dtype="float32") for w in weights]
         optimizer = RMSprop("auto", gradient_accumulation_steps=every)
+        optimizer.build(variables)
+        apply = LOOP(optimizer)
         for step in range(20):
             given = gradients([v.numpy() for v in variables], step)
             for _ in range(every or 1):
-                optimizer.apply([tensor(g, "float32") for g in given], variables)
+                apply([tensor(g, "float32") for g in given])
         found.append(
             [v.numpy() for v in variables] + [optimizer._search.estimate.numpy()]
         )
