@@ -20,7 +20,7 @@ FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--c
 EXAMPLES := regression linear_regression text_classifier resume
 SHORT := wgan_digits dqn_cartpole policy_gradient char_lm compare_optimizers sensitivity
 
-.PHONY: environments help train test test-slow test-rest test-peers test-oldest test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
+.PHONY: environments help train test test-slow test-rest test-peers test-backends test-oldest test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,10 @@ test-rest: $(READY)  ## more cases of the everyday tests: before a release
 
 test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
 	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)
+
+test-backends: $(PEERS)  ## the everyday tests, and those beside peers, on JAX and on PyTorch
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow and not rest" $(ARGS)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 -m "not slow and not rest" $(ARGS)
 
 test-oldest: $(OLDEST)/.ready  ## the everyday tests with the oldest Keras and TensorFlow
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)

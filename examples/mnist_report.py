@@ -147,6 +147,8 @@ def write(
         digits: What was trained on.
         runs: What happened.
     """
+    import keras
+
     with (output / "history.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["optimizer", "epoch", *runs[0].history, "seconds"])
@@ -156,7 +158,7 @@ def write(
                 rows.writerow([run.optimizer, epoch, *values])
 
     difference, epoch = loss_difference(runs)
-    packages = ("keras", "tensorflow", "keras_rmsprop")
+    packages = ("keras", keras.backend.backend(), "keras_rmsprop")
     summary = {
         "options": options | {"output": str(options["output"])},
         "data": {

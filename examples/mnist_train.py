@@ -2,8 +2,9 @@
 
     python examples/mnist_train.py --epochs 2 --data sample
 
-Both start from the same weights and see the same batches. What they did is printed as
-a table and written, with a picture, to the output folder.
+Both start from the same weights and see the same batches, on every backend of Keras
+(`KERAS_BACKEND=jax`). What they did is printed as a table and written, with a picture,
+to the output folder.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import mnist_data
 import mnist_report
 import numpy as np
 from command_line import OptionParser, folder, whole
+from numpy.typing import NDArray
 
 # Keras is imported where it is used: `--help` and a mistyped option need no TensorFlow.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -94,6 +96,39 @@ def network() -> Any:
     )
 
 
+def start(model: Any, random: np.random.Generator) -> None:
+    """Give the network the first weights that Keras would, drawn by NumPy.
+
+    Each backend of Keras draws other ones from the same seed.
+
+    Args:
+        model: The network.
+        random: Where the weights come from.
+    """
+    for layer in model.layers:
+        inputs, outputs = layer.kernel.shape
+        most = (6 / (inputs + outputs)) ** 0.5
+        kernel = random.uniform(-most, most, (inputs, outputs))
+        layer.set_weights([kernel, np.zeros(outputs)])
+
+
+def batches(
+    images: NDArray[Any], labels: NDArray[Any], size: int, random: np.random.Generator
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Yield batches without end: all digits once an epoch, each time in another order.
+
+    Args:
+        images: The digits.
+        labels: What they are.
+        size: The number of digits in a batch; the last of an epoch may have fewer.
+        random: Where the order comes from.
+    """
+    while True:
+        order = random.permutation(len(labels))
+        for some in np.split(order, range(size, len(order), size)):
+            yield images[some], labels[some]
+
+
 def warm_up(digits: mnist_data.Digits) -> None:
     """Train and test a little, as what only the first `fit` takes belongs to nobody.
 
@@ -126,8 +161,9 @@ def train(
     """
     import keras
 
-    keras.utils.set_random_seed(options.seed)
+    random = np.random.default_rng(options.seed)
     model = network()
+    start(model, random)
     model.compile(
         optimizer=optimizer,
         loss="sparse_categorical_crossentropy",
@@ -143,12 +179,14 @@ def train(
     logs = options.output / "tensorboard" / name
     for old in logs.glob("*/events.out.tfevents.*"):
         old.unlink()
+    images, labels, size = digits.train_images, digits.train_labels, options.batch_size
+    seen = len(labels) - len(labels) // 10  # the others are for validation
     fit = model.fit(
-        digits.train_images,
-        digits.train_labels,
-        batch_size=options.batch_size,
+        batches(images[:seen], labels[:seen], size, random),
+        steps_per_epoch=-(-seen // size),
         epochs=options.epochs,
-        validation_split=0.1,
+        validation_data=(images[seen:], labels[seen:]),
+        validation_batch_size=size,
         callbacks=[clock, keras.callbacks.TensorBoard(logs)],
     )
     test_loss, test_accuracy = model.evaluate(

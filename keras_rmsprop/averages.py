@@ -34,8 +34,8 @@ class Momentum(NamedTuple):
         most = self.most
         if self.warms_up:
             dtype = keras.backend.standardize_dtype(dtype)
-            n = ops.cast(t, keras.backend.result_type(dtype, "float32"))
-            most = ops.minimum(rule.cast(most, n.dtype), (1 + n) / (10 + n))
+            n = ops.cast(t, rule.wide(dtype))
+            most = rule.at_most((1 + n) / (10 + n), rule.cast(most, n.dtype))
             most = ops.cast(most, dtype)
         return ops.cast(ops.not_equal(t, 0), dtype) * most
 
@@ -71,7 +71,7 @@ class Table(NamedTuple):
     def caught_up(self, ids: Any = None) -> Any:
         """Return the averages of some rows, or of all, after the updates so far."""
         kept = keras.backend.standardize_dtype(self.average.dtype)
-        dtype = keras.backend.result_type(kept, "float32")
+        dtype = rule.wide(kept)
         average, weights = (
             tf.cast(sparse.read(variable, ids), dtype)
             for variable in (self.average, self.weights)

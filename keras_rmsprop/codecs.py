@@ -17,7 +17,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from keras_rmsprop import bits, blockwise
-from keras_rmsprop.rule import Slots
+from keras_rmsprop.rule import Slots, wide
 
 Shape = Sequence[int]
 ROUNDING_OFFSET = "rounding_offset"
@@ -55,10 +55,7 @@ class Float:
 
     def dtype(self, weights: Any) -> str:
         """Return the dtype of a slot whose weights have this dtype."""
-        wide = keras.backend.result_type(
-            keras.backend.standardize_dtype(weights), "float32"
-        )
-        return self._kept or wide
+        return self._kept or wide(weights)
 
     def shape(self, weights: Shape) -> Shape:
         """Return the shape of a slot whose weights have this shape."""
@@ -280,7 +277,7 @@ class Place:
         """Set the slot to numbers, to the bit if they come from a slot like this."""
         stored = getattr(values, "stored", None)
         if not self._is_of_slot(stored):
-            dtype = keras.backend.standardize_dtype(self._slot.dtype)
+            values, dtype = np.asarray(values, "float32"), self._slot.dtype
             stored = of(self._slot).encode(values, dtype, None, self._number)
         self._slot.assign(stored)
 

@@ -34,7 +34,7 @@ from keras_rmsprop.slots import (
     Keeper,
     in_order_of,
 )
-from keras_rmsprop.state import State, as_array, matched
+from keras_rmsprop.state import State, as_array, copied, matched
 
 on_tensorflow = keras.backend.backend() == "tensorflow"
 if on_tensorflow:
@@ -373,9 +373,9 @@ class RMSprop(keras.optimizers.Optimizer):
             dtype, shape = codec.dtype(dtype), codec.shape(shape)
         elif name == ACCUMULATOR:
             # In bfloat16 a sum of 256 ones does not grow.
-            dtype = keras.backend.result_type(dtype, "float32")
+            dtype = rule.wide(dtype)
         if self._search is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
-            dtype = keras.backend.result_type(dtype, "float32")
+            dtype = rule.wide(dtype)
             shape = self._search.options.sample(shape).shape
         self._now.slot = name or "var", reference_variable, dtype, shape
         try:
@@ -416,11 +416,11 @@ class RMSprop(keras.optimizers.Optimizer):
         initial = keras.initializers.get(initializer)
 
         def start() -> Any:
+            # A copy: on JAX both would share one buffer, and `fit` gives each away.
             if kind == WEIGHT_AVERAGE:
-                return owner
+                return copied(owner)
             if kind == FIRST_WEIGHT:
-                sample = self._search.options.sample(owner.shape)
-                return sample.of(ops.convert_to_tensor(owner))
+                return self._search.options.sample(owner.shape).of(copied(owner))
             return initial(shape, dtype)
 
         return self._keeper.find_or_make(str(kind), key, owner, make, start)
@@ -926,7 +926,11 @@ class RMSprop(keras.optimizers.Optimizer):
         """The averages of the weights, under the name by which Keras reads them."""
         if backend.is_eager() and hasattr(self, "_weight_averages"):
             self._catch_up_all()
-        return self._weight_averages
+        if keras.backend.backend() != "jax":
+            return self._weight_averages
+        # There Keras itself replaces weights by these, those of frozen layers, too.
+        pairs = zip(self._trainable_variables, self._weight_averages, strict=True)
+        return [average if _is_trainable(v) else v for v, average in pairs]
 
     @_model_variables_moving_average.setter
     def _model_variables_moving_average(self, variables: list[Any]) -> None:
@@ -969,6 +973,10 @@ class RMSprop(keras.optimizers.Optimizer):
         Args:
             var_list: The model's variables.
         """
+        # On JAX `fit` has taken all values if a step failed; an error about them would
+        # hide that of the step. There is no public way to know.
+        if self.built and getattr(self._iterations, "_value", 0) is None:
+            return
         if self._search is not None and self.built and self._search_is_known():
             self._warn(self._search.complaint(self._trainable_variables))
         super().finalize_variable_values(var_list)
@@ -1142,7 +1150,7 @@ class RMSprop(keras.optimizers.Optimizer):
         every = self.gradient_accumulation_steps or 1
         self._iterations.assign(iterations * every)
         for sums in self._accumulated_gradients if every > 1 else []:
-            sums.assign(ops.zeros_like(sums))
+            sums.assign(ops.zeros(sums.shape, sums.dtype))
         for i in self._clocks:
             self._clocks[i].reset()
 

@@ -38,9 +38,15 @@ def number(allowed: checks.Range) -> Check:
 
 def one_of(*choices: Any) -> Check:
     """Return the check of an option with a few possible values."""
-    return lambda name, value: checks.one_of(
-        name, getattr(value, "name", value), choices
-    )
+
+    def check(name: str, value: Any) -> Any:
+        # A dtype may be an object: it has a name, or PyTorch's text is torch.bfloat16.
+        value = getattr(value, "name", value)
+        if type(value).__module__ == "torch":
+            value = keras.backend.standardize_dtype(value)
+        return checks.one_of(name, value, choices)
+
+    return check
 
 
 class Numbers(TypedDict, total=False):

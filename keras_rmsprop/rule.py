@@ -62,9 +62,51 @@ class Options(NamedTuple):
         return Options(*(cast(x, dtype) for x in self))
 
 
+def wide(*dtypes: Any) -> str:
+    """Return the dtype to compute in for floating dtypes: float32, or float64.
+
+    `keras.backend.result_type` knows float64 on TensorFlow only.
+    """
+    given = map(keras.backend.standardize_dtype, dtypes)
+    return "float64" if "float64" in given else "float32"
+
+
 def cast(x: Any, dtype: str) -> Any:
     """Return a number as it is, and a tensor cast to a dtype."""
     return x if _is_number(x) else ops.cast(x, dtype)
+
+
+# Keras' own of these compute float64 in float32 on other backends than TensorFlow.
+
+
+def at_most(x: Tensor, most: Any) -> Tensor:
+    """Return the smaller one of each element and a bound."""
+    narrow = _would_be_narrowed(x)
+    return within(x, -math.inf, most) if narrow else ops.minimum(x, most)
+
+
+def at_least(x: Tensor, least: Any) -> Tensor:
+    """Return the larger one of each element and a bound."""
+    narrow = _would_be_narrowed(x)
+    return within(x, least, math.inf) if narrow else ops.maximum(x, least)
+
+
+def within(x: Tensor, least: Any, most: Any) -> Tensor:
+    """Return elements that are moved to the nearer bound if they lie outside."""
+    if not _would_be_narrowed(x):
+        return ops.clip(x, least, most)
+    return ops.clip(x, *(np.asarray(b) if _is_number(b) else b for b in (least, most)))
+
+
+def _would_be_narrowed(x: Tensor) -> bool:
+    return wide(x.dtype) == "float64" and keras.backend.backend() != "tensorflow"
+
+
+def mean_of_all(x: Tensor) -> Tensor:
+    """Return the mean of the elements."""
+    if not _would_be_narrowed(x):
+        return ops.mean(x)
+    return ops.sum(x) / max(math.prod(x.shape), 1)
 
 
 def step(
@@ -75,7 +117,7 @@ def step(
     *,
     t: Tensor = None,
     penalty: Tensor = None,
-    mean: Callable[[Tensor], Tensor] = ops.mean,
+    mean: Callable[[Tensor], Tensor] = mean_of_all,
 ) -> tuple[Tensor, Slots]:
     """Return what to take from the weights w for gradient g, and the new slots.
 
@@ -110,12 +152,12 @@ def step(
     # Bounded, as an infinite average would stay so. (And before they are added: after a
     # bound XLA would compute v twice, the second time from a copy.)
     most = float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) / 4
-    v = rho * v + (1 - rho) * ops.minimum(ops.square(g), most)
+    v = rho * v + (1 - rho) * at_most(ops.square(g), most)
     spread = corrected(v)
     if a is not None:
-        a = rho * a + (1 - rho) * ops.clip(g, -(most**0.5), most**0.5)
+        a = rho * a + (1 - rho) * within(g, -(most**0.5), most**0.5)
         # Mathematically >= 0; rounding takes it below, and the root to NaN.
-        spread = ops.maximum(spread - ops.square(corrected(a)), 0)
+        spread = at_least(spread - ops.square(corrected(a)), 0)
     if options.epsilon_inside_sqrt:
         root = ops.sqrt(spread + epsilon)
     else:
@@ -126,7 +168,7 @@ def step(
         u = mu * m + u if options.nesterov else m
         if options.cautious:
             agrees = ops.cast(u * g > 0, u.dtype)
-            u = u * agrees / ops.maximum(mean(agrees), 1e-3)
+            u = u * agrees / at_least(mean(agrees), 1e-3)
     return u if options.lr_in_momentum else lr * u, Slots(v, m, a)
 
 

@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from keras_rmsprop.codecs import Draw, encoded, of
-from keras_rmsprop.rule import Slots, cast
+from keras_rmsprop.rule import Slots, cast, wide
 
 
 class Ticks(tf.Module):
@@ -297,7 +297,7 @@ def dense(gradient: tf.IndexedSlices, variable: Any) -> Any:
 
 def widened(values: Any) -> Any:
     """Return values in float32, or in float64 if that is their dtype."""
-    return tf.cast(values, keras.backend.result_type(values.dtype.name, "float32"))
+    return tf.cast(values, wide(values.dtype))
 
 
 def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
@@ -374,8 +374,7 @@ def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
         rho: Decay rate of the averages.
     """
     ids = rows.ids
-    kept = keras.backend.standardize_dtype(slots.velocity.dtype)
-    dtype = keras.backend.result_type(kept, "float32")
+    dtype = wide(slots.velocity.dtype)
     v, m, a = slots.map(lambda slot: of(slot).decode(read(slot, ids), dtype))
     return Slots(faded(v, rows, rho), m, a if a is None else faded(a, rows, rho))
 

@@ -50,8 +50,10 @@ def matched(
     for path, of_one, given_one in zip(paths, places, given, strict=True):
         for name, place, array in zip(Slots._fields, of_one, given_one, strict=True):
             expected = None if place is None else tuple(place.shape)
-            received = None if array is None else np.shape(array)
-            if expected != received and (place is not None or np.any(array)):
+            received = None if array is None else tuple(np.shape(array))
+            if expected != received and (
+                place is not None or np.any(np.asarray(array))
+            ):
                 wrong.append(
                     f"`{name}` of {path!r}: expected shape {expected}, "
                     f"received {received}"

@@ -6,12 +6,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import pytest
 from hypothesis import settings
+from stepping import BACKEND, WAYS
 
-from keras_rmsprop import kernel
-from keras_rmsprop.backends.programs import Programs
+if BACKEND == "tensorflow":
+    from keras_rmsprop import kernel
+    from keras_rmsprop.backends.programs import Programs
 
 # A plugin for `make test-keras` that imports torch; not to be searched for doctests.
 collect_ignore = ["keras_suite.py"]
+
+DOCTESTS = {
+    "keras_rmsprop.optimizer.RMSprop.explain": "the ways of its steps",
+}
+"""Examples in the package that are about TensorFlow, and what of it."""
 
 # Compiling takes as long as it takes, and an example found is an example kept.
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -19,19 +26,23 @@ settings.load_profile("default")
 
 
 def pytest_report_header():
-    """Say whether the tests of steps run with the kernel or without it."""
+    """Say on which backend the tests run, and whether with the kernel."""
+    if BACKEND != "tensorflow":
+        return f"backend: {BACKEND}"
     return f"kernel: {kernel.why_not() or 'there'}"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of tests with `one_in(n)`, leave the first case and one in n to every day.
+    """Skip what the backend does not have. Leave one in n of `one_in(n)` to every day.
 
-    The others are the rest. Which is drawn from their names: every n-th could be those
-    of one option.
+    The others are the rest, but for the first case. Which is drawn from their names:
+    every n-th could be those of one option.
     """
     seen = set()
     for item in items:
+        if BACKEND != "tensorflow" and (why := why_not_here(item)):
+            item.add_marker(pytest.mark.skip(reason=why))
         mark = item.get_closest_marker("one_in")
         if mark is not None:
             drawn = crc32(item.name.encode()) % mark.args[0] == 0
@@ -40,15 +51,45 @@ def pytest_collection_modifyitems(items):
             seen.add(item.function)
 
 
+def why_not_here(item):
+    """Return why another backend than TensorFlow cannot run a test; "" if it can."""
+    mark = item.get_closest_marker("tensorflow")
+    if mark is not None:
+        return f"only on TensorFlow: {mark.args[0]}"
+    if item.name in DOCTESTS:
+        return f"only on TensorFlow: {DOCTESTS[item.name]}"
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    if given.get("way", "eager") not in WAYS:
+        return f"only on TensorFlow: {given['way']}"
+    if BACKEND == "torch" and given.get("jit_compile") is True:
+        return "PyTorch compiles for too long"
+    return ""
+
+
 @pytest.fixture(autouse=True)
 def _portable(request, monkeypatch):
-    if request.node.get_closest_marker("portable"):
+    if BACKEND == "tensorflow" and request.node.get_closest_marker("portable"):
         monkeypatch.setattr(kernel, "_loaded", lambda: (None, "none in this test"))
 
 
 @pytest.fixture(autouse=True)
 def _reproducible(monkeypatch):
-    # XLA compiles for one test whatever it compiled for others.
-    monkeypatch.setattr(Programs, "compiled", 0)
+    if BACKEND == "tensorflow":
+        # XLA compiles for one test whatever it compiled for others.
+        monkeypatch.setattr(Programs, "compiled", 0)
     keras.utils.clear_session(free_memory=False)  # its garbage collection takes 0.4 s
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _float64(request):
+    """Let JAX have float64 where a test is about it; most users do without."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    asked = request.node.get_closest_marker("float64") or "float64" in given.values()
+    if BACKEND == "jax" and asked:
+        import jax
+
+        with jax.enable_x64(True):
+            yield
+    else:
+        yield

@@ -5,10 +5,18 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+from stepping import BACKEND, tensor
 
 ROWS = 12
 """The rows of the tables."""
+JIT = BACKEND == "jax"
+"""Whether to compile: TensorFlow and PyTorch take long to; JAX is slow without."""
+
+no_fit_of_other_layers = pytest.mark.skipif(
+    JIT, reason="on JAX `fit` trains the layers that the optimizer was built with"
+)
 
 
 def compiled(optimizer, inputs, layers, frozen=(), name=None):
@@ -16,7 +24,7 @@ def compiled(optimizer, inputs, layers, frozen=(), name=None):
     model = keras.Sequential([inputs, *layers], name=name)
     for layer in model.layers:
         layer.trainable = layer.name not in frozen
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse", jit_compile=JIT)
     return model
 
 
@@ -51,17 +59,21 @@ def gradient(model, variable, step, sparse=True):
     """Return the gradient for a variable of a model in a step.
 
     That of a table has slices for three of its rows, two for one of them; with
-    `sparse=False` it is the dense gradient that these stand for.
+    `sparse=False`, and on other backends than TensorFlow, it is the dense gradient that
+    these stand for.
     """
     position = [v is variable for v in model.weights].index(True)
     rng = np.random.default_rng([step, position])
     if not variable.path.endswith("embeddings"):
-        return tf.constant(rng.normal(size=variable.shape), "float32")
+        return tensor(rng.normal(size=variable.shape), "float32")
     ids = rng.permutation(ROWS)[[0, 1, 2, 0]]
     values = rng.normal(size=(4, *variable.shape[1:])).astype("float32")
-    shape = tf.constant([ROWS, 2])
-    slices = tf.IndexedSlices(tf.constant(values), tf.constant(ids), shape)
-    return slices if sparse else tf.convert_to_tensor(slices)
+    if sparse and BACKEND == "tensorflow":
+        shape = tf.constant([ROWS, 2])
+        return tf.IndexedSlices(tf.constant(values), tf.constant(ids), shape)
+    dense = np.zeros(variable.shape, "float32")
+    np.add.at(dense, ids, values)
+    return tensor(dense)
 
 
 def take_steps(model, steps, sparse=True):

@@ -9,8 +9,14 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import dense_model, gradient, numbers, table_model
-from stepping import WAYS, assert_close, python
+from small_models import (
+    dense_model,
+    gradient,
+    no_fit_of_other_layers,
+    numbers,
+    table_model,
+)
+from stepping import LOOP, WAYS, assert_close, python, tensor
 
 from keras_rmsprop import AutoLearningRate, RMSprop, automatic, reference
 
@@ -48,7 +54,7 @@ def both(optimizer, options, steps=20, way="eager", scale=1.0, **search):
     for step in range(steps):
         # Both get the gradients of the optimizer's weights, or they would drift apart.
         given = gradients([v.numpy().astype("float64") for v in variables], step)
-        apply([tf.constant(scale * g, "float32") for g in given])
+        apply([tensor(scale * g, "float32") for g in given])
         weights = reference.automatic_step(weights, given, state, **search, **options)
     rate = state["d"] * (1 - options.get("momentum", 0.0))
     return [v.numpy() for v in variables], weights, optimizer.found_learning_rate, rate
@@ -124,7 +130,7 @@ def test_the_order_of_the_variables_does_not_matter():
         for step in range(30):
             given = gradients([v.numpy() for v in variables], step)
             optimizer.apply(
-                [tf.constant(given[i], "float32") for i in order],
+                [tensor(given[i], "float32") for i in order],
                 [variables[i] for i in order],
             )
         rates.append(optimizer.found_learning_rate)
@@ -141,9 +147,7 @@ def test_going_up_finds_the_rate_of_going_down():
         optimizer = RMSprop("auto", maximize=sign < 0)
         for step in range(30):
             given = gradients([v.numpy() for v in variables], step)
-            optimizer.apply(
-                [tf.constant(sign * g, "float32") for g in given], variables
-            )
+            optimizer.apply([tensor(sign * g, "float32") for g in given], variables)
         rates.append(optimizer.found_learning_rate)
     assert rates[0] == pytest.approx(rates[1], rel=1e-5)
     assert rates[0] > 1e-4
@@ -351,6 +355,7 @@ def test_a_factor_set_before_the_first_step_is_saved(tmp_path):
     assert float(model.optimizer.learning_rate) == 0.5
 
 
+@pytest.mark.tensorflow("`tf.train.Checkpoint`")
 @pytest.mark.parametrize("rates", [("auto", 0.25), (0.25, "auto")])
 def test_a_checkpoint_of_a_rate_is_not_restored_as_a_factor(tmp_path, rates):
     saved, other = (dense_model(RMSprop(rate)).optimizer for rate in rates)
@@ -385,6 +390,7 @@ def test_a_search_that_fits_in_parts_begins_anew(tmp_path):
         np.testing.assert_array_equal(first.numpy(), sample.of(w.numpy()))
 
 
+@pytest.mark.tensorflow("`tf.function`")
 def test_the_rate_found_is_a_tensor_in_a_function():
     optimizer, weight = RMSprop("auto"), keras.Variable([1.0, 2.0])
     for _ in range(30):
@@ -393,6 +399,7 @@ def test_the_rate_found_is_a_tensor_in_a_function():
     assert float(inside) == pytest.approx(optimizer.found_learning_rate)
 
 
+@pytest.mark.tensorflow("`tf.function`")
 def test_a_training_can_end_in_a_function():
     optimizer, weight = RMSprop("auto", use_ema=True), keras.Variable([1.0, 2.0])
     optimizer.build([weight])
@@ -406,6 +413,7 @@ def test_a_training_can_end_in_a_function():
     assert int(optimizer.iterations) == 1
 
 
+@no_fit_of_other_layers
 def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
     x, y = numbers(model, batch=32)
@@ -426,6 +434,7 @@ def test_layers_that_are_unfrozen_begin_where_they_are():
 
 
 @pytest.mark.one_in(3)
+@pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("jit", [None, False, True])
 @pytest.mark.parametrize("width", [3, 40])  # of 40: not all columns are looked at
 def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):
@@ -445,9 +454,9 @@ def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):
             values = 0.1 * values + start[ids]  # there is a way to go
             dense = np.zeros(table.shape)
             np.add.at(dense, ids, values)
-            slices = tf.IndexedSlices(tf.constant(values, "float32"), tf.constant(ids))
-            given = slices if sparse else tf.constant(dense, "float32")
-            apply([given, tf.constant(values[0], "float32")])
+            slices = tf.IndexedSlices(tensor(values, "float32"), tensor(ids))
+            given = slices if sparse else tensor(dense, "float32")
+            apply([given, tensor(values[0], "float32")])
             if n == 20:
                 _ = optimizer.variables  # brings all rows up to date
         found.append([v.numpy() for v in [table, bias, *optimizer.variables]])
@@ -456,6 +465,7 @@ def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):
     assert_close(*found, 1e-4)
 
 
+@pytest.mark.tensorflow("sparse gradients")
 def test_a_wide_short_table_takes_dense_steps():
     table = keras.Variable(np.ones((40, 200)), dtype="float32")
     optimizer = RMSprop("auto")
@@ -475,7 +485,10 @@ def test_what_has_no_gradient_counts_as_it_stands(sparse):
     weights = [v.numpy().astype("float64") for v in variables]
     for step in range(30):
         given = [gradient(model, v, step, sparse) for v in variables]
-        as_dense = [gradient(model, v, step, False).numpy() for v in variables]
+        as_dense = [
+            keras.ops.convert_to_numpy(gradient(model, v, step, False))
+            for v in variables
+        ]
         if step % 3 == 2:
             given[1] = as_dense[1] = None
         optimizer.apply(given, variables)
@@ -528,10 +541,12 @@ def test_accumulated_gradients_count_once():
         weights, gradients = problem(shapes=SHAPES[:4])
         variables = [keras.Variable(w, dtype="float32") for w in weights]
         optimizer = RMSprop("auto", gradient_accumulation_steps=every)
+        optimizer.build(variables)
+        apply = LOOP(optimizer)
         for step in range(20):
             given = gradients([v.numpy() for v in variables], step)
             for _ in range(every or 1):
-                optimizer.apply([tf.constant(g, "float32") for g in given], variables)
+                apply([tensor(g, "float32") for g in given])
         found.append(
             [v.numpy() for v in variables] + [optimizer._search.estimate.numpy()]
         )
@@ -556,7 +571,7 @@ def test_weights_of_other_dtypes(dtype):
     auto = AutoLearningRate(initial=1e-5 if dtype == "float64" else 3e-3)
     optimizer = RMSprop(auto, slot_dtype="bfloat16" if dtype == "bfloat16" else None)
     for _ in range(150):
-        optimizer.apply([tf.cast(weight.value, dtype)], [weight])
+        optimizer.apply([keras.ops.cast(weight.value, dtype)], [weight])
     wide = "float64" if dtype == "float64" else "float32"
     assert optimizer._search.sums[0].dtype == wide
     assert np.abs(weight.numpy().astype("float32")).max() < 0.5
@@ -564,6 +579,7 @@ def test_weights_of_other_dtypes(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("`tf.distribute`")
 def test_two_replicas_find_what_one_finds():
     out = python(
         """
@@ -609,6 +625,7 @@ def test_two_replicas_find_what_one_finds():
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends_find_what_the_reference_finds(backend):
     pytest.importorskip(backend)

@@ -21,6 +21,8 @@ from stepping import WAYS, assert_close
 from keras_rmsprop import RMSprop
 from keras_rmsprop.callbacks import AverageForEvaluation
 
+pytestmark = pytest.mark.tensorflow("rows of embeddings")
+
 BUILT_IN = keras.optimizers.RMSprop
 ROWS, WIDTH = 7, 2
 OPTIONS = {"learning_rate": 0.05, "epsilon": 1e-3, "use_ema": True, "ema_momentum": 0.9}

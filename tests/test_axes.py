@@ -6,6 +6,8 @@ from stepping import assert_close
 
 from keras_rmsprop import RMSprop
 
+pytestmark = pytest.mark.tensorflow("XLA programs")
+
 SHORT = (64, 32, 3, 3)
 
 

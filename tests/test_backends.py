@@ -12,6 +12,8 @@ from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.tensorflow("its backend beside that of the others")
+
 SHAPES = [(3, 4), (7,), (), (layouts.END_TO_END_ELEMENTS + 1,), (2048, 8)]
 
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import WAYS, assert_close
+from stepping import BACKEND, WAYS, assert_close, tensor
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.rule import Slots
@@ -95,11 +95,18 @@ def test_a_learning_rate_assigned_later(value):
 
 
 def ones(*shape, dtype="float32"):
-    return tf.ones(shape, dtype)
+    return keras.ops.ones(shape, dtype)
 
 
 def rows(values, ids, shape=None):
     return tf.IndexedSlices(values, tf.constant(ids), shape)
+
+
+def good_rows():
+    """Return the sum of two rows of a table: as slices, where there are any."""
+    if BACKEND == "tensorflow":
+        return rows(ones(2, 3), [1, 1])
+    return tensor(np.float32([[0.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]))
 
 
 SHAPE = "must have the shape of its variable. Received: shape"
@@ -118,54 +125,67 @@ GRADIENTS = {
     "ragged": (
         [[[1.0], [1.0, 2.0]], None],
         ValueError,
-        "non-rectangular|inhomogeneous",
+        "non-rectangular|inhomogeneous|of length",
     ),
     "no tensor": ([object(), None], (TypeError, ValueError), "'?object'?"),
     "text": (
         [["a", "b"], None],
         (TypeError, ValueError),
-        "'a'|could not convert|of type 'str'",
+        "'a'|could not convert|'str'",
     ),
-    "a tensor of text": ([tf.constant(["a", "b"]), None], TypeError, DTYPE + "string"),
     "int": ([ones(2, dtype="int32"), None], TypeError, DTYPE + "int32"),
     "bool": ([ones(2, dtype="bool"), None], TypeError, DTYPE + "bool"),
     "complex": ([ones(2, dtype="complex64"), None], TypeError, DTYPE + "complex64"),
     "complex NumPy": ([np.array([1j, 2j]), None], TypeError, DTYPE + "complex128"),
-    "narrow rows": ([ones(2), rows(ones(1, 2), [1])], ValueError, ROWS),
-    "flat rows": ([ones(2), rows(ones(3), [1])], ValueError, ROWS),
-    "too few rows": ([ones(2), rows(ones(1, 3), [1, 2])], ValueError, ROWS),
-    "too many rows": ([ones(2), rows(ones(2, 3), [1])], ValueError, ROWS),
-    "a matrix of indices": ([ones(2), rows(ones(1, 3), [[1]])], ValueError, ROWS),
-    "float indices": ([ones(2), rows(ones(1, 3), [1.0])], ValueError, ROWS),
-    "another table's": ([ones(2), rows(ones(1, 3), [1], [9, 3])], ValueError, SHAPE),
-    "rows of int": (
-        [ones(2), rows(ones(1, 3, dtype="int32"), [1])],
-        TypeError,
-        DTYPE + "int32",
-    ),
-    "rows of complex": (
-        [ones(2), rows(ones(1, 3, dtype="complex64"), [1])],
-        TypeError,
-        DTYPE + "complex64",
-    ),
-    "rows of text": (
-        [ones(2), rows(tf.fill([1, 3], "a"), [1])],
-        TypeError,
-        DTYPE + "string",
-    ),
-    # Known when the step runs, so TensorFlow's error and no ValueError.
-    "an index too large": (
-        [ones(2), rows(ones(2, 3), [1, 4])],
-        tf.errors.InvalidArgumentError,
-        INDEX,
-    ),
-    "an index below 0": (
-        [ones(2), rows(ones(2, 3), [-1, 1])],
-        tf.errors.InvalidArgumentError,
-        INDEX,
-    ),
 }
-HOW = {"eager": "auto", "op by op": False, "tf.function": "auto"}
+if BACKEND == "tensorflow":
+    GRADIENTS |= {
+        "a tensor of text": (
+            [tf.constant(["a", "b"]), None],
+            TypeError,
+            DTYPE + "string",
+        ),
+        "narrow rows": ([ones(2), rows(ones(1, 2), [1])], ValueError, ROWS),
+        "flat rows": ([ones(2), rows(ones(3), [1])], ValueError, ROWS),
+        "too few rows": ([ones(2), rows(ones(1, 3), [1, 2])], ValueError, ROWS),
+        "too many rows": ([ones(2), rows(ones(2, 3), [1])], ValueError, ROWS),
+        "a matrix of indices": ([ones(2), rows(ones(1, 3), [[1]])], ValueError, ROWS),
+        "float indices": ([ones(2), rows(ones(1, 3), [1.0])], ValueError, ROWS),
+        "another table's": (
+            [ones(2), rows(ones(1, 3), [1], [9, 3])],
+            ValueError,
+            SHAPE,
+        ),
+        "rows of int": (
+            [ones(2), rows(ones(1, 3, dtype="int32"), [1])],
+            TypeError,
+            DTYPE + "int32",
+        ),
+        "rows of complex": (
+            [ones(2), rows(ones(1, 3, dtype="complex64"), [1])],
+            TypeError,
+            DTYPE + "complex64",
+        ),
+        "rows of text": (
+            [ones(2), rows(tf.fill([1, 3], "a"), [1])],
+            TypeError,
+            DTYPE + "string",
+        ),
+        # Known when the step runs, so TensorFlow's error and no ValueError.
+        "an index too large": (
+            [ones(2), rows(ones(2, 3), [1, 4])],
+            tf.errors.InvalidArgumentError,
+            INDEX,
+        ),
+        "an index below 0": (
+            [ones(2), rows(ones(2, 3), [-1, 1])],
+            tf.errors.InvalidArgumentError,
+            INDEX,
+        ),
+    }
+HOW = {"eager": "auto", "op by op": False}
+if BACKEND == "tensorflow":
+    HOW["tf.function"] = "auto"
 
 
 @functools.cache
@@ -181,7 +201,7 @@ def trained(how):
 
 
 def good_step(optimizer, variables):
-    optimizer.apply([ones(2), rows(ones(2, 3), [1, 1])], variables)
+    optimizer.apply([ones(2), good_rows()], variables)
 
 
 def everything(optimizer, variables):
@@ -218,7 +238,7 @@ def test_after_all_these_errors_a_step_is_what_it_was(how):
     dense[1] = 2
     good_step(optimizer, variables)
     for _ in range(int(optimizer.iterations.numpy())):
-        built_in.apply([ones(2), tf.constant(dense)], twins)
+        built_in.apply([ones(2), tensor(dense)], twins)
     assert_close([v.numpy() for v in variables], [v.numpy() for v in twins], rtol=1e-6)
 
 
@@ -255,17 +275,20 @@ class TestVariables:
         with pytest.raises(ValueError, match="must be built"):
             RMSprop().get_state()
 
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", WAYS if BACKEND == "tensorflow" else ["eager"])
     def test_of_another_model(self, way):
         variable, foreign = keras.Variable([1.0]), keras.Variable([2.0])
         optimizer = RMSprop()
         optimizer.build([variable])
         before = everything(optimizer, [variable, foreign])
         step = functools.partial(optimizer.apply, [ones(1)], [foreign])
+        if way != "eager":
+            step = tf.function(step, jit_compile=way == "XLA")
         with pytest.raises(ValueError, match="Unknown variable"):
-            tf.function(step, jit_compile=way == "XLA")() if way != "eager" else step()
+            step()
         assert_same(everything(optimizer, [variable, foreign]), before)
 
+    @pytest.mark.skipif(BACKEND == "jax", reason="there `fit` goes by position")
     def test_of_another_model_in_fit(self):
         models = [
             keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
@@ -282,7 +305,7 @@ class TestVariables:
     def test_in_the_place_of_gradients(self):
         variable = keras.Variable([1.0])
         optimizer = RMSprop()
-        with pytest.raises(TypeError, match=r"come with variables. Received: Eager"):
+        with pytest.raises(TypeError, match=r"come with variables. Received: "):
             optimizer.apply_gradients([(variable, ones(1))])
         assert not optimizer.built
 
@@ -388,7 +411,11 @@ UNREADABLE = (OSError, zipfile.BadZipFile)  # h5py's and Python's own
         ("empty", UNREADABLE, "signature|not a zip file"),
         ("text", UNREADABLE, "signature|not a zip file"),
         ("missing", (ValueError, FileNotFoundError), "File not found|No such file"),
-        ("wide", ValueError, r"\(4, 3\), Received: value.shape=\(4, 5\)"),
+        (
+            "wide",
+            ValueError,
+            r"\(4, 3\), Received: value.shape=\(4, 5\)|objects could not be loaded",
+        ),
     ],
 )
 def test_files(files, file, error, message, kind, built):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from averaging_run import OPTIONS, Watch, averages, check, check_files, fit, model_on
 from averaging_run import same as assert_same
+from small_models import no_fit_of_other_layers
 
 import keras_rmsprop
 from keras_rmsprop import RMSprop
@@ -54,6 +55,7 @@ def test_files_and_early_stopping():
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -170,6 +172,7 @@ def test_evaluation_within_evaluation():
     assert_same(watch.seen["epoch begin"], plain.seen["epoch begin"])
 
 
+@no_fit_of_other_layers
 def test_a_frozen_layer_stays():
     model = model_on(ours)
     fit(model, epochs=1)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import arrays, assert_close
+from stepping import arrays, assert_close, tensor
 
 from keras_rmsprop import RMSprop, reference
 
@@ -87,7 +87,7 @@ def run(optimizer, changes, shapes, steps=8):
     for step in range(steps):
         for name, value in changes.get(step, {}).items():
             setattr(optimizer, name, value)
-        gradients = [tf.constant(g) for g in arrays(shapes, seed=step + 1)]
+        gradients = [tensor(g) for g in arrays(shapes, seed=step + 1)]
         optimizer.apply(gradients, variables)
     return [v.numpy() for v in [*variables, *optimizer.variables]]
 
@@ -146,7 +146,7 @@ def test_back_and_forth(shapes):
 def test_skip_nonfinite(shapes):
     variables = [keras.Variable(a) for a in arrays(shapes)]
     optimizer = RMSprop(0.1, skip_nonfinite=True)
-    bad = [tf.fill(shape, np.float32("nan")) for shape in shapes]
+    bad = [np.full(shape, np.float32("nan")) for shape in shapes]
     optimizer.apply(bad, variables)
     assert all(np.isfinite(v.numpy()).all() for v in variables)
     optimizer.skip_nonfinite = False
@@ -155,6 +155,7 @@ def test_skip_nonfinite(shapes):
     assert int(optimizer.skipped_steps) == 1
 
 
+@pytest.mark.tensorflow("rows of embeddings")
 @pytest.mark.parametrize(
     ("before", "after"), [("exact", "lazy"), ("lazy", "exact")], ids=str
 )
@@ -165,8 +166,8 @@ def test_sparse_update(before, after, options):
     def take_steps(optimizer, table, steps):
         for step in steps:
             values = arrays([(2, 2)], seed=step)[0]
-            ids = tf.constant([step % 4, step % 3])
-            slices = tf.IndexedSlices(tf.constant(values), ids, tf.constant([6, 2]))
+            ids = tensor([step % 4, step % 3])
+            slices = tf.IndexedSlices(tensor(values), ids, tensor([6, 2]))
             optimizer.apply([slices], [table])
 
     table = keras.Variable(np.ones((6, 2), "float32"))

@@ -14,6 +14,8 @@ from stepping import WAYS
 
 from keras_rmsprop import RMSprop
 
+pytestmark = pytest.mark.tensorflow("rows of embeddings")
+
 BUILT_IN = keras.optimizers.RMSprop
 
 LARGE = (2**20, 1)

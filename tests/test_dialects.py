@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import arrays, assert_close
+from stepping import BACKEND, arrays, assert_close, tensor
 
 from keras_rmsprop import RMSprop, dialects, reference
 
@@ -39,7 +39,7 @@ def train(optimizer, dtype):
     variables = [keras.Variable(a, dtype=dtype) for a in arrays(SHAPES, dtype)]
     optimizer.build(variables)
     for step in gradients(dtype):
-        optimizer.apply([tf.constant(g) for g in step])
+        optimizer.apply([tensor(g) for g in step])
     slots = optimizer.get_state().slots
     return [v.numpy() for v in variables] + [s.velocity for s in slots]
 
@@ -232,6 +232,8 @@ def test_tensorflow_v1(options, dtype):
 
 
 def check_tf_keras_legacy(dtype, **options):
+    if BACKEND != "tensorflow" and dtype == "float64" and "clipnorm" in options:
+        pytest.skip("only on TensorFlow Keras clips norms in float64")
     theirs = peer("tf_keras").optimizers.legacy.RMSprop(LR, **options)
     expected = train_tensorflow(theirs, dtype)
     check(dialects.tf_keras_legacy(LR, **options), expected, dtype)
@@ -269,9 +271,9 @@ def test_keras(options, dtype):
     builtin = keras.optimizers.RMSprop(LR, **options)
     variables = [keras.Variable(a, dtype=dtype) for a in arrays(SHAPES, dtype)]
     builtin.build(variables)
-    apply = tf.function(builtin.apply)
+    apply = tf.function(builtin.apply) if BACKEND == "tensorflow" else builtin.apply
     for step in gradients(dtype):
-        apply([tf.constant(g) for g in step])
+        apply([tensor(g) for g in step])
     n = len(SHAPES)
     v = [x for x in builtin.variables if x.name.endswith("velocity")][:n]
     expected = [x.numpy() for x in variables + v]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from distributed_run import EXAMPLE, RUNS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tensorflow("`tf.distribute`")]
 
 PROGRAM = Path(__file__).parent / "distributed_run.py"
 

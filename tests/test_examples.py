@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+pytestmark = pytest.mark.tensorflow("programs written with it")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

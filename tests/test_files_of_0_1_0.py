@@ -10,6 +10,8 @@ import pytest
 import tensorflow as tf
 from files_0_1_0 import make
 
+pytestmark = pytest.mark.tensorflow("files of a version for TensorFlow, to the bit")
+
 
 def compare(model, name, compare_arrays=np.testing.assert_array_equal):
     expected = dict(np.load(make.FOLDER / f"{name}.npz"))

@@ -25,6 +25,8 @@ from keras_rmsprop.codecs import Blockwise, Draw
 from keras_rmsprop.kernel import build
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.tensorflow("the native kernel")
+
 needs_kernel = pytest.mark.skipif(not kernel.ops(), reason=kernel.why_not())
 """The tests that do not need it run everywhere."""
 

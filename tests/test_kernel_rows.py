@@ -15,6 +15,8 @@ from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import Clock, Rows
 
+pytestmark = pytest.mark.tensorflow("the native kernel")
+
 ROWS = 50
 UPDATES = 40
 

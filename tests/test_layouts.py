@@ -11,7 +11,7 @@ from keras_rmsprop.backends import layouts
 from keras_rmsprop.backends.tensorflow import XLA_EAGER_ELEMENTS
 from keras_rmsprop.rule import Slots
 
-pytestmark = pytest.mark.portable
+pytestmark = [pytest.mark.portable, pytest.mark.tensorflow("XLA programs")]
 
 SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (layouts.END_TO_END_ELEMENTS + 1,)]
 

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.tensorflow("notebooks written with it")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import WAYS, arrays
+from stepping import WAYS, arrays, tensor
 from test_blockwise import MOMENTUM, VELOCITY, neighbours
 
 from keras_rmsprop import RMSprop, reference
-from keras_rmsprop.state import State
+from keras_rmsprop.state import State, as_array
 
 SHAPE = 70, 61  # a block is cut off at the end
 
@@ -23,7 +23,7 @@ def made(shape=SHAPE, dtype="float32", name=None, **options):
 def gradient(t, shape=SHAPE):
     # Some elements are a thousand times as large as others.
     [x, scale] = arrays([shape] * 2, seed=t)
-    return tf.constant(x * np.float32(10.0) ** np.clip(scale, -3, 1))
+    return tensor(x * np.float32(10.0) ** np.clip(scale, -3, 1))
 
 
 OPTIONS = [
@@ -75,7 +75,7 @@ def test_a_step_is_the_reference_s_then_rounded(way, options):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["eager", "tf.function", "XLA"])
 def test_other_dtypes_of_weights(way, dtype):
     variable, optimizer = made(dtype=dtype)
     twin = keras.Variable(arrays([SHAPE])[0], dtype=dtype)
@@ -83,11 +83,11 @@ def test_other_dtypes_of_weights(way, dtype):
     plain.build([twin])
     apply = WAYS[way](optimizer)
     for t in range(3):
-        apply([tf.cast(gradient(t), dtype)])
-        plain.apply([tf.cast(gradient(t), dtype)])
-    moved = np.abs(keras.ops.convert_to_numpy(twin.value - arrays([SHAPE])[0])).mean()
-    difference = keras.ops.cast(variable.value - twin.value, "float32")
-    assert np.abs(difference).mean() < 0.1 * moved
+        apply([keras.ops.cast(gradient(t), dtype)])
+        plain.apply([keras.ops.cast(gradient(t), dtype)])
+    mine, theirs = (np.float64(as_array(v)) for v in (variable, twin))
+    moved = np.abs(theirs - arrays([SHAPE])[0]).mean()
+    assert np.abs(mine - theirs).mean() < 0.1 * moved
 
 
 def test_bytes_a_parameter():
@@ -135,13 +135,17 @@ def test_v_does_not_stall(way):
     # To the nearest, v would stay far below 1: a step adds a thousandth of it.
     _, optimizer = made(rho=0.999)
     apply = WAYS[way](optimizer)
-    for _ in range(2000):
-        apply([tf.ones(SHAPE)])
+    x = np.ones(SHAPE, "float32")
+    x.flat[::256] = 3  # the scale of each block, that the others are not on a code
+    for _ in range(500):
+        apply([tensor(x)])
     v = optimizer.get_state().slots[0].velocity.astype("float64")
-    expected = 1 - 0.999**2000
-    np.testing.assert_allclose(v.mean(), expected, rtol=0.01)
+    expected = 1 - 0.999**500
+    np.testing.assert_allclose(v[x == 1].mean(), expected, rtol=0.01)
+    np.testing.assert_allclose(v[x == 1], expected, rtol=0.5)
 
 
+@pytest.mark.slow
 def test_nothing_becomes_nan_and_no_step_is_too_long():
     rng = np.random.default_rng(0)
     x = 10.0 ** rng.uniform(-30, 4, (16, 256))
@@ -151,7 +155,7 @@ def test_nothing_becomes_nan_and_no_step_is_too_long():
     optimizer = RMSprop(0.001, rho=0.9, epsilon=1e-30, slot_dtype="uint8")
     optimizer.build([variable])
     most = 0.001 / np.sqrt(1 - 0.9) * (1 + 1e-5)
-    g = [tf.constant(x * rng.choice([-1, 1], x.shape), "float32") for _ in range(8)]
+    g = [tensor(np.float32(x * rng.choice([-1, 1], x.shape))) for _ in range(8)]
     before = variable.numpy()
     for t in range(10_000):
         optimizer.apply([g[t % 8] if t % 1000 else 1e3 * g[0]])
@@ -174,7 +178,7 @@ def test_an_element_whose_v_rounds_to_0_takes_no_longer_step():
     x[:, 0] = 1e3
     for _ in range(20):
         before = variable.numpy()
-        optimizer.apply([tf.constant(x)])
+        optimizer.apply([tensor(x)])
         assert (optimizer.get_state().slots[0].velocity[:, 1:] == 0).mean() > 0.9
         moved = np.abs(variable.numpy() - before)
         assert moved.max() <= 0.001 / np.sqrt(1 - 0.9) * (1 + 1e-5)
@@ -184,8 +188,8 @@ def test_a_nan_stays_where_it_is():
     variable, optimizer = made((16, 256), momentum=0.9)
     g = np.ones((16, 256), "float32")
     g[3, 5] = np.nan
-    optimizer.apply([tf.constant(g)])
-    optimizer.apply([tf.ones((16, 256))])
+    optimizer.apply([tensor(g)])
+    optimizer.apply([keras.ops.ones((16, 256))])
     assert np.isnan(variable.numpy()).sum() == 1
 
 
@@ -198,7 +202,13 @@ def stepped(variable, optimizer, steps):
     return variable.numpy()
 
 
-@pytest.mark.parametrize("kind", ["file", "waits", "store", "checkpoint", "tree"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("file", "waits", "store", "tree"),
+        pytest.param("checkpoint", marks=pytest.mark.tensorflow("`tf.train`")),
+    ],
+)
 def test_resumes_to_the_same_bits(kind, tmp_path):
     def model():
         layers = [
@@ -272,7 +282,7 @@ def test_files_of_other_slots(dtypes, tmp_path):
 
     first, second = map(model, dtypes)
     for t in range(3):
-        first.optimizer.apply([gradient(t), tf.ones(61)])
+        first.optimizer.apply([gradient(t), keras.ops.ones(61)])
     first.save_weights(tmp_path / "model.weights.h5")
     second.load_weights(tmp_path / "model.weights.h5")
     one, other = (m.optimizer.get_state() for m in (first, second))
@@ -309,6 +319,7 @@ def test_state_is_of_float32():
 # Beside what else there is.
 
 
+@pytest.mark.tensorflow("sparse gradients")
 def test_sparse_gradients_count_as_dense():
     options = {"float32_slots": ()}
     (a, sparse), (b, dense) = made((80, 60), **options), made((80, 60), **options)
@@ -331,7 +342,7 @@ def test_changed_and_unfrozen():
     optimizer.apply([gradient(2), gradient(3)], [variable, other])
     kept = [str(x.dtype) for x in optimizer.variables if len(x.shape) == 2]
     assert sorted(kept) == ["float32", "uint8"]
-    expected = 0.9 * v + 0.1 * np.square(gradient(2))
+    expected = 0.9 * v + 0.1 * np.square(as_array(gradient(2)))
     low, high = neighbours(expected, VELOCITY)
     found = optimizer.get_state().slots[0].velocity
     assert (found >= low * (1 - 1e-5)).all()
@@ -371,6 +382,7 @@ def test_stays_close_to_float32_with_other_options(kind, options):
     assert np.abs(weights[0] - weights[1]).mean() < 0.1 * moved.mean()
 
 
+@pytest.mark.tensorflow("`tf.distribute`")
 def test_under_a_strategy():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():

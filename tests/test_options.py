@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from stepping import SHAPES, WAYS, arrays, assert_close, train
+from stepping import BACKEND, SHAPES, WAYS, arrays, assert_close, tensor, train
 
 from keras_rmsprop import RMSprop, reference
 
@@ -55,7 +55,8 @@ OPTIONS = {
 }
 
 
-RTOL = {"float32": 1e-5, "float64": 1e-12}
+# Elsewhere it is the built-in that is less exact, in averages of the weights.
+RTOL = {"float32": 1e-5, "float64": 1e-12 if BACKEND == "tensorflow" else 1e-9}
 
 
 @pytest.mark.one_in(3)
@@ -122,6 +123,7 @@ def in_reference(options):
     }
 
 
+@pytest.mark.float64
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", ["eager", "tf.function"])  # the first one is XLA, too
 @pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS)
@@ -140,7 +142,7 @@ def test_equals_the_reference(options, way):
             )
             for w, g, state in zip(expected, gradients, states, strict=True)
         ]
-    assert_close(weights, expected, 1e-12)
+    assert_close(weights, expected, 1e-12 if BACKEND == "tensorflow" else 1e-11)
 
 
 @pytest.mark.parametrize("exclude", [{"var_names": ["bias"]}, {"var_list": "first"}])
@@ -155,7 +157,7 @@ def test_weight_decay_exclusions(exclude):
         elif exclude:
             optimizer.exclude_from_weight_decay(**exclude)
         for _ in range(3):
-            optimizer.apply([np.array([0.1, 0.2], "float32")] * 2, variables)
+            optimizer.apply([tensor([0.1, 0.2])] * 2, variables)
         return [v.numpy() for v in variables]
 
     options = {"learning_rate": 0.1, "weight_decay": 0.5}
@@ -168,5 +170,6 @@ def test_weight_decay_exclusions(exclude):
 def test_empty_matrices_which_the_built_in_cannot_step():
     variable = keras.Variable(np.zeros((0, 3), "float32"))
     RMSprop().apply([np.zeros((0, 3), "float32")], [variable])
-    with pytest.raises(Exception, match="Biases must be 1D"):
-        keras.optimizers.RMSprop().apply([np.zeros((0, 3), "float32")], [variable])
+    if BACKEND == "tensorflow":
+        with pytest.raises(Exception, match="Biases must be 1D"):
+            keras.optimizers.RMSprop().apply([np.zeros((0, 3), "float32")], [variable])

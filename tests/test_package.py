@@ -15,6 +15,8 @@ from stepping import python
 import keras_rmsprop
 from keras_rmsprop import kernel
 
+pytestmark = pytest.mark.tensorflow("wheels, which are the same for all backends")
+
 ROOT = Path(__file__).parent.parent
 
 

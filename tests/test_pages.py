@@ -12,6 +12,8 @@ import pytest
 import keras_rmsprop
 from keras_rmsprop import callbacks, dialects, transfer
 
+pytestmark = pytest.mark.tensorflow("pages that show code for it")
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

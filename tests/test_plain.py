@@ -12,9 +12,11 @@ from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.float64
+
 
 def variable(x, dtype="float64", **options):
-    return keras.Variable(np.asarray(x), dtype=dtype, **options)
+    return keras.Variable(np.asarray(x), dtype=dtype, trainable=False, **options)
 
 
 def dtype_of(x):
@@ -137,9 +139,22 @@ def test_numbers_become_gradients(given):
     assert dtype_of(gradient) == "float16"
 
 
-def test_what_is_no_number_stays_as_it_is():
-    for given in (None, keras.ops.ones(1), "a"):
+def test_what_is_a_tensor_or_none_stays_as_it_is():
+    for given in (None, keras.ops.ones(1)):
         assert plain.as_gradient(given, variable([1.0])) is given
+    with pytest.raises((TypeError, ValueError)):
+        plain.as_gradient("a", variable([1.0]))
+
+
+def test_a_gradient_of_no_floating_dtype_is_refused():
+    for dtype in ("int32", "bool"):
+        with pytest.raises(TypeError, match=f"Received: {dtype} for variable 'w'"):
+            plain.check(keras.ops.ones(1, dtype), variable([1.0], name="w"))
+    imaginary = plain.as_gradient(np.array([1j]), variable([1.0]))
+    with pytest.raises(TypeError, match="Received: complex128"):
+        plain.check(imaginary, variable([1.0]))
+    with pytest.raises(TypeError, match="come with variables"):
+        plain.check(keras.ops.ones(1), keras.ops.ones(1))
 
 
 @pytest.fixture(params=["float32", "float16"])

@@ -16,6 +16,8 @@ from keras_rmsprop import RMSprop
 from keras_rmsprop.backends import programs, tensorflow
 from keras_rmsprop.backends.tensorflow import XLA_IN_GRAPH_ELEMENTS
 
+pytestmark = pytest.mark.tensorflow("programs of eager steps")
+
 
 class Traces:
     count = 0

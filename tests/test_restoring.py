@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from small_models import (
+    JIT,
     OneBuiltInEach,
     assert_same_bits,
     dense_model,
@@ -149,7 +150,7 @@ class TestUnfrozenInTheMiddle:
         model = dense_model(RMSprop(0.02, **options), frozen=["body"])
         take_steps(model, range(3))
         model.layers[0].trainable = True
-        model.compile(model.optimizer, "mse", jit_compile=False)
+        model.compile(model.optimizer, "mse", jit_compile=JIT)
         take_steps(model, range(3, 5))
         return model
 
@@ -200,7 +201,7 @@ def model_of_twins(optimizer, first_made):
     if first_made == "last":
         made.reverse()
     model = keras.Sequential([keras.Input((3,)), *made])
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse", jit_compile=JIT)
     return model
 
 
@@ -288,7 +289,7 @@ def one_kernel(optimizer):
     keras.utils.set_random_seed(0)
     layer = keras.layers.Dense(3, use_bias=False)
     model = keras.Sequential([keras.Input((3,)), layer])
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse", jit_compile=JIT)
     return model
 
 
@@ -360,6 +361,7 @@ def trained_three_times(folder, kind=RMSprop):
     return model, folder / "first.weights.h5"
 
 
+@pytest.mark.tensorflow("`tf.train.Checkpoint`")
 def test_a_checkpoint_restored_after_a_file_was_loaded_wins(tmp_path):
     model, first = trained_three_times(tmp_path)
     path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(

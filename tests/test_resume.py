@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_models import JIT
 from tensorflow.python.eager import context
 
 from keras_rmsprop import RMSprop
@@ -34,7 +35,7 @@ FORKS.set_forkserver_preload(["tensorflow", "keras", "keras_rmsprop"])
 
 def compiled(layers, options):
     model = keras.Sequential([keras.Input((6,)), *layers, keras.layers.Dense(1)])
-    model.compile(RMSprop(0.01, **options), "mse", jit_compile=False)
+    model.compile(RMSprop(0.01, **options), "mse", jit_compile=JIT)
     return model
 
 
@@ -144,6 +145,7 @@ def life(name, directory, rng=None, *, in_a_save=False):
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("`tf.train.CheckpointManager`")
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_runs_end_with_the_same_bits(name, tmp_path):
     killed, alone = tmp_path / "killed", tmp_path / "left alone"

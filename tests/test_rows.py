@@ -11,6 +11,8 @@ from test_options import DIALECTS, in_reference
 
 from keras_rmsprop import RMSprop, reference
 
+pytestmark = pytest.mark.tensorflow("rows of embeddings")
+
 BUILT_IN = keras.optimizers.RMSprop
 
 

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import assert_close
+from stepping import BACKEND, assert_close
 
 from keras_rmsprop import reference, rule
+
+pytestmark = pytest.mark.float64
 
 OPTIONS = {"rho": 0.9, "momentum": 0.0, "epsilon": 1e-7, "nesterov": False}
 
@@ -45,6 +47,7 @@ def run_reference(gradients, *, lr=0.01, centered=False, **options):
     return np.stack(updates)
 
 
+@settings(max_examples=20 if BACKEND == "jax" else 100)  # which compiles for each shape
 @given(
     shape=st.lists(st.integers(0, 4), max_size=4).map(tuple),
     dtype=st.sampled_from(["float32", "float64"]),

@@ -10,6 +10,8 @@ from stepping import python
 
 from keras_rmsprop import RMSprop
 
+pytestmark = pytest.mark.tensorflow("programs of eager steps")
+
 BUILT_IN = keras.optimizers.RMSprop
 
 

@@ -9,6 +9,8 @@ from keras_rmsprop import sparse
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.tensorflow("rows of embeddings")
+
 DRAW = Draw(None, 0)
 RHO, ROWS, WIDTH = 0.9, 5, 2
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import WAYS, arrays, assert_close, python
+from stepping import LOOP, WAYS, arrays, assert_close, python, tensor
 from test_programs import Counting
 
 from keras_rmsprop import RMSprop
@@ -14,6 +14,7 @@ from keras_rmsprop import RMSprop
 BUILT_IN = keras.optimizers.RMSprop
 
 
+@pytest.mark.tensorflow("programs of eager steps, and its threads")
 class TestThreads:
     """Each loop has an optimizer of its own, or its turn."""
 
@@ -27,7 +28,7 @@ class TestThreads:
         def run():
             rng = np.random.default_rng(seed)
             for n in range(steps):
-                ids = tf.constant(rng.integers(0, 20, 1 + n % 5))
+                ids = tensor(rng.integers(0, 20, 1 + n % 5))
                 with tf.GradientTape() as tape:
                     rows = tf.gather(table.value, ids)
                     loss = tf.reduce_sum((rows @ kernel.value - 1) ** 2)
@@ -88,13 +89,14 @@ class TestThreads:
         optimizer.build([a, b])
         body = tf.function(lambda g: optimizer.apply([g], [b]))
         for _ in range(10):
-            optimizer.apply([tf.constant([1.0])], [a])
-            body(tf.constant([1.0, 1.0]))
+            optimizer.apply([tensor([1.0])], [a])
+            body(tensor([1.0, 1.0]))
         assert optimizer.traces == 2
         assert optimizer.iterations.numpy() == 20
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("programs of eager steps")
 def test_memory_is_flat():
     # Numbers are those after a warm-up, then what was added. In a process of its own.
     program = """
@@ -147,6 +149,7 @@ def test_memory_is_flat():
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow("XLA for both, or roundings differ")
 @pytest.mark.parametrize("rho", [0.9, 0.99, 0.999])
 def test_centered_stays_finite(rho):
     # All cases side by side in one variable: gradients of a size, with noise.
@@ -165,7 +168,7 @@ def test_centered_stays_finite(rho):
     built_in.build([twin])
     step = tf.function(lambda g: built_in.apply([g]), jit_compile=True)
     for gradient in stream:
-        g = tf.constant(gradient)
+        g = tensor(gradient)
         optimizer.apply([g, tf.cast(g, "bfloat16")])
         step(g)
     for v in variables + optimizer.variables:
@@ -196,7 +199,7 @@ class TestExtremes:
         optimizer.build([variable])
         apply = WAYS[way](optimizer)
         for sign in (1, 1, -1, 1, 0, 1):
-            apply([tf.constant(sign * np.concatenate([sizes, -sizes]), dtype)])
+            apply([tensor(sign * np.concatenate([sizes, -sizes]), dtype)])
         for v in [variable, *optimizer.variables]:
             assert np.isfinite(v.numpy().astype("float64")).all()
 
@@ -207,10 +210,10 @@ class TestExtremes:
         variable = keras.Variable([1.0, 1.0], dtype=dtype)
         optimizer = RMSprop(0.01)
         for _ in range(3):
-            optimizer.apply([tf.constant([largest, -largest], dtype)], [variable])
+            optimizer.apply([tensor([largest, -largest], dtype)], [variable])
         assert np.isfinite(variable.numpy().astype(float)).all()
         for _ in range(2000):  # averages shrink again, and steps grow
-            optimizer.apply([tf.constant([1.0, 1.0], dtype)])
+            optimizer.apply([tensor([1.0, 1.0], dtype)])
         v = optimizer.get_state().slots[0].velocity
         np.testing.assert_allclose(v, 1.0, rtol=1e-3)
 
@@ -239,8 +242,8 @@ class TestExtremes:
             optimizer.build([variable])
             apply = WAYS[way](optimizer)
             for n in range(4):
-                g = tf.cast(tf.constant(size * (1 + np.arange(100) % 7), dtype), kind)
-                apply([g / tf.constant(1 + n, kind)])
+                g = keras.ops.cast(tensor(size * (1 + np.arange(100) % 7), dtype), kind)
+                apply([g / tensor(1 + n, kind)])
             v = optimizer.get_state().slots[0].velocity
             weights[kind] = variable.numpy().astype("float32")
             weights[kind, "v"] = v
@@ -251,8 +254,10 @@ class TestExtremes:
         # In plain bfloat16 the sum stops at 256, the mean of 1000 ones at 0.256.
         variable = keras.Variable([1.0], dtype="bfloat16")
         optimizer = RMSprop(rho=0.0, gradient_accumulation_steps=1000)
+        optimizer.build([variable])
+        apply = LOOP(optimizer)
         for _ in range(1000):
-            optimizer.apply([tf.constant([1.0], "bfloat16")], [variable])
+            apply([tensor([1.0], "bfloat16")])
         v = optimizer.get_state().slots[0].velocity
         np.testing.assert_allclose(v, [1.0], rtol=1e-5)
 
@@ -263,7 +268,9 @@ class TestExtremes:
                 kind(0.1), initial_scale=1024.0, dynamic_growth_steps=2
             )
             variable = keras.Variable([1.0, 2.0], dtype="float16")
+            optimizer.build([variable])
+            apply = LOOP(optimizer)
             for g in [[4.0, 8.0], [np.inf, 1.0], [2.0, -2.0], [0.0, 65504.0]]:
-                optimizer.apply([tf.constant(g, "float16")], [variable])
+                apply([tensor(g, "float16")])
             weights.append([variable.numpy(), optimizer.dynamic_scale.numpy()])
         assert_close(*weights, 5e-3)  # the built-in's slots are float16

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 from small_models import (
+    JIT,
     ROWS,
     OneBuiltInEach,
     assert_same_bits,
@@ -23,11 +24,13 @@ from small_models import (
     take_steps,
     user_warnings,
 )
-from stepping import WAYS, assert_close
+from stepping import WAYS, assert_close, tensor
 
 from keras_rmsprop import RMSprop
 
-BUILT_IN = keras.optimizers.RMSprop
+
+class BUILT_IN(keras.optimizers.RMSprop):  # noqa: N801
+    """The built-in, which on PyTorch has no `update_step` unless it is subclassed."""
 
 
 def centralized(update_step, optimizer, gradient, variable, learning_rate):
@@ -79,15 +82,11 @@ overridden = pytest.mark.parametrize("make", [of_class, of_instance])
 
 def steps_of(model, way):
     """Return a function that takes a step of a model, in a way to take steps."""
-    optimizer, variables = model.optimizer, model.trainable_variables
-    optimizer.build(variables)
-
-    def step(*gradients):
-        optimizer.apply(gradients, variables)
-
-    step = step if way == "eager" else tf.function(step, jit_compile=way == "XLA")
+    variables = model.trainable_variables
+    model.optimizer.build(variables)
+    step = WAYS[way](model.optimizer)
     return lambda n, sparse=True: step(
-        *(gradient(model, v, n, sparse) for v in variables)
+        [gradient(model, v, n, sparse) for v in variables]
     )
 
 
@@ -159,7 +158,7 @@ def test_a_step_of_another_class_is_bound_to_it():
     optimizer, variable = RMSprop(0.02), keras.Variable([1.0, 2.0])
     optimizer.factor = 0.5
     optimizer.update_step = types.MethodType(update_step, optimizer)
-    optimizer.apply([tf.constant([1.0, 1.0])], [variable])
+    optimizer.apply([tensor([1.0, 1.0])], [variable])
     np.testing.assert_array_equal(variable.numpy(), [0.5, 1.5])
 
 
@@ -171,7 +170,7 @@ def applied(optimizer, values, shape=LARGE):
     """Return a variable after steps with gradients that are all one value."""
     variable = keras.Variable(np.ones(shape, "float32"))
     for value in values:
-        optimizer.apply([tf.fill(shape, value)], [variable])
+        optimizer.apply([keras.ops.full(shape, value)], [variable])
     return variable.numpy()
 
 
@@ -179,6 +178,7 @@ class TestDebugging:
     """What one puts into a step to see what happens in it."""
 
     @overridden
+    @pytest.mark.tensorflow("`tf.print`")
     @pytest.mark.parametrize("shape", [(3,), LARGE], ids=["small", "large"])
     def test_print(self, capfd, shape, make):
         def printing(update_step, optimizer, gradient, variable, learning_rate):
@@ -196,12 +196,13 @@ class TestDebugging:
         seen = []
 
         def looking(update_step, optimizer, gradient, variable, learning_rate):
-            seen.append(float(gradient.numpy()[0, 0]))
+            seen.append(float(gradient[0, 0]))
             update_step(gradient, variable, learning_rate)
 
         applied(make(RMSprop, looking), [1.0, 2.0, 3.0])
         assert seen == [1.0, 2.0, 3.0]
 
+    @pytest.mark.tensorflow("`tf.debugging`")
     @pytest.mark.parametrize("shape", [(3,), LARGE], ids=["small", "large"])
     @pytest.mark.parametrize("base", [RMSprop, subclass(RMSprop, centralized)])
     def test_check_numerics(self, base, shape):
@@ -231,7 +232,7 @@ def test_an_option_that_is_a_variable(name, late, way, shape):
         apply = WAYS[way](optimizer)
         for n, of_option in enumerate([0.5, 0.5, 0.25, 0.75]):
             value.assign(of_option)
-            apply([tf.fill(shape, 1.0 + n)])
+            apply([keras.ops.full(shape, 1.0 + n)])
         return variable.numpy()
 
     np.testing.assert_allclose(run(RMSprop, way), run(BUILT_IN, "eager"), 1e-5)
@@ -344,7 +345,7 @@ class TestOwnSlots:
         oracle = OneBuiltInEach(model, make=lambda: self.made(how, BUILT_IN))
         for layers, steps in ((1, range(3)), (0, range(3, 6))):
             model.layers[0].trainable = not layers
-            model.compile(model.optimizer, "mse", jit_compile=False)
+            model.compile(model.optimizer, "mse", jit_compile=JIT)
             take_steps(model, steps)
             oracle.take_steps(model, steps)
         oracle.assert_equals(model)
@@ -382,7 +383,7 @@ def test_an_overridden_assign_is_called_as_by_the_built_in():
         optimizer = Noting(0.1, momentum=0.5)
         optimizer.build(variables)
         for _ in range(2):
-            optimizer.apply([tf.constant([1.0, -1.0]), tf.constant([[2.0]])])
+            optimizer.apply([tensor([1.0, -1.0]), tensor([[2.0]])])
         return calls, [v.numpy() for v in variables]
 
     calls, weights = noting(RMSprop)

@@ -11,6 +11,8 @@ from stepping import assert_close
 
 from keras_rmsprop import RMSprop
 
+pytestmark = pytest.mark.tensorflow("rows of embeddings")
+
 ROWS, WIDTH = 40, 3
 
 

@@ -13,6 +13,8 @@ from keras_rmsprop.backends.programs import Programs
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
+pytestmark = pytest.mark.tensorflow("how its backend takes a step")
+
 
 def zeros(*shape, dtype="float32"):
     return tf.zeros(shape, dtype)
@@ -32,7 +34,7 @@ def test_tensors_are_gradients_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "given", [[1, 2], np.array([1.0, 2.0]), keras.Variable([1, 2])]
+    "given", [[1, 2], np.array([1.0, 2.0]), keras.Variable([1, 2], trainable=False)]
 )
 def test_other_numbers_become_tensors_of_the_variable_s_dtype(given):
     gradient = backend.as_gradient(given, keras.Variable([0.0, 0.0], dtype="bfloat16"))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tensorflow("a program written with it")
+
 PROGRAM = Path(__file__).parent.parent / "examples" / "text_classifier.py"
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import arrays, assert_close
+from stepping import arrays, assert_close, loop, tensor
 from test_dialects import peer, timm_rmsprop
 
 from keras_rmsprop import RMSprop, dialects, transfer
@@ -30,16 +30,8 @@ def keras_model():
 
 def train(model, optimizer, steps):
     """Train in a loop of one's own; return the loss of each step."""
-
-    @tf.function
-    def step(x, y):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((model(x) - y) ** 2)
-        variables = model.trainable_variables
-        optimizer.apply(tape.gradient(loss, variables), variables)
-        return loss
-
-    return [step(*batch(n)).numpy() for n in steps]
+    step = loop(model, optimizer)
+    return [float(step(*batch(n))) for n in steps]
 
 
 class Torch:
@@ -244,7 +236,7 @@ def test_a_sum_of_updates_is_converted_at_the_learning_rate_of_its_step():
     variables = [keras.Variable(a) for a in arrays([(3, 2), (2,)])]
     theirs = keras.optimizers.RMSprop(0.5, momentum=0.5)
     for seed in range(3):
-        theirs.apply(arrays([(3, 2), (2,)], seed=seed), variables)
+        theirs.apply([*map(tensor, arrays([(3, 2), (2,)], seed=seed))], variables)
     optimizer = built(learning_rate=0.25, momentum=0.5, lr_in_momentum=False)
     transfer.from_keras(optimizer, theirs)
     got = optimizer.get_state().slots[0].momentum
@@ -293,7 +285,7 @@ def test_from_a_tensorflow_v1_checkpoint(tmp_path, momentum, centered):
     transfer.from_tensorflow_v1(optimizer, path, ["dense/kernel", "dense/bias"])
     assert optimizer.iterations.numpy() == 9
     for seed in range(10, 20):
-        optimizer.apply([tf.constant(g) for g in arrays(shapes, seed=seed)])
+        optimizer.apply([tensor(g) for g in arrays(shapes, seed=seed)])
     assert_close([v.numpy() for v in variables], expected, 1e-5)
 
 
@@ -391,13 +383,15 @@ def test_a_state_of_something_else_is_refused():
 
 
 class TestState:
+    @pytest.mark.tensorflow("`tf.Variable`")
     def test_of_tensorflow_variables(self):
         optimizer = RMSprop()
-        optimizer.apply([tf.constant([1.0])], [tf.Variable([1.0], name="w")])
+        optimizer.apply([tensor([1.0])], [tf.Variable([1.0], name="w")])
         state = optimizer.get_state()
         assert state.paths == ["w:0"]
         optimizer.set_state(state)
 
+    @pytest.mark.tensorflow("`tf.distribute`")
     def test_under_a_strategy(self):
         strategy = tf.distribute.MirroredStrategy(["cpu:0"])
         with strategy.scope():
@@ -420,6 +414,7 @@ class TestState:
         assert {s.velocity.dtype for s in state.slots} == {np.dtype("float32")}
         optimizer.set_state(state)
 
+    @pytest.mark.tensorflow("sparse gradients")
     def test_silent_rows_are_up_to_date_in_it(self):
         table = keras.Variable(np.ones((3, 2), "float32"))
         optimizer, twin = RMSprop(rho=0.5), keras.optimizers.RMSprop(rho=0.5)
@@ -431,6 +426,7 @@ class TestState:
         velocity = optimizer.get_state().slots[0].velocity
         assert_close([velocity], [twin.variables[2].numpy()], 1e-6)
 
+    @pytest.mark.tensorflow("sparse gradients")
     def test_taken_over_it_resets_the_clocks(self):
         table = keras.Variable(np.ones((3, 1), "float32"))
         optimizer = RMSprop(rho=0.5)
@@ -446,16 +442,16 @@ class TestState:
         options = {"gradient_accumulation_steps": 2, "learning_rate": 0.1}
         variable, optimizer = keras.Variable([1.0]), RMSprop(**options)
         for _ in range(3):
-            optimizer.apply([tf.constant([1.0])], [variable])
+            optimizer.apply([tensor([1.0])], [variable])
         state = optimizer.get_state()
         assert state.iterations == 1
         optimizer.set_state(state._replace(iterations=5))
         assert int(optimizer.iterations) == 5
         before = variable.numpy()
-        optimizer.apply([tf.constant([1.0])])
+        optimizer.apply([tensor([1.0])])
         np.testing.assert_array_equal(variable.numpy(), before)
         v = state.slots[0].velocity
-        optimizer.apply([tf.constant([3.0])])
+        optimizer.apply([tensor([3.0])])
         expected = 0.9 * v + 0.1 * 2.0**2
         np.testing.assert_allclose(
             optimizer.get_state().slots[0].velocity, expected, rtol=1e-6

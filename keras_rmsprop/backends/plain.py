@@ -34,11 +34,7 @@ class Update(NamedTuple):
     @property
     def dtype(self) -> str:
         """The dtype in which it is computed."""
-        of_weights, kept = (
-            keras.backend.standardize_dtype(v.dtype)
-            for v in (self.variable, self.slots.velocity)
-        )
-        return str(keras.backend.result_type(of_weights, kept, "float32"))
+        return rule.wide(self.variable.dtype, self.slots.velocity.dtype)
 
 
 class Step(NamedTuple):
@@ -66,7 +62,7 @@ class Step(NamedTuple):
         *,
         dtype: str,
         decay: Any = None,
-        mean: Callable[[Any], Any] = ops.mean,
+        mean: Callable[[Any], Any] = rule.mean_of_all,
     ) -> Taken:
         """Return what the step takes from the weights, and the new slots.
 
@@ -134,10 +130,12 @@ outside_functions = contextlib.nullcontext
 
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return a gradient in a form that the backend knows."""
-    if isinstance(gradient, list | tuple | int | float | np.ndarray | np.number):
-        return ops.convert_to_tensor(gradient, variable.dtype)
-    return gradient
+    """Return a gradient as a tensor, None as it is."""
+    if gradient is None or ops.is_tensor(gradient):
+        return gradient
+    if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
+        return gradient  # to be refused; a cast would take the real part
+    return ops.convert_to_tensor(gradient, variable.dtype)
 
 
 class NoClocks(tuple[int, ...]):
@@ -157,14 +155,25 @@ def widened(gradient: Any) -> Any:
     In float16 norms overflow, and what was scaled up underflows.
     """
     dtype = keras.backend.standardize_dtype(gradient.dtype)
-    wide = keras.backend.result_type(dtype, "float32")
+    wide = rule.wide(dtype)
     return gradient if dtype == wide else ops.cast(gradient, wide)
 
 
 def check(gradient: Any, variable: Any) -> None:
-    """Fail if a gradient does not fit its variable by its shape."""
-    expected = tuple(variable.shape)
-    received = tuple(getattr(gradient, "shape", expected))
+    """Fail if a gradient does not fit its variable by its shape or dtype."""
+    if gradient is None:
+        return
+    if not isinstance(variable, keras.Variable):
+        raise TypeError(
+            f"Gradients must come with variables. Received: {type(variable).__name__}"
+        )
+    dtype = keras.backend.standardize_dtype(gradient.dtype)
+    if "float" not in dtype:
+        raise TypeError(
+            "A gradient must be of floating point numbers. "
+            f"Received: {dtype} for variable {variable.name!r}"
+        )
+    expected, received = tuple(variable.shape), tuple(gradient.shape)
     if received != expected:
         raise ValueError(
             "A gradient must have the shape of its variable. Received: "
@@ -196,7 +205,7 @@ def update_one(
         assign_sub: Subtracts from the variable; None: by its own `assign_sub`.
     """
     variable, gradient, slots, decay, *_ = one
-    given, weights, mean = gradient, variable, ops.mean
+    given, weights, mean = gradient, variable, rule.mean_of_all
     if codecs.of(slots.velocity).in_blocks:
         # All in the layout of the slots: XLA vectorises nothing across a reshape.
         given = codecs.as_blocks(gradient)
