@@ -34,7 +34,7 @@ from keras_rmsprop.slots import (
     Keeper,
     in_order_of,
 )
-from keras_rmsprop.state import State, as_array, matched
+from keras_rmsprop.state import State, as_array, copied, matched
 
 on_tensorflow = keras.backend.backend() == "tensorflow"
 if on_tensorflow:
@@ -385,7 +385,9 @@ class RMSprop(keras.optimizers.Optimizer):
         given: tuple[Any, Any, Any, Any] = kwargs.get("name"), None, dtype, shape
         kind, owner, dtype, wanted = self._now.slot or given
         if tuple(wanted) != tuple(shape):
-            shape, kwargs["layout"] = wanted, None  # it cannot be sharded as its owner
+            sample, layout = self._search.options.sample(shape), kwargs.get("layout")
+            shape = wanted
+            kwargs["layout"] = None if layout is None else sample.layout(layout)
         make = functools.partial(
             super().add_variable, shape, initializer, dtype, **kwargs
         )
@@ -393,11 +395,11 @@ class RMSprop(keras.optimizers.Optimizer):
         initial = keras.initializers.get(initializer)
 
         def start() -> Any:
+            # Copies: on JAX both would share one buffer, and give it away twice.
             if kind == WEIGHT_AVERAGE:
-                return owner
+                return copied(owner)
             if kind == FIRST_WEIGHT:
-                sample = self._search.options.sample(owner.shape)
-                return sample.of(ops.convert_to_tensor(owner))
+                return self._search.options.sample(owner.shape).of(copied(owner))
             return initial(shape, dtype)
 
         return self._keeper.find_or_make(str(kind), key, owner, make, start)
@@ -736,7 +738,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 self._rows_of,
                 rate,
                 sign=-1 if self.maximize else 1,
-                fold=backend.inside_xla(),
+                fold=backend.folds(),
                 scale=self._now.scale,
                 kernel=backend.searching_kernel(self._native()),
             )

@@ -133,7 +133,9 @@ outside_functions = contextlib.nullcontext
 
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return a gradient in a form that the backend knows."""
+    """Return a gradient in a form that the backend knows: a sparse one of JAX dense."""
+    if hasattr(gradient, "todense"):
+        return gradient.todense()
     if isinstance(gradient, list | tuple | int | float | np.ndarray | np.number):
         return ops.convert_to_tensor(gradient, variable.dtype)
     return gradient
@@ -280,7 +282,12 @@ def scale_of_global_norm(
 
 def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
     """Return whether all elements of all gradients are finite, a bool tensor."""
-    return skipping.all_finite(grads, fold=inside_xla())
+    return skipping.all_finite(grads, fold=folds())
+
+
+def folds() -> bool:
+    """Whether to reduce in parts, see `folding`: they must not be on other devices."""
+    return inside_xla() and keras.distribution.distribution() is None
 
 
 def inside_xla() -> bool:
