@@ -141,7 +141,8 @@ class RMSprop(keras.optimizers.Optimizer):
             update, which takes their mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
         epsilon_inside_sqrt: Which $d$: `True` the first, `False` the second, where
-            epsilon is in units of the gradient. Defaults to `True`.
+            epsilon is in units of the gradient. The second has no finite derivative
+            by $v$ at 0: for gradients through a step, on JAX. Defaults to `True`.
         initial_accumulator_value: $v_0$ >= 0, in units of the squared gradient; 1
             keeps the first steps short. Defaults to `0.0`.
         bias_correction: Which $c_t$: `False` 1; `True` the second, so that $\hat v$ is
@@ -454,8 +455,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
         Args:
             grads: One gradient for each variable, of its shape; `None` leaves the
-                variable as it is. A `tf.IndexedSlices` counts as the dense gradient
-                that it stands for: the slices of a row are summed first.
+                variable as it is. A `tf.IndexedSlices`, or a `BCOO` of JAX, counts as
+                the dense gradient that it stands for: parts of a row are summed first.
             trainable_variables: The variables. Not needed once the optimizer is
                 built; then they are those it was built with, in that order.
 

@@ -91,8 +91,8 @@ def all_runs():
 def resume(path):
     """Train to the end, saving after each epoch; go on from the file, if there is one.
 
-    All workers save, as Keras makes variables for that, which all must make. The file of
-    the first one counts.
+    All workers save, as Keras makes variables for that, which all must make. The file
+    of the first one counts.
     """
     model, x, y = model_and_data("dense", {"momentum": 0.5, "centered": True})
     if path.exists():

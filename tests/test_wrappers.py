@@ -61,7 +61,7 @@ if not hasattr(keras.optimizers, "MultiOptimizer"):
     raise SystemExit("Keras has it since 3.15")
 
 def optimizer():
-    of_head = {"head/.*": RMSprop(0.05, momentum=0.5)}
+    of_head = {".*head/.*": RMSprop(0.05, momentum=0.5)}
     of_all = keras.optimizers.OptimizerMap(RMSprop(0.005, centered=True), of_head)
     return keras.optimizers.MultiOptimizer(of_all)
 
