@@ -312,10 +312,16 @@ class RMSprop(keras.optimizers.Optimizer):
     def build(self, variables: list[Any]) -> None:
         """Create the slots of `variables`: `velocity` and, where used, the others.
 
+        If the optimizer is built for some of them, as before layers were unfrozen, it
+        is extended. A step does that by itself, but not inside `fit` on JAX.
+
         Args:
             variables: The variables that later steps may update.
         """
         if self.built:
+            known = self._trainable_variables_indices
+            if any(self._var_key(v) in known for v in variables):
+                self._check_variables_are_known(list(variables))
             return
         is_to_load = self._restorer.waits
         # A variable made inside a function would be initialized after it is loaded.

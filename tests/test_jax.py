@@ -225,3 +225,39 @@ print(keras.backend.backend())
         cwd=tmp_path,
     )
     assert out == "jax"
+
+
+def test_layers_unfrozen_later(tmp_path):
+    """A step inside `fit` cannot make slots there; `build` does."""
+    out = python(
+        FITS
+        + """
+layers = [keras.layers.Dense(2, name="body"), keras.layers.Dense(1, name="head")]
+model = keras.Sequential([keras.Input((3,)), *layers])
+for options in ({"use_ema": True, "momentum": 0.5}, {"learning_rate": "auto"}):
+    layers[0].trainable = False
+    optimizer = RMSprop(**{"learning_rate": 0.01} | options)
+    model.compile(optimizer, "mse")
+    model.fit(X, Y, **FIT)
+    layers[0].trainable = True
+    model.compile(optimizer, "mse")
+    before = {v.path: v.numpy() for v in optimizer.variables}
+    optimizer.build(model.trainable_variables)
+    after = {v.path: v.numpy() for v in optimizer.variables}
+    assert len(after) > len(before)
+    assert all(np.array_equal(after[path], x) for path, x in before.items())
+    body = layers[0].kernel.numpy()
+    for path, x in after.items():
+        if path.endswith(("body_kernel_average", "body_kernel_first_weight")):
+            assert np.array_equal(x, body)
+    model.fit(X, Y, **FIT)
+    assert optimizer.iterations == 8
+    assert not np.array_equal(layers[0].kernel.numpy(), body)
+    optimizer.build([keras.Variable(1.0)])  # of another model: as before
+    assert len(optimizer.variables) == len(after)
+print(keras.backend.backend())
+""",
+        KERAS_BACKEND="jax",
+        cwd=tmp_path,
+    )
+    assert out == "jax"
