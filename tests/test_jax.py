@@ -21,7 +21,7 @@ def test_low_precision_gradients_are_accumulated():
             assert model.weights[0].dtype == dtype
             return history.history["loss"]
 
-        for options in ({}, {"momentum": 0.5, "use_ema": True}):
+        for options in ({}, {"momentum": 0.5, "use_ema": True}, {"clipnorm": 0.5}):
             options |= {"learning_rate": 0.05, "gradient_accumulation_steps": 2}
             for dtype in ("float32", "bfloat16", "float16"):
                 found = losses(RMSprop(**options), dtype)
@@ -55,6 +55,7 @@ def test_lists_are_gradients_and_explain_answers():
     assert out == "[0.6838, 2.3162] True"
 
 
+@pytest.mark.slow
 def test_sparse_gradients_are_those_that_they_stand_for():
     """Repeats are summed before they are squared, as in the dense gradient."""
     out = python(
@@ -136,8 +137,7 @@ Y = X @ np.float32([[1.0], [-2.0], [0.5]])
 FIT = {"batch_size": 8, "shuffle": False, "verbose": 0}
 
 def new_model(**options):
-    keras.utils.set_random_seed(0)
-    layer = keras.layers.Dense(1, use_bias=False, name="layer")
+    layer = keras.layers.Dense(1, "linear", False, "ones", name="layer")
     model = keras.Sequential([keras.Input((3,)), layer])
     model.compile(RMSprop(**{"learning_rate": 0.01} | options), "mse")
     return model
@@ -167,6 +167,7 @@ def close(model, oracle):
 """
 
 
+@pytest.mark.slow
 def test_fit_again_with_averages(tmp_path):
     out = python(
         FITS
@@ -201,6 +202,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.slow
 def test_what_starts_fresh_shares_no_memory_with_the_weights(tmp_path):
     """`fit` gives away the memory of all it updates: of each only once."""
     out = python(
@@ -227,6 +229,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.slow
 def test_layers_unfrozen_later(tmp_path):
     """A step inside `fit` cannot make slots there; `build` does."""
     out = python(
