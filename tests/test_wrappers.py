@@ -122,3 +122,36 @@ print(keras.backend.backend())
         cwd=tmp_path,
     )
     assert out == backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_step_as_a_function_changes_no_variable(backend):
+    out = python(
+        """
+        import keras, numpy as np
+        from keras import ops
+        from keras_rmsprop import RMSprop, reference
+
+        variable = keras.Variable(np.ones(3), dtype="float32")
+        optimizer = RMSprop(0.1, momentum=0.5)
+        optimizer.build([variable])
+        weights = [ops.copy(ops.convert_to_tensor(variable))]
+        state = [ops.copy(ops.convert_to_tensor(v)) for v in optimizer.variables]
+        before = [ops.convert_to_numpy(v) for v in optimizer.variables]
+        given = ops.convert_to_tensor(np.float32([1.0, -2.0, 0.5]))
+        for _ in range(3):
+            weights, state = optimizer.stateless_apply(state, [given], weights)
+        want = reference.minimize(
+            lambda w: np.array([1.0, -2.0, 0.5]), np.ones(3), 3,
+            alpha=0.1, momentum=0.5, epsilon=1e-7,
+        )
+        got = ops.convert_to_numpy(weights[0])
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        assert np.array_equal(ops.convert_to_numpy(variable), np.ones(3))
+        for v, x in zip(optimizer.variables, before, strict=True):
+            assert np.array_equal(ops.convert_to_numpy(v), x)
+        print(keras.backend.backend())
+        """,
+        KERAS_BACKEND=backend,
+    )
+    assert out == backend
