@@ -231,6 +231,24 @@ class Sample:
             return ops.reshape(x, (-1, self._last))[:: self._step]
         return x if self._step == 1 else x[..., :: self._step]
 
+    def layout(self, whole: Any) -> Any:
+        """Return how to spread these elements over devices: like the variable's.
+
+        Args:
+            whole: The `keras.distribution.TensorLayout` of the variable. An axis of it
+                that does not divide the elements evenly is not used.
+        """
+        axes = whole.axes
+        if self.whole_rows:
+            axes = (axes[0] if len(axes) == 2 else None), axes[-1]
+        mesh = whole.device_mesh
+        parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        axes = [
+            axis if n % parts.get(axis, 1) == 0 else None
+            for axis, n in zip(axes, self.shape, strict=True)
+        ]
+        return keras.distribution.TensorLayout(axes, mesh)
+
 
 class Search:
     """The search for a learning rate: how it goes, and the variables that it needs.
@@ -368,6 +386,8 @@ def find(
         takes = kernel is not None and kernel.follows(part)
         (in_kernel if takes else others).append(part)
     _begin(others, is_first)
+    # End to end, parts of variables that are spread over devices would have to travel.
+    may_join = keras.distribution.distribution() is None
     if in_kernel:
         for gain, sum_ in kernel.follow(in_kernel, weight, is_first, FORGETTING):
             gains.append(ops.cast(gain, "float32"))
@@ -376,7 +396,7 @@ def find(
         stands_for = part.sample.stands_for
         if part.gradient is None:
             sums.append(stands_for * _silent(part, fold))
-        elif part.rows is None and part.sample.is_small:
+        elif part.rows is None and part.sample.is_small and may_join:
             small.setdefault(part.sums.dtype, []).append(part)
         else:
             follow = _follow if part.rows is None else _follow_rows

@@ -141,7 +141,8 @@ class RMSprop(keras.optimizers.Optimizer):
             update, which takes their mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
         epsilon_inside_sqrt: Which $d$: `True` the first, `False` the second, where
-            epsilon is in units of the gradient. Defaults to `True`.
+            epsilon is in units of the gradient. The second has no finite derivative
+            by $v$ at 0: for gradients through a step, on JAX. Defaults to `True`.
         initial_accumulator_value: $v_0$ >= 0, in units of the squared gradient; 1
             keeps the first steps short. Defaults to `0.0`.
         bias_correction: Which $c_t$: `False` 1; `True` the second, so that $\hat v$ is
@@ -319,10 +320,16 @@ class RMSprop(keras.optimizers.Optimizer):
     def build(self, variables: list[Any]) -> None:
         """Create the slots of `variables`: `velocity` and, where used, the others.
 
+        If the optimizer is built for some of them, as before layers were unfrozen, it
+        is extended. A step does that by itself, but not inside `fit` on JAX.
+
         Args:
             variables: The variables that later steps may update.
         """
         if self.built:
+            known = self._trainable_variables_indices
+            if any(self._var_key(v) in known for v in variables):
+                self._check_variables_are_known(list(variables))
             return
         is_to_load = self._restorer.waits
         # A variable made inside a function would be initialized after it is loaded.
@@ -408,7 +415,11 @@ class RMSprop(keras.optimizers.Optimizer):
         given: tuple[Any, Any, Any, Any] = kwargs.get("name"), None, dtype, shape
         kind, owner, dtype, wanted = self._now.slot or given
         if tuple(wanted) != tuple(shape):
-            shape, kwargs["layout"] = wanted, None  # it cannot be sharded as its owner
+            layout, kwargs["layout"] = kwargs.get("layout"), None
+            if layout is not None and kind in (FIRST_WEIGHT, GRADIENT_SUM):
+                sample = self._search.options.sample(shape)
+                kwargs["layout"] = sample.layout(layout)
+            shape = wanted
         make = functools.partial(
             super().add_variable, shape, initializer, dtype, **kwargs
         )
@@ -416,7 +427,7 @@ class RMSprop(keras.optimizers.Optimizer):
         initial = keras.initializers.get(initializer)
 
         def start() -> Any:
-            # A copy: on JAX both would share one buffer, and `fit` gives each away.
+            # Copies: on JAX both would share one buffer, and give it away twice.
             if kind == WEIGHT_AVERAGE:
                 return copied(owner)
             if kind == FIRST_WEIGHT:
@@ -475,8 +486,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
         Args:
             grads: One gradient for each variable, of its shape; `None` leaves the
-                variable as it is. A `tf.IndexedSlices` counts as the dense gradient
-                that it stands for: the slices of a row are summed first.
+                variable as it is. A `tf.IndexedSlices`, or a `BCOO` of JAX, counts as
+                the dense gradient that it stands for: parts of a row are summed first.
             trainable_variables: The variables. Not needed once the optimizer is
                 built; then they are those it was built with, in that order.
 
@@ -760,7 +771,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 self._rows_of,
                 rate,
                 sign=-1 if self.maximize else 1,
-                fold=backend.inside_xla(),
+                fold=backend.folds(),
                 scale=self._now.scale,
                 kernel=backend.searching_kernel(self._native()),
             )

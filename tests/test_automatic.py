@@ -725,3 +725,24 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
     optimizer.build([kernel, keras.Variable(np.zeros(512), dtype="float32")])
     kept = {v.path: v for v in optimizer.variables if any(k in v.path for k in FOUND)}
     assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((64, 128), ("a", "b"), ("a", "b")),  # whole rows: (16, 128)
+        ((128, 64), ("b", "a"), ("b", "a")),  # thinned rows: (128, 16)
+        ((128, 72), (None, "b"), (None, None)),  # 18 do not divide by 4
+        ((72, 128), ("b", None), (None, None)),  # nor do 18 rows
+        ((8, 8, 128), ("a", None, "b"), (None, "b")),  # rows of two axes
+        ((2**14,), ("b",), ("b",)),
+    ],
+)
+def test_a_sample_is_spread_over_devices_as_its_variable_is(shape, axes, expected):
+    devices = [f"cpu:{n}" for n in range(8)]
+    mesh = keras.distribution.DeviceMesh((2, 4), ["a", "b"], devices)
+    whole = keras.distribution.TensorLayout(axes, mesh)
+    sample = AutoLearningRate().sample(shape)
+    assert len(sample.shape) == len(expected)
+    assert sample.layout(whole).axes == expected
+    assert sample.layout(whole).device_mesh is mesh

@@ -7,7 +7,9 @@ import inspect
 import re
 from pathlib import Path
 
+import keras
 import pytest
+from stepping import python
 
 import keras_rmsprop
 from keras_rmsprop import callbacks, dialects, transfer
@@ -18,17 +20,24 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 BLOCK = re.compile(
-    r"^(?P<indent> *)(?:<!-- not run: (?P<reason>[^\n]+) -->\n+ *)?"
+    r"^(?P<indent> *)"
+    r"(?:<!-- (?:not run: (?P<reason>[^\n]+)|on: (?P<backends>[^\n]+)) -->\n+ *)?"
     r"```python\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
 
 
-def blocks(page):
-    """Return for each block of Python: its line, its code, and why it is not run."""
+def blocks(page, backend=None):
+    """Return for each block of Python: its line, its code, and why it is not run.
+
+    With a backend, return the blocks that are for it; without, the others.
+    """
     text = page.read_text()
     found = []
     for match in BLOCK.finditer(text):
+        backends = (match["backends"] or "").split(", ")
+        if (backend or "") not in backends:
+            continue
         line = text[: match.start("code")].count("\n")
         indent = len(match["indent"])
         code = "".join(x[indent:] or "\n" for x in match["code"].splitlines(True))
@@ -57,11 +66,28 @@ def test_code_runs_and_outputs_are_true(page, tmp_path, monkeypatch):
             run(page, line, code, names)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_code_runs_on_its_backends(backend, tmp_path):
+    pytest.importorskip(backend)
+    for page in PAGES:
+        code = "".join(code for _, code, _ in blocks(page, backend))
+        if "MultiOptimizer" in code and not hasattr(keras.optimizers, "MultiOptimizer"):
+            continue  # Keras has it since 3.15
+        python(
+            code,
+            cwd=tmp_path,
+            KERAS_BACKEND=backend,
+            PYTHONPATH=str(ROOT),
+            XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        )
+
+
 def test_most_code_is_run():
-    reasons = [reason for page in PAGES for _, _, reason in blocks(page)]
-    assert len([reason for reason in reasons if reason]) < len(reasons) / 10
+    found = [match for page in PAGES for match in BLOCK.finditer(page.read_text())]
+    assert len([match for match in found if match["reason"]]) < len(found) / 10
     fences = sum(page.read_text().count("```python\n") for page in PAGES)
-    assert len(reasons) == fences
+    assert len(found) == fences
 
 
 def anchors(page):
@@ -91,6 +117,14 @@ def test_make_has_what_it_is_told_to_make(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", page.read_text(), re.M))
     assert named <= targets
+
+
+def test_the_tests_that_are_named_exist():
+    text = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    there = {p.stem for p in (ROOT / "tests").glob("test_*.py")}
+    there |= set(re.findall(r"^ *def (test_\w+)", text, re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`(test_\w+)`", page.read_text())) <= there, page
 
 
 def test_every_page_is_in_the_navigation():

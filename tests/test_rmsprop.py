@@ -195,7 +195,7 @@ def test_multi_optimizer_around_it():
             ]
         )
         optimizers = keras.optimizers.OptimizerMap(
-            kind(0.01), {"head/.*": kind(0.1, momentum=0.9)}
+            kind(0.01), {".*head/.*": kind(0.1, momentum=0.9)}
         )
         model.compile(keras.optimizers.MultiOptimizer(optimizers), loss="mse")
         x = np.arange(12, dtype="float32").reshape(4, 3)

@@ -130,7 +130,9 @@ outside_functions = contextlib.nullcontext
 
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return a gradient as a tensor, None as it is."""
+    """Return a gradient as a tensor, None as it is; a sparse one of JAX is dense."""
+    if hasattr(gradient, "todense"):
+        return gradient.todense()
     if gradient is None or ops.is_tensor(gradient):
         return gradient
     if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
@@ -301,7 +303,12 @@ def scale_of_global_norm(
 
 def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
     """Return whether all elements of all gradients are finite, a bool tensor."""
-    return skipping.all_finite(grads, fold=inside_xla())
+    return skipping.all_finite(grads, fold=folds())
+
+
+def folds() -> bool:
+    """Whether to reduce in parts, see `folding`: they must not be on other devices."""
+    return inside_xla() and keras.distribution.distribution() is None
 
 
 def inside_xla() -> bool:

@@ -30,6 +30,9 @@ XLA_IN_GRAPH_ELEMENTS = 2**20
 XLA_EAGER_ELEMENTS = 2**12
 """If no variable is larger, launching XLA takes as long as the step does."""
 
+folds = inside_xla
+"""Whether to reduce in parts, see `folding`."""
+
 HAS_ROWS = True
 """Whether a step may update only some rows of a table, with a clock."""
 
