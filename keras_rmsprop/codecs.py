@@ -189,6 +189,7 @@ def of(stored: Any) -> Float:
 
 CODES = f"uint8 in blocks of {blockwise.BLOCK}, then a float32 scale; 8-fold groups"
 """What a file calls the form in which `Blockwise` keeps numbers."""
+IN_BLOCKS = "a byte a number, in blocks"
 LEAST_ELEMENTS = 2**12
 """Of a variable that is kept in bytes: with fewer it would save next to nothing."""
 
@@ -206,7 +207,7 @@ def chosen(
     """
     codec, why = named(slot_dtype), ""
     if codec.in_blocks:
-        why = "a byte a number, in blocks"
+        why = IN_BLOCKS
         if math.prod(shape) < LEAST_ELEMENTS:
             codec, why = Float(), f"fewer than {LEAST_ELEMENTS} elements"
         for part in float32_slots:
@@ -227,8 +228,27 @@ def decoded(slots: Slots, dtype: str, shape: Shape) -> Slots:
 
 def as_numbers(slots: Slots, shape: Shape) -> Slots:
     """Return slots, and instead of those in another form the numbers they keep."""
-    in_blocks = of(slots.velocity).in_blocks
-    return decoded(slots, "float32", shape) if in_blocks else slots
+    return decoded(slots, "float32", shape) if are_in_blocks(slots) else slots
+
+
+def are_in_blocks(slots: Slots) -> bool:
+    """Whether slots are kept in blocks; a variable in float8 has none."""
+    return slots.velocity is not None and of(slots.velocity).in_blocks
+
+
+def explained(slots: Slots, why: str) -> tuple[str, str]:
+    """Return how slots are kept, and why.
+
+    Args:
+        slots: The slots.
+        why: Why slots of this variable would be kept as they would be now.
+    """
+    if slots.velocity is None:
+        return "nothing", "as of float8 training"
+    dtype = keras.backend.standardize_dtype(slots.velocity.dtype)
+    if are_in_blocks(slots):
+        return dtype, IN_BLOCKS
+    return dtype, why if why not in ("", IN_BLOCKS) else "by an earlier `slot_dtype`"
 
 
 def encoded(slots: Slots, values: Slots, draw: Draw) -> Slots:

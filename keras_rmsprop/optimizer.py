@@ -339,6 +339,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._load_what_waits()
 
     def _build(self, variables: list[Any]) -> None:
+        options.check_slots(self.slot_dtype, self.centered)
         super().build(variables)
         make = functools.partial(self.add_optimizer_variables, variables)
         value = float(self.initial_accumulator_value)
@@ -376,6 +377,9 @@ class RMSprop(keras.optimizers.Optimizer):
         if name in rule.Slots._fields:
             codec, _ = self._codec(reference_variable)
             number = rule.Slots._fields.index(name)
+            if number:  # all slots of a variable are kept as its velocity is
+                i = self._get_variable_index(reference_variable)
+                codec = codecs.of(self._velocities[i])
             initializer = codec.initializer(initializer, shape, number)
             dtype, shape = codec.dtype(dtype), codec.shape(shape)
         elif name == ACCUMULATOR:
@@ -415,10 +419,14 @@ class RMSprop(keras.optimizers.Optimizer):
         given: tuple[Any, Any, Any, Any] = kwargs.get("name"), None, dtype, shape
         kind, owner, dtype, wanted = self._now.slot or given
         if tuple(wanted) != tuple(shape):
-            layout, kwargs["layout"] = kwargs.get("layout"), None
-            if layout is not None and kind in (FIRST_WEIGHT, GRADIENT_SUM):
-                sample = self._search.options.sample(shape)
-                kwargs["layout"] = sample.layout(layout)
+            if (layout := kwargs.get("layout")) is not None:
+                is_sample = kind in (FIRST_WEIGHT, GRADIENT_SUM)
+                kwargs["layout"] = (
+                    self._search.options.sample(shape).layout(layout)
+                    if is_sample
+                    # None would mean: as those have it whose paths look alike.
+                    else type(layout)([None] * len(wanted), layout.device_mesh)
+                )
             shape = wanted
         make = functools.partial(
             super().add_variable, shape, initializer, dtype, **kwargs
@@ -519,6 +527,7 @@ class RMSprop(keras.optimizers.Optimizer):
             make_clocks=lambda: self._make_clocks(tables),
             prepare=functools.partial(self._prepare, grads, variables),
             is_for_kernel=lambda: self._is_for_kernel(variables),
+            in_blocks=self._has_blocks,
         )
         return self._runner.run(self._take, grads, variables, request)
 
@@ -542,6 +551,11 @@ class RMSprop(keras.optimizers.Optimizer):
             return False
         updates = [self._update_of(None, variable) for variable in variables]
         return backend.is_for_kernel(updates, self._step(0.0))
+
+    def _has_blocks(self) -> bool:
+        """Whether slots of any variable are kept in blocks."""
+        count = len(self._velocities) if self.built else 0
+        return any(codecs.are_in_blocks(self._slots_of(i)) for i in range(count))
 
     def _also_baked_in(self) -> tuple[Any, ...]:
         """Return what a trace holds as constants besides the attributes of this."""
@@ -619,7 +633,7 @@ class RMSprop(keras.optimizers.Optimizer):
             ),
             "`update_step` is a subclass'": self._has_own_step(),
             "`rho` may change unseen": options.is_tensor(self.rho),
-            "its slots are kept in blocks, not in rows": (self._is_in_blocks(variable)),
+            "its slots are kept in blocks, not in rows": self._is_in_blocks(variable),
             "the learning rate is found from whole rows": (
                 self._search is not None
                 and self._search.options.sample(variable.shape).whole_rows
@@ -1017,7 +1031,7 @@ class RMSprop(keras.optimizers.Optimizer):
         jit_compile, step = self._jit_compile(), self._step(0.0)
         steps: dict[str, list[Way]] = {}
         kinds = backend.kinds_of_steps(
-            variables, jit_compile, self._is_for_kernel(variables)
+            variables, jit_compile, self._is_for_kernel(variables), self._has_blocks()
         )
         for text, context in kinds.items():
             steps[text] = [self._way(one, step, context) for one in updates]
@@ -1026,11 +1040,14 @@ class RMSprop(keras.optimizers.Optimizer):
         text = explained(steps, names)
         if jit_compile is not False and (why := backend.why_no_kernel()):
             text += f"\nNo kernel: {why}."
-        reasons = [self._codec(variable)[1] for variable in variables]
-        if any(reasons):
-            both = zip(self._velocities, reasons, strict=True)
-            kept = [Way(slot.dtype, why) for slot, why in both]
-            text += "\n" + explained({"What a step leaves is kept as:": kept}, names)
+        slots = [self._slots_of(i) for i in range(len(variables))]
+        if self._has_blocks():
+            kept = [
+                codecs.explained(of_one, self._codec(variable)[1])
+                for of_one, variable in zip(slots, variables, strict=True)
+            ]
+            ways = [Way(*one) for one in kept]
+            text += "\n" + explained({"What a step leaves is kept as:": ways}, names)
         if self._search is not None:
             text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
         return text

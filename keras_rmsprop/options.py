@@ -130,12 +130,21 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         name: option.check(name, given.get(name, option.default))
         for name, option in OPTIONS.items()
     }
-    if options["slot_dtype"] == "uint8" and options["centered"]:
+    check_slots(options["slot_dtype"], options["centered"])
+    return options
+
+
+def check_slots(slot_dtype: str | None, centered: bool) -> None:
+    """Check options that exclude each other.
+
+    Raises:
+        ValueError: They do.
+    """
+    if slot_dtype == "uint8" and centered:
         raise ValueError(
             '`centered` must be False with `slot_dtype="uint8"`: the difference of two '
             "averages needs more digits. Received: centered=True"
         )
-    return options
 
 
 def signature(function: Callable[..., Any]) -> inspect.Signature:

@@ -1,5 +1,7 @@
 """Slots of one byte a number, in the optimizer: beside the reference, in files."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -347,6 +349,67 @@ def test_changed_and_unfrozen():
     found = optimizer.get_state().slots[0].velocity
     assert (found >= low * (1 - 1e-5)).all()
     assert (found <= high * (1 + 1e-5)).all()
+
+
+def test_slots_that_are_made_later_are_kept_as_velocity_is():
+    for first, later in (("uint8", None), (None, "uint8")):
+        variable = keras.Variable(arrays([SHAPE])[0])
+        other = keras.Variable(arrays([SHAPE], seed=9)[0])
+        optimizer = RMSprop(0.01, slot_dtype=first)
+        optimizer.build([variable])
+        optimizer.apply([gradient(0)])
+        optimizer.momentum, optimizer.slot_dtype = 0.9, later
+        optimizer.apply([gradient(1), gradient(2)], [variable, other])
+        one, two = optimizer.get_state().slots
+        assert {x.shape for x in (*one[:2], *two[:2])} == {SHAPE}
+        kept = [str(v.dtype) for v in optimizer.variables if len(v.shape) == 2]
+        assert sorted(kept) == ["float32"] * 2 + ["uint8"] * 2
+        text = " ".join(optimizer.explain().split())
+        assert "1 uint8 (a byte a number, in blocks): variable" in text
+        assert "1 float32 (by an earlier `slot_dtype`): variable" in text
+
+
+def test_centered_later_is_refused():
+    optimizer = RMSprop(slot_dtype="uint8")
+    optimizer.centered = True
+    with pytest.raises(ValueError, match="`centered` must be False"):
+        optimizer.build([keras.Variable(arrays([SHAPE])[0])])
+
+
+def test_a_variable_in_float8_has_no_slots():
+    variable, other = (keras.Variable(arrays([x])[0]) for x in (SHAPE, (3,)))
+    other.overwrite_with_gradient = True
+    optimizer = RMSprop(slot_dtype="uint8")
+    optimizer.build([variable, other])
+    optimizer.apply([gradient(0), keras.ops.ones(3)])
+    assert optimizer.get_state().slots[1].velocity is None
+    assert "1 nothing (as of float8 training)" in optimizer.explain()
+
+
+@pytest.mark.portable
+@pytest.mark.tensorflow("what XLA keeps")
+@pytest.mark.parametrize("way", ["eager", "tf.function"])
+def test_without_the_kernel_one_variable_at_a_time(way):
+    """XLA decodes all slots of a program first: each variable has one of its own."""
+    variables = [keras.Variable(keras.ops.zeros((1024, 1024))) for _ in range(3)]
+    variables.append(keras.Variable(keras.ops.zeros((512, 8))))
+    optimizer = RMSprop(0.01, slot_dtype="uint8")
+    optimizer.build(variables)
+    apply, g = WAYS[way](optimizer), [keras.ops.ones(v.shape) for v in variables]
+    apply(g)
+    assert "one after the other" in optimizer.explain()
+    if way == "tf.function":
+        graph = apply.get_concrete_function(g).graph
+    else:
+        [program] = optimizer._runner._programs._programs.values()
+        assert not program.xla
+        graph = program.concrete.graph
+    calls = [op for op in graph.get_operations() if "PartitionedCall" in op.type]
+    # The same program for the same shape, and each waits for the one before.
+    names = [call.get_attr("f").name for call in calls]
+    assert len({*names}) == len(names) - 2
+    for before, call in itertools.pairwise(calls):
+        assert before in call.control_inputs
 
 
 class Logged(RMSprop):

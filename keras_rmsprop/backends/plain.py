@@ -113,6 +113,8 @@ class Request(NamedTuple):
     """Checks the gradients, builds; returns the optimizer's variables."""
     is_for_kernel: Callable[[], bool]
     """Returns whether a native kernel takes nearly all of it."""
+    in_blocks: Callable[[], bool] = lambda: False
+    """Returns whether slots are kept in blocks, to be decoded one after the other."""
 
 
 class Way(NamedTuple):
@@ -236,7 +238,10 @@ def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
 
 
 def kinds_of_steps(
-    variables: Sequence[Any], jit_compile: bool | str, is_for_kernel: bool
+    variables: Sequence[Any],
+    jit_compile: bool | str,
+    is_for_kernel: bool,
+    in_blocks: bool,
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     return {"A step is part of what Keras' backend makes of it:": {}}

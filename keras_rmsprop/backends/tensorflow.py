@@ -123,7 +123,9 @@ class Runner:
             return
         request.make_clocks()
         jit_compile, is_for_kernel = request.jit_compile, request.is_for_kernel
-        if not self.has_program(grads, variables, jit_compile, is_for_kernel):
+        if not self.has_program(grads, variables, jit_compile, is_for_kernel) or (
+            not tf.executing_eagerly() and request.in_blocks()
+        ):
             step(grads, variables)
             return
 
@@ -140,8 +142,15 @@ class Runner:
             learning_rate=request.learning_rate(),
             prepare=request.prepare,
             xla=lambda: (
-                jit_compile is True
-                or (is_worth_xla(variables) and is_xla_left() and not is_for_kernel())
+                (
+                    jit_compile is True
+                    or (
+                        is_worth_xla(variables)
+                        and is_xla_left()
+                        and not is_for_kernel()
+                    )
+                )
+                and not request.in_blocks()
             ),
         )
 
@@ -239,6 +248,7 @@ def update(
     followed: list[Any] = []
     together: dict[Hashable, list[Update]] = {}
     by_kernel: dict[Hashable, list[Update]] = {}
+    in_turn: list[Update] = []
     one_each = len({id(native(one.variable)) for one in updates}) == len(updates)
     for one in updates:
         one = one._replace(variable=native(one.variable), slots=one.slots.map(native))
@@ -253,6 +263,8 @@ def update(
             dtypes = one.variable.dtype, one.dtype, one.slots.velocity.dtype
             place = *dtypes, one.variable.device, average is None
             by_kernel.setdefault(place, []).append(one)
+        elif kind == IN_TURN:
+            in_turn.append(one)
         elif kind == ONE_AXIS:
             layouts.update_on_one_axis(
                 one.gradient,
@@ -266,6 +278,7 @@ def update(
             together.setdefault(key, []).append(one)
         else:
             plain.update_one(one, step)
+    _update_in_turn(in_turn, step, in_program=in_program)
     for several in by_kernel.values():
         kernel.update(several, step)
     for several in together.values():
@@ -281,9 +294,48 @@ def update(
     return followed
 
 
+def _update_in_turn(updates: Sequence[Update], step: Step, *, in_program: bool) -> None:
+    """Update variables one after the other, so that only one is decoded at a time.
+
+    Where XLA may be used, each is an XLA program of its own, the same for the same
+    shapes: in one program XLA decodes all slots first.
+    """
+    programs: dict[Hashable, Any] = {}
+    done: list[Any] = []
+    may_nest = step.native and not (tf.executing_eagerly() or inside_xla())
+    for one in updates:
+        size = math.prod(one.variable.shape)
+        with tf.control_dependencies(done):
+            if (
+                may_nest
+                and not tf.distribute.has_strategy()
+                and (in_program or size >= XLA_IN_GRAPH_ELEMENTS)
+            ):
+                places = one.variable, *one.slots
+                kinds = (x if x is None else (x.shape, x.dtype) for x in places)
+                key = *kinds, one.gradient.dtype, _same(one.decay)
+                if key not in programs:
+                    programs[key] = _program_of(one, step)
+                done = [programs[key](one.gradient, one.variable, tuple(one.slots))]
+            else:
+                plain.update_one(one, step)
+                done = [] if tf.executing_eagerly() else [one.variable.read_value()]
+
+
+def _program_of(one: Update, step: Step) -> Callable[..., Any]:
+    """Return an XLA program that updates a variable like this one."""
+
+    def update(gradient: Any, variable: Any, slots: Sequence[Any]) -> Any:
+        places = {"variable": variable, "slots": Slots(*slots)}
+        plain.update_one(one._replace(gradient=gradient, **places), step)
+        return tf.constant(True)
+
+    return tf.function(update, autograph=False, jit_compile=True)
+
+
 ROWS, ONE_AXIS = "by rows", "on one axis"
 END_TO_END, ALONE = "end to end with others", "on its own"
-KERNEL = "by the kernel"
+KERNEL, IN_TURN = "by the kernel", "one after the other"
 
 
 def way(
@@ -304,8 +356,9 @@ def way(
         return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
     if by_kernel:
         return Way(KERNEL, "one native call takes the step of all of them")
-    in_blocks = codecs.of(one.slots.velocity).in_blocks
-    if xla and in_program and layouts.has_short_axis(one.variable) and not in_blocks:
+    if codecs.are_in_blocks(one.slots):
+        return Way(IN_TURN, "its slots are in blocks, so one at a time is in float32")
+    if xla and in_program and layouts.has_short_axis(one.variable):
         return Way(ONE_AXIS, "its last axis is short, and XLA vectorises no other")
     if xla:
         return Way(ALONE, "XLA makes one loop of its operations")
@@ -325,13 +378,22 @@ def _is_kernel(one: Update, step: Step, xla: bool) -> bool:
 
 
 def kinds_of_steps(
-    variables: Sequence[Any], jit_compile: bool | str, is_for_kernel: bool
+    variables: Sequence[Any],
+    jit_compile: bool | str,
+    is_for_kernel: bool,
+    in_blocks: bool,
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     in_graph = {"in_program": False, "xla": False}
     in_program = {"in_program": True, "xla": True}
     if jit_compile is False:
         eager = {"An eager step runs operation by operation:": in_graph}
+    elif in_blocks and not is_for_kernel:
+        text = "An eager step is one program; XLA compiles the update of each variable:"
+        return {
+            text: in_graph,
+            "So are parts of other graphs, of large ones:": in_graph,
+        }
     elif is_for_kernel and jit_compile is not True:
         eager = {"An eager step is one program without XLA:": in_graph}
     elif jit_compile is True or (is_worth_xla(variables) and is_xla_left()):

@@ -69,6 +69,8 @@ def why_not_for(one: Update, step: Step) -> str:
         return why_not()
     if step.options.cautious:
         return "`cautious` counts each variable's elements"
+    if one.slots.velocity is None:
+        return "a variable in float8"
     variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
     if not _are_here(variables) or len({v.device for v in variables}) > 1:
         return "not on one CPU of this process"
