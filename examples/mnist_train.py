@@ -187,6 +187,7 @@ def train(
         epochs=options.epochs,
         validation_data=(images[seen:], labels[seen:]),
         validation_batch_size=size,
+        shuffle=False,
         callbacks=[clock, keras.callbacks.TensorBoard(logs)],
     )
     test_loss, test_accuracy = model.evaluate(

@@ -85,11 +85,11 @@ def _reproducible(monkeypatch):
 def _float64(request):
     """Let JAX have float64 where a test is about it; most users do without."""
     given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    asked = request.node.get_closest_marker("float64") or "float64" in given.values()
-    if BACKEND == "jax" and asked:
-        import jax
+    marked = request.node.get_closest_marker("float64")
+    if BACKEND != "jax" or not (marked or given.get("dtype") == "float64"):
+        yield
+        return
+    import jax
 
-        with jax.enable_x64(True):
-            yield
-    else:
+    with jax.enable_x64(True):
         yield

@@ -191,6 +191,19 @@ def test_what_a_file_does_not_know_begins_at_its_weights(tmp_path, file, built):
         np.testing.assert_array_equal(got, want)
 
 
+def test_fit_goes_on_from_a_file_without_averages(tmp_path):
+    """On JAX an average that begins at its weights must not share their buffer."""
+    model, other = dense_model(RMSprop(0.02)), dense_model(RMSprop(**OPTIONS))
+    model.fit(*numbers(model), verbose=0)
+    save(model, tmp_path / "m.weights.h5")
+    other.optimizer.build(other.trainable_variables)
+    with user_warnings() as warned:
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert len(warned) == 1
+    other.fit(*numbers(other), verbose=0)
+    assert int(other.optimizer.iterations) == 2
+
+
 def function_of_a_step(model):
     optimizer, variables = model.optimizer, model.trainable_variables
 
