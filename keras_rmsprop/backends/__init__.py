@@ -4,11 +4,10 @@ from types import ModuleType
 
 import keras
 
-if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop.backends import tensorflow
-
-    current: ModuleType = tensorflow
-else:
-    from keras_rmsprop.backends import plain
-
-    current = plain
+match keras.backend.backend():
+    case "tensorflow":
+        from keras_rmsprop.backends import tensorflow as current
+    case "torch":
+        from keras_rmsprop.backends import torch as current
+    case _:
+        from keras_rmsprop.backends import plain as current

@@ -12,13 +12,9 @@ import tensorflow as tf
 from keras_rmsprop import codecs, kernel, skipping, sparse
 from keras_rmsprop.backends import layouts, plain
 from keras_rmsprop.backends.plain import Request, Step, Taken, Update, Way
-from keras_rmsprop.backends.programs import (
-    XLA_PROGRAMS,
-    Programs,
-    Settings,
-    has_slices,
-)
+from keras_rmsprop.backends.programs import XLA_PROGRAMS, Programs, has_slices
 from keras_rmsprop.backends.programs import is_slices as is_slices
+from keras_rmsprop.backends.settings import Settings
 from keras_rmsprop.folding import folded
 from keras_rmsprop.options import is_tensor
 from keras_rmsprop.rule import Slots
