@@ -66,6 +66,7 @@ class Step(NamedTuple):
         dtype: str,
         decay: Any = None,
         mean: Callable[[Any], Any] = ops.mean,
+        accumulate: Callable[[Any, Any, Any], Any] = rule.accumulate,
     ) -> Taken:
         """Return what the step takes from the weights, and the new slots.
 
@@ -76,6 +77,7 @@ class Step(NamedTuple):
             dtype: The dtype in which to compute.
             decay: The weight decay, or None.
             mean: See `rule.step`.
+            accumulate: See `rule.step`.
         """
         rate = ops.cast(self.learning_rate, dtype)
         weights = None if decay is None else ops.cast(weights, dtype)
@@ -93,6 +95,7 @@ class Step(NamedTuple):
             t=ops.cast(self.draw.step + 1, dtype) if corrects else None,
             penalty=rule.cast(decay, dtype) * weights if l2 else None,
             mean=mean,
+            accumulate=accumulate,
         )
         if decay is not None and not l2:
             # The constant in float32 first, as in Keras.

@@ -11,6 +11,7 @@ and to give it back takes longer than to compute them.
 """
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _QUICK = _POINTWISE | frozenset(
 )
 """Operators with a namesake in torch that takes the same arguments. To call that takes
 less time."""
+_ARITHMETIC = "add", "mul", "sub", "div"
 _EXACT = torch.float32, torch.float64
 """Dtypes in which a number may as well be a tensor, which takes less time."""
 _NAME, _BASE = "_name_in_record", "_base_in_record"
@@ -41,11 +43,28 @@ class _Line(NamedTuple):
     """A statement."""
 
     result: str
-    call: str
+    """What it gives a name to, or in which place it puts its result."""
+    operator: str
+    function: str
+    arguments: list[str]
     uses: frozenset[str]
-    """The results of other lines that it reads."""
+    """The results of other lines, not in places, that it reads."""
     stays: bool
-    """Whether it does more than to compute its result."""
+    """Whether it does more than to compute a result that has no place."""
+    number: str = ""
+    """What the result is compared with."""
+
+    def read(self) -> set[str]:
+        """Return the names of what it reads."""
+        given = " ".join(x for x in self.arguments if not x.startswith("out="))
+        return {*re.findall(r"[cgt]\d+(?:\[\d+\])*", given)}
+
+    def text(self, is_read: bool) -> str:
+        """Return the statement; it may leave out a name that is not read."""
+        call = f"{self.function}({', '.join(self.arguments)})"
+        if self.number:
+            return f"if {call} != {self.number}: return False"
+        return f"{self.result} = {call}" if is_read else call
 
 
 class Recorder(TorchDispatchMode):
@@ -77,6 +96,7 @@ class Recorder(TorchDispatchMode):
         self._numbers: dict[Hashable, Any] = {}
         self._free: dict[Any, list[Any]] = {}  # buffers, by their dtype
         self._lines: list[_Line] = []
+        self._scalars: set[str] = set()  # the names of single numbers
         self._has_written = False
         self._is_whole = True
 
@@ -102,21 +122,22 @@ class Recorder(TorchDispatchMode):
             return result  # the same at each step
         if any(map(self._is_number, _tensors(_written(func, args)))):
             self._is_whole = False
-        buffer = self._buffer(func, result)
-        name, uses = f"t{len(self._lines)}", set[str]()
+        buffer, uses = self._buffer(func, result), set[str]()
         function, args = self._quick(func, args, result)
         texts = [self._text(x, uses) for x in args]
         texts += [f"{key}={self._text(x, uses)}" for key, x in kwargs.items()]
+        name, number = f"t{len(self._lines)}", ""
         if buffer is not None:
             place = buffer[: result.numel()].view(result.shape)
-            texts.append(f"out={self._constant(place)}")
-        call = f"{self._constant(function)}({', '.join(texts)})"
+            name = self._constant(place)
+            texts.append(f"out={name}")
         if isinstance(result, bool | int | float):  # Python looks at a number
             self._is_whole &= not self._has_written and result == result
-            call, writes = f"if {call} != {result!r}: return False", False
+            number, writes = repr(result), False
         self._has_written |= writes
-        stays = writes or buffer is not None or call.startswith("if ")
-        self._lines.append(_Line(name, call, frozenset(uses), stays))
+        stays = writes or buffer is not None or bool(number)
+        called = _name(func), self._constant(function), texts
+        self._lines.append(_Line(name, *called, frozenset(uses), stays, number))
         if buffer is not None:
             return self._put(result, place, buffer)
         base = tensors[0] if _is_view(func) else None
@@ -158,7 +179,7 @@ class Recorder(TorchDispatchMode):
             return func, args
         if name == "sqrt" and result.is_cpu:
             return torch.pow, [*args, 0.5]
-        if name in ("mul", "add", "sub", "div") and result.dtype in _EXACT:
+        if name.rstrip("_") in _ARITHMETIC and result.dtype in _EXACT:
             args = [
                 self._number(x, result) if isinstance(x, float) else x for x in args
             ]
@@ -182,14 +203,16 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, list | tuple):
             return f"[{', '.join(self._text(one, uses) for one in x)}]"
         if isinstance(x, torch.Tensor):
-            if id(x) in self._given:
-                return self._given[id(x)]
-            if name := self._name_of(x):
-                if name.startswith("t"):
-                    uses.add(name.partition("[")[0])
-                return name
-            if id(x) not in self._known and not self._is_number(x):
-                self._is_whole = False  # nobody knows where it comes from
+            name = self._given.get(id(x)) or self._name_of(x)
+            if not name:
+                if id(x) not in self._known and not self._is_number(x):
+                    self._is_whole = False  # nobody knows where it comes from
+                name = self._constant(x)
+            if name.startswith("t"):
+                uses.add(name.partition("[")[0])
+            if x.dim() == 0 and x.is_cpu:
+                self._scalars.add(name)
+            return name
         is_plain = x is None or isinstance(x, bool | int)
         if is_plain or (isinstance(x, float) and math.isfinite(x)):
             return repr(x)
@@ -214,13 +237,12 @@ class Recorder(TorchDispatchMode):
             return None
         needed: set[str] = set()
         lines = ["return True"]
-        for line in reversed(self._lines):
+        for line in reversed(self._fused()):
             if not (line.stays or line.result in needed):
                 continue
             if last_used := line.uses - needed:
                 lines.append(f"del {', '.join(sorted(last_used))}")
-            is_read = line.result in needed
-            lines.append(f"{line.result} = {line.call}" if is_read else line.call)
+            lines.append(line.text(line.result in needed))
             needed |= line.uses
         if self._given:
             lines.append("".join(f"{name}, " for name in self._given.values()) + "= given")
@@ -229,6 +251,61 @@ class Recorder(TorchDispatchMode):
         exec(f"def step(given):\n    {body}", namespace)
         step: Callable[[Sequence[Any]], bool] = namespace["step"]
         return step
+
+
+    def _fused(self) -> list[_Line]:
+        """Return the lines, with x <- x +- s g / d in one for numbers s.
+
+        That is rounded as before.
+        """
+        lines: list[_Line | None] = [*self._lines]
+        for k, line in enumerate(self._lines):
+            if line.operator not in ("add_", "sub_") or len(line.arguments) > 2:
+                continue
+            x, ratio = line.arguments
+            if (j := self._source("div", ratio, k)) is None:
+                continue
+            product, d, _ = self._lines[j].arguments
+            if (i := self._source("mul", product, j)) is None:
+                continue
+            s, g, _ = self._lines[i].arguments
+            s, g = (s, g) if s in self._scalars else (g, s)
+            between = self._lines[i:k]
+            if s in self._scalars and not {g, d} & {*map(_changed, between[1:])}:
+                sign = "-" if line.operator == "sub_" else ""
+                value = f"value={sign}{self._constant(torch.Tensor.item)}({s})"
+                lines[i] = lines[j] = None
+                lines[k] = line._replace(
+                    function=self._constant(torch.Tensor.addcdiv_),
+                    arguments=[x, g, d, value],
+                    uses=line.uses.union(*(other.uses for other in between)),
+                )
+        return [line for line in lines if line is not None]
+
+    def _source(self, operator: str, place: str, k: int) -> int | None:
+        """Return the line that put into a place what line k alone reads, if it is so.
+
+        Args:
+            operator: What that line is to call.
+            place: The name of the place.
+            k: The number of the line that reads it.
+        """
+        lines = self._lines
+        is_place = place.startswith("c")
+        found = [j for j in range(k) if is_place and lines[j].result == place]
+        if not found or lines[found[-1]].operator != operator:
+            return None
+        for n in range(found[-1] + 1, len(lines)):
+            if n != k and place in lines[n].read():
+                return None
+            if lines[n].result == place:
+                break
+        return found[-1]
+
+
+def _changed(line: _Line) -> str:
+    """Return what a line changes, if it changes one tensor."""
+    return line.arguments[0] if line.result.startswith("t") else line.result
 
 
 def _name(func: Any) -> str:

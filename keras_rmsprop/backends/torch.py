@@ -146,33 +146,47 @@ def _update_block(block: _Block, one: Update, step: Step) -> None:
         one: The update of any variable of it.
         step: The step.
     """
-    old = Slots(*map(_end_to_end, zip(*block.slots, strict=True)))
+    places = [*zip(*block.slots, strict=True)]
+    old = Slots(*map(_end_to_end, places))
     weights = None if one.decay is None else _end_to_end(block.weights)
     taken, new = step.taken(
-        _end_to_end(block.gradients), weights, old, dtype=one.dtype, decay=one.decay
+        _end_to_end(block.gradients),
+        weights,
+        old,
+        dtype=one.dtype,
+        decay=one.decay,
+        accumulate=_accumulate,
     )
-    for places, values in zip(
-        zip(*block.slots, strict=True),
-        codecs.encoded(old, new, step.draw),
-        strict=True,
-    ):
-        if values is not None:
-            torch._foreach_copy_(places, _parted(values, places))
+    new = codecs.encoded(old, new, step.draw)
+    for of_kind, value in zip(places, new, strict=True):
+        if value is not None and value is not of_kind[0]:
+            torch._foreach_copy_(of_kind, _parted(value, of_kind))
     taken = taken.to(block.weights[0].dtype)
-    torch._foreach_sub_(block.weights, _parted(taken, block.weights))
+    if len(block.weights) == 1:
+        block.weights[0].sub_(taken)
+    else:
+        torch._foreach_sub_(block.weights, _parted(taken, block.weights))
+
+
+def _accumulate(old: Any, share: Any, new: Any) -> Any:
+    """Do it in place: no slot is read after it has its new value."""
+    return old.mul_(share).add_(new)
 
 
 def _end_to_end(parts: Sequence[Any]) -> Any:
     if len(parts) == 1 or parts[0] is None:
         return parts[0]
-    return torch.cat([x.reshape(-1) for x in parts])
+    return torch.cat([x if x.dim() == 1 else x.reshape(-1) for x in parts])
 
 
 def _parted(x: Any, places: Sequence[Any]) -> list[Any]:
     if len(places) == 1:
         return [x]
     parts = x.split([place.numel() for place in places])
-    return [part.view(place.shape) for part, place in zip(parts, places, strict=True)]
+    return [
+        part if place.dim() == 1 else part.view(place.shape)
+        for part, place in zip(parts, places, strict=True)
+    ]
 
 
 END_TO_END, IN_BLOCKS, ALONE = "end to end with others", "in blocks", "on its own"
