@@ -33,8 +33,9 @@ from keras_rmsprop.backends.plain import outside_functions as outside_functions
 from keras_rmsprop.backends.plain import scale_of_global_norm as scale_of_global_norm
 from keras_rmsprop.backends.plain import searching_kernel as searching_kernel
 from keras_rmsprop.backends.plain import why_no_kernel as why_no_kernel
-from keras_rmsprop.backends.recording import MOST, Recorder
+from keras_rmsprop.backends.recording import Recorder
 from keras_rmsprop.backends.settings import Settings, constraint_key
+from keras_rmsprop.backends.statements import MOST
 from keras_rmsprop.rule import Slots
 
 BLOCK_ELEMENTS = MOST
