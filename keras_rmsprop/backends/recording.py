@@ -133,7 +133,9 @@ class Recorder(TorchDispatchMode):
 
     def _is_number(self, x: Any) -> bool:
         is_new = id(x) not in self._given and id(x) not in self._known
-        return is_new and x.numel() == 1 and not self._name_of(x)
+        is_shape = x.dim() == 1 and x.numel() <= 8 and not x.is_floating_point()
+        is_new = is_new and not self._name_of(x)
+        return is_new and (x.numel() < 2 or (is_shape and x.dtype != torch.bool))
 
     def _name_of(self, x: Any) -> str:
         recorder, name = getattr(x, _NAME, (None, ""))
@@ -163,16 +165,30 @@ class Recorder(TorchDispatchMode):
             self._constants[name] = x
         return self._names[id(x)]
 
-    def recorded(self) -> Callable[[Sequence[Any]], bool] | None:
-        """Return what was done, as a function of the tensors in place of the given.
+    def signature(self) -> Hashable:
+        """Return something equal for recordings of the same; None if not whole.
 
-        It returns False, and has done nothing, where a number that Python looked at,
-        as in a condition, is another now. It is None if what was done cannot be done
-        again: such a number was looked at after something had been written, or a
-        tensor came from elsewhere.
+        What Python computes from what it has counted, or has seen in an array, differs.
         """
         if not self._is_whole:
             return None
+        values = {name: self._comparable(x) for name, x in self._constants.items()}
+        lines = ((line.result, line.operator, *line.arguments) for line in self._lines)
+        return (*lines, *values.items())
+
+    def _comparable(self, x: Any) -> Hashable:
+        if isinstance(x, torch.Tensor) and id(x) not in self._known:
+            return repr(x if x.is_meta else x.tolist())
+        return x if isinstance(x, int | float | str | torch.device) else id(x)
+
+    def recorded(self) -> Callable[[Sequence[Any]], bool]:
+        """Return what was done, as a function of the tensors in place of the given.
+
+        It returns False, and does nothing, where a number that Python looked at, as in
+        a condition, is another now. The recording must be whole. It is not where such
+        a number was looked at after something had been written, and where a tensor
+        came from elsewhere.
+        """
         constants = {**self._constants}
         lines = statements.without_unread(self._lines)
         lines = statements.fused(lines, self._scalars, constants)

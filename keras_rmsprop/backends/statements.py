@@ -110,7 +110,11 @@ def fused(
     def source(name: str, operator: str) -> int | None:
         """Return where something was computed, if so and for one reader."""
         i = places.get(name)
-        is_it = i is not None and lines[i].operator == operator and lines[i].like is not None
+        is_it = (
+            i is not None
+            and lines[i].operator == operator
+            and lines[i].like is not None
+        )
         return i if is_it and readers[name] == 1 else None
 
     for k, line in enumerate(lines):

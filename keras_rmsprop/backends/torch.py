@@ -63,20 +63,24 @@ def update(
     updates: Sequence[Update], step: Step, *, in_program: bool = False
 ) -> list[Any]:
     """Take the step of all variables; see `tensorflow.update`."""
-    variables = [one.variable for one in updates]
-    if not in_program or len({*map(id, variables)}) < len(updates):
-        return plain.update(updates, step)
     alike: dict[Hashable, list[Update]] = {}
+    once = len({id(one.variable) for one in updates}) == len(updates)
     for one in updates:
-        if way(one, step).name == ALONE:
-            plain.update_one(one, step)
+        if way(one, step, in_program=in_program and once).name == ALONE:
+            with _device(one):
+                plain.update_one(one, step)
         else:
             alike.setdefault(_kind(one), []).append(one)
     for several in alike.values():
-        with keras.device(str(several[0].variable.value.device)):
+        with _device(several[0]):
             for block in _blocks(several):
                 _update_block(block, several[0], step)
     return []
+
+
+def _device(one: Update) -> Any:
+    """Return a context for its tensors: Keras moves them to the current device."""
+    return keras.device(str(one.variable.value.device))
 
 
 def _is_itself(variable: Any) -> bool:
@@ -195,6 +199,8 @@ END_TO_END, IN_BLOCKS, ALONE = "end to end with others", "in blocks", "on its ow
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
     """Say how `update` updates a variable, and why."""
+    if not in_program:
+        return plain.way(one, step)
     if step.options.cautious:
         return Way(ALONE, "`cautious` counts each variable's elements")
     if not codecs.of(one.slots.velocity).elementwise:
@@ -209,16 +215,32 @@ def kinds_of_steps(
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     if jit_compile is False:
-        return {"A step runs operation by operation:": {}}
-    return {"A step is recorded; from the third on, records are played:": {}}
+        return {"A step runs operation by operation:": {"in_program": False}}
+    text = "A step, in `fit` too, repeats what an earlier one has recorded:"
+    return {text: {"in_program": True}}
 
 
 class _Kind:
-    """What is remembered of steps of a kind."""
+    """What is known of steps of a kind."""
 
     def __init__(self) -> None:
         self.records: list[Callable[[Sequence[Any]], bool]] = []
-        self.may_record = False  # what comes once is not worth it
+        self.is_new, self.may_record = True, False  # what comes once is not worth it
+        self._seen: set[Hashable] = set()
+
+    def note(self, recorder: Recorder) -> None:
+        """Make a record of what was done if it is done for the second time.
+
+        What is never done again is not recorded any more.
+        """
+        signature = recorder.signature()
+        if signature in self._seen:
+            self.records.append(recorder.recorded())
+            self._seen.clear()
+        else:
+            self._seen.add(signature)
+        is_full = MOST_RECORDS in (len(self.records), len(self._seen))
+        self.may_record = signature is not None and not is_full
 
 
 class Runner:
@@ -273,15 +295,13 @@ class Runner:
             return
         if not kind.may_record:
             step(grads, variables, learning_rate)
-            kind.may_record = not kind.records
+            kind.may_record = kind.is_new
+            kind.is_new = False
             return
         known = {id(x): x for x in _known([request.attributes, variables, rate])}
         with Recorder(given, [*known.values()]) as recorder:
             step(grads, variables, learning_rate, True)
-        record = recorder.recorded()
-        if record is not None:
-            kind.records.append(record)
-        kind.may_record = record is not None and len(kind.records) < MOST_RECORDS
+        kind.note(recorder)
 
     def _kind(self, key: Hashable) -> _Kind:
         kind = self._kinds.setdefault(key, _Kind())
