@@ -116,16 +116,13 @@ def step(
     g = g if penalty is None else g + penalty
     # Bounded, as an infinite average would stay so. (And before they are added: after a
     # bound XLA would compute v twice, the second time from a copy.)
-    dtype = keras.backend.standardize_dtype(g.dtype)
-    most = float(np.finfo(dtype).max) / 4
-    # A tensor: beside a plain number, Keras on PyTorch makes float32 of float64.
-    square = ops.minimum(ops.square(g), ops.cast(most, dtype))
-    v = accumulate(v, rho, (1 - rho) * square)
+    most = float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) / 4
+    v = accumulate(v, rho, (1 - rho) * ops.minimum(ops.square(g), most))
     spread = corrected(v)
     if a is not None:
         a = accumulate(a, rho, (1 - rho) * ops.clip(g, -(most**0.5), most**0.5))
         # Mathematically >= 0; rounding takes it below, and the root to NaN.
-        spread = ops.maximum(spread - ops.square(corrected(a)), ops.cast(0, dtype))
+        spread = ops.maximum(spread - ops.square(corrected(a)), 0)
     if options.epsilon_inside_sqrt:
         root = ops.sqrt(spread + epsilon)
     else:
@@ -136,7 +133,7 @@ def step(
         u = mu * m + u if options.nesterov else m
         if options.cautious:
             agrees = ops.cast(u * g > 0, u.dtype)
-            u = u * agrees / ops.maximum(mean(agrees), ops.cast(1e-3, dtype))
+            u = u * agrees / ops.maximum(mean(agrees), 1e-3)
     return u if options.lr_in_momentum else lr * u, Slots(v, m, a)
 
 
