@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stepping import python
 
 RUN = Path(__file__).with_name("torch_run.py")
 pytestmark = pytest.mark.peers
@@ -28,3 +29,29 @@ def results():
 @pytest.mark.parametrize("name", re.findall(r"def (check_\w+)", RUN.read_text()))
 def test_on_torch(results, name):
     assert not results[name], results[name]
+
+
+def test_no_other_backend_is_imported():
+    out = python(
+        """
+        import sys, keras
+        before = {"jax", "tensorflow"} & {*sys.modules}
+        import keras_rmsprop
+        assert {"jax", "tensorflow"} & {*sys.modules} == before
+        print("keras_rmsprop.backends.torch" in sys.modules)
+        """,
+        KERAS_BACKEND="torch",
+    )
+    assert out == "True"
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_other_backends_do_not_import_torch(backend):
+    out = python(
+        """
+        import sys, keras_rmsprop
+        print("torch" in sys.modules)
+        """,
+        KERAS_BACKEND=backend,
+    )
+    assert out == "False"

@@ -2,23 +2,18 @@
 
 import json
 import random
-import sys
 import traceback
 import warnings
 
 import keras
-
-WITH_KERAS = {name for name in ("jax", "tensorflow") if name in sys.modules}
-
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import keras_rmsprop
 from keras_rmsprop import RMSprop, reference
 from keras_rmsprop.backends import torch as backend
 
-WITH_THIS = {name for name in ("jax", "tensorflow") if name in sys.modules}
 SHAPES = [(), (5,), (0,), (3, 3, 2, 4), (50, 100), (3, 60_000)]
 OPTIONS = [
     {},
@@ -300,12 +295,8 @@ def check_wrong_gradients_change_nothing():
     for wrong in (torch.ones(4), torch.ones((1, 5)), [1.0]):
         grads = normal()
         grads[1] = wrong
-        try:
+        with pytest.raises(ValueError, match="must have the shape of its variable"):
             optimizer.apply(grads, weights)
-        except ValueError as error:
-            assert "must have the shape of its variable" in str(error)
-        else:
-            raise AssertionError("not refused")
     assert_same([np.array(x.value.detach()) for x in all_of(optimizer)], before)
 
 
@@ -433,11 +424,6 @@ def check_what_explain_says():
     assert "2 in blocks" in text
     optimizer.jit_compile = False
     assert "6 on its own" in optimizer.explain()
-
-
-def check_other_backends_are_not_imported():
-    assert WITH_THIS == WITH_KERAS
-    assert keras_rmsprop.RMSprop is RMSprop
 
 
 if __name__ == "__main__":

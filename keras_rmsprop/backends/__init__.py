@@ -4,10 +4,16 @@ from types import ModuleType
 
 import keras
 
-match keras.backend.backend():
-    case "tensorflow":
-        from keras_rmsprop.backends import tensorflow as current
-    case "torch":
-        from keras_rmsprop.backends import torch as current
-    case _:
-        from keras_rmsprop.backends import plain as current
+current: ModuleType
+if keras.backend.backend() == "tensorflow":
+    from keras_rmsprop.backends import tensorflow
+
+    current = tensorflow
+elif keras.backend.backend() == "torch":
+    from keras_rmsprop.backends import torch
+
+    current = torch
+else:
+    from keras_rmsprop.backends import plain
+
+    current = plain

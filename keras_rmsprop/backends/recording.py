@@ -17,14 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from keras_rmsprop.backends import statements
 from keras_rmsprop.backends.statements import Line
 
-_POINTWISE = frozenset("add mul sub div sqrt neg pow minimum maximum clamp".split())
-"""Operators, element by element, that can write into a place."""
-_QUICK = _POINTWISE | frozenset(
-    """
-    add_ mul_ sub_ abs sign gt eq ne where sum mean stack cat split_with_sizes expm1
-    isfinite logical_and floor_divide view copy_ _foreach_copy_ _foreach_sub_
-    """.split()
-)
+_POINTWISE = {"add", "mul", "sub", "div", "sqrt", "pow", "minimum", "maximum", "clamp"}
+"""Operators, element by element, that can put their result into memory that is there."""
+_IN_PLACE = {"add_", "mul_", "sub_", "copy_", "_foreach_copy_", "_foreach_sub_"}
+_OTHERS = {"cat", "split_with_sizes", "view", "gt", "eq", "where", "sum", "stack"}
+_QUICK = _POINTWISE | _IN_PLACE | _OTHERS
 """Operators with a namesake in torch that takes the same arguments. To call that takes
 less time."""
 _ARITHMETIC = "add", "mul", "sub", "div"

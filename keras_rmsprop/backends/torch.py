@@ -255,7 +255,6 @@ class Runner:
         """Say that an attribute of the optimizer was assigned."""
         self._number = None
 
-    @torch.no_grad()
     def run(
         self,
         step: Callable[..., None],
@@ -264,6 +263,16 @@ class Runner:
         request: Request,
     ) -> None:
         """Take a step; see `tensorflow.Runner`."""
+        with torch.no_grad():
+            self._run(step, grads, variables, request)
+
+    def _run(
+        self,
+        step: Callable[..., None],
+        grads: list[Any],
+        variables: Sequence[Any],
+        request: Request,
+    ) -> None:
         given = [g for g in grads if g is not None]
         if (
             request.jit_compile is False
