@@ -9,6 +9,7 @@ from keras_rmsprop import rule
 from keras_rmsprop.backends import layouts, plain, programs
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.backends.settings import Settings
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
 
@@ -291,7 +292,7 @@ def test_a_program_runs_where_its_variables_are(toy):
 
 
 def test_settings_are_equal_where_all_attributes_are():
-    settings = programs.Settings()
+    settings = Settings()
     given = {"rho": 0.9, "name": "a", "layers": [1]}
     assert settings.number(given) == settings.number(dict(given)) == 0
     others = [
@@ -308,8 +309,8 @@ def test_settings_are_equal_where_all_attributes_are():
 
 
 def test_the_most_settings_and_those_in_use_stay(monkeypatch):
-    monkeypatch.setattr(programs, "MOST_PROGRAMS", 3)
-    settings = programs.Settings()
+    monkeypatch.setattr("keras_rmsprop.backends.settings.MOST_SETTINGS", 3)
+    settings = Settings()
     given = [0, 1, 2, 0, 3, 2, 0, 1]  # the 3 is one too many, and 1 is the oldest
     numbers = [settings.number({"x": x}) for x in given]
     assert numbers == [0, 1, 2, 0, 3, 2, 0, 4]
@@ -317,7 +318,7 @@ def test_the_most_settings_and_those_in_use_stay(monkeypatch):
 
 
 def test_a_dropped_list_does_not_leave_its_number_to_another():
-    settings = programs.Settings()
+    settings = Settings()
     numbers = {settings.number({"x": [n]}) for n in range(50)}
     assert len(numbers) == 50
 

@@ -97,6 +97,15 @@ def test_only_the_rooms_of_tensorflow_import_it():
     }
 
 
+def test_only_the_rooms_of_torch_import_it():
+    users = {
+        name.removeprefix("keras_rmsprop.")
+        for name in TREES
+        if any(used.split(".")[0] == "torch" for used in imports(name))
+    }
+    assert users == {"backends.torch", "backends.recording", "backends.statements"}
+
+
 def test_product_code_does_not_import_the_oracle():
     assert not [n for n, used in ARROWS.items() if "keras_rmsprop.reference" in used]
 

@@ -14,6 +14,7 @@ from stepping import arrays, assert_close, python, train
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.backends import programs, tensorflow
+from keras_rmsprop.backends.settings import Identities
 from keras_rmsprop.backends.tensorflow import XLA_IN_GRAPH_ELEMENTS
 
 
@@ -412,7 +413,7 @@ def test_what_is_assigned_at_each_step_is_not_kept_alive():
 
 
 def test_objects_are_told_apart_though_ids_are_used_again():
-    identities, seen = programs.Identities(), set()
+    identities, seen = Identities(), set()
     for _ in range(50):
         seen.add(identities.comparable(Traces()))
     assert len(seen) == 50
@@ -477,7 +478,7 @@ def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
 
 
 def test_equal_numbers_are_the_same_wherever_they_come_from():
-    identities = programs.Identities()
+    identities = Identities()
     for text in ("1.5", "[1.5, 2]"):
         one, other = (json.loads(text) for _ in "ab")
         one, other = (tuple(x) if isinstance(x, list) else x for x in (one, other))

@@ -1,5 +1,6 @@
 """What `test_torch.py` checks, in a process whose backend is PyTorch."""
 
+import doctest
 import json
 import random
 import traceback
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_rmsprop import RMSprop, reference
+from keras_rmsprop.backends import recording
 from keras_rmsprop.backends import torch as backend
 
 SHAPES = [(), (5,), (0,), (3, 3, 2, 4), (50, 100), (3, 60_000)]
@@ -424,6 +426,11 @@ def check_what_explain_says():
     assert "2 in blocks" in text
     optimizer.jit_compile = False
     assert "6 on its own" in optimizer.explain()
+
+
+def check_examples_run():
+    assert doctest.testmod(recording).attempted
+    assert not doctest.testmod(recording).failed
 
 
 if __name__ == "__main__":

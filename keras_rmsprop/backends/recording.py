@@ -18,7 +18,7 @@ from keras_rmsprop.backends import statements
 from keras_rmsprop.backends.statements import Line
 
 _POINTWISE = {"add", "mul", "sub", "div", "sqrt", "pow", "minimum", "maximum", "clamp"}
-"""Operators, element by element, that can put their result into memory that is there."""
+"""Operators, element by element, that can put a result into memory that is there."""
 _IN_PLACE = {"add_", "mul_", "sub_", "copy_", "_foreach_copy_", "_foreach_sub_"}
 _OTHERS = {"cat", "split_with_sizes", "view", "gt", "eq", "where", "sum", "stack"}
 _QUICK = _POINTWISE | _IN_PLACE | _OTHERS
