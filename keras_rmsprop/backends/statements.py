@@ -6,7 +6,7 @@ that begins with c is a constant. A result has one statement and never changes i
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -93,52 +93,65 @@ def without_unread(lines: Sequence[Line]) -> list[Line]:
 
 
 def fused(
-    lines: Sequence[Line], numbers: Collection[str], constants: dict[str, Any]
+    lines: Sequence[Line], numbers: Set[str], constants: dict[str, Any]
 ) -> list[Line]:
-    """Return statements with x <- x +- s g / d as one, which is rounded as before.
+    """Return fewer statements, which differ in how they round at most.
+
+    Where s is a number, x <- x +- s g / d is one statement, and so is
+    x <- x + s min(g^2, most) but for the bound on g.
 
     Args:
         lines: The statements.
-        numbers: The names of tensors that are one number; s is to be among them.
+        numbers: The names of tensors that are one number.
         constants: What the statements need besides is added.
     """
     root = roots(lines)
     readers = Counter(name for line in lines for name in line.reads())
-    places = {line.result: i for i, line in enumerate(lines)}
+    places = {line.result: i for i, line in enumerate(lines) if line.like is not None}
     fewer: list[Line | None] = [*lines]
+    torchs = torch.Tensor
+    constants |= {f.__name__: f for f in (torchs.item, torchs.addcdiv_)}
+    constants |= {f.__name__: f for f in (torch.clamp, torchs.addcmul_)}
 
-    def source(name: str, operator: str) -> int | None:
-        """Return where something was computed, if so and for one reader."""
-        i = places.get(name)
-        is_it = (
-            i is not None
-            and lines[i].operator == operator
-            and lines[i].like is not None
-        )
-        return i if is_it and readers[name] == 1 else None
+    def chain(name: str, *operators: str) -> list[int]:
+        """Return where something was computed step by step, each for one reader."""
+        i = places.get(name, -1)
+        if i < 0 or readers[name] > 1 or lines[i].operator != operators[0]:
+            return []
+        others = [chain(x, *operators[1:]) for x in lines[i].arguments[:2]]
+        rest = max(others, key=len) if operators[1:] else []
+        return [i, *rest] if len(rest) == len(operators) - 1 else []
+
+    def unchanged(names: Sequence[str], start: int, end: int) -> bool:
+        written = (line.reads() for line in lines[start:end] if line.writes)
+        changed = {root.get(name, name) for reads in written for name in reads}
+        return not {root.get(name, name) for name in names} & changed
 
     for k, line in enumerate(lines):
         if line.operator not in ("add_", "sub_") or len(line.arguments) > 2:
             continue
-        x, ratio = line.arguments
-        if (j := source(ratio, "div")) is None:
-            continue
-        product, d = lines[j].arguments
-        if (i := source(product, "mul")) is None:
-            continue
-        s, g = lines[i].arguments
-        s, g = (s, g) if s in numbers else (g, s)
-        changed = {
-            root.get(name, name)
-            for other in lines[i:k]
-            if other.writes
-            for name in other.reads()
-        }
-        if s in numbers and not {root.get(name, name) for name in (g, d)} & changed:
-            constants |= {"item": torch.Tensor.item, "addcdiv_": torch.Tensor.addcdiv_}
-            value = f"value={'-' * (line.operator == 'sub_')}item({s})"
-            fewer[i] = fewer[j] = None
-            fewer[k] = line._replace(function="addcdiv_", arguments=[x, g, d, value])
+        x, new = line.arguments
+        sign = "-" if line.operator == "sub_" else ""
+        if found := chain(new, "div", "mul"):
+            j, i = found
+            d = lines[j].arguments[1]
+            s, g = sorted(lines[i].arguments, key=lambda name: name not in numbers)
+            if s in numbers and d != lines[i].result and unchanged((s, g, d), i, k):
+                arguments = [x, g, d, f"value={sign}item({s})"]
+                fewer[i] = fewer[j] = None
+                fewer[k] = line._replace(function="addcdiv_", arguments=arguments)
+        elif found := chain(new, "mul", "minimum", "pow"):
+            j, i, h = found
+            g, power = lines[h].arguments
+            most = [y for y in lines[i].arguments if y != lines[h].result]
+            s = next((y for y in lines[j].arguments if y in numbers), "")
+            if power == "2" and s and most[0] in numbers & constants.keys():
+                bound = float(constants[most[0]]) ** 0.5
+                arguments = [g, repr(-bound), repr(bound)]
+                fewer[h] = lines[h]._replace(function="clamp", arguments=arguments)
+                arguments = [x, *2 * [lines[h].result], f"value={sign}item({s})"]
+                fewer[i] = fewer[j] = None
+                fewer[k] = line._replace(function="addcmul_", arguments=arguments)
     return [line for line in fewer if line is not None]
 
 
