@@ -120,6 +120,16 @@ def check_records_round_otherwise_at_most():
             )
 
 
+def check_single_numbers():
+    for shape in ((), (1,)):
+        for options in OPTIONS:
+            optimizer, found = train(shapes=[shape], **options)
+            assert records(optimizer)
+            _, expected = train(shapes=[shape], jit_compile=False, **options)
+            for x, y in zip(found, expected, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
 def check_records_give_what_the_reference_gives():
     for options in OPTIONS:
         weights = [np.array(x) for x in normal(dtype="float64")]

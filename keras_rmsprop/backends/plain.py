@@ -212,7 +212,7 @@ def update_one(
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
     """Say how `update` updates a variable, and why."""
-    return Way("on its own", "as on every backend but TensorFlow")
+    return Way("on its own", "operation by operation")
 
 
 def kinds_of_steps(

@@ -116,7 +116,9 @@ def fused(
     def chain(name: str, *operators: str) -> list[int]:
         """Return where something was computed step by step, each for one reader."""
         i = places.get(name, -1)
-        if i < 0 or readers[name] > 1 or lines[i].operator != operators[0]:
+        if i < 0 or readers[name] > 1 or len(lines[i].arguments) > 2:
+            return []
+        if lines[i].operator != operators[0]:
             return []
         others = [chain(x, *operators[1:]) for x in lines[i].arguments[:2]]
         rest = max(others, key=len) if operators[1:] else []
@@ -144,8 +146,9 @@ def fused(
             j, i, h = found
             g, power = lines[h].arguments
             most = [y for y in lines[i].arguments if y != lines[h].result]
-            s = next((y for y in lines[j].arguments if y in numbers), "")
-            if power == "2" and s and most[0] in numbers & constants.keys():
+            s = next((y for y in lines[j].arguments if y != lines[i].result), "")
+            is_bound = most and most[0] in numbers & constants.keys()
+            if power == "2" and is_bound and s in numbers and unchanged([s], j, k):
                 bound = float(constants[most[0]]) ** 0.5
                 arguments = [g, repr(-bound), repr(bound)]
                 fewer[h] = lines[h]._replace(function="clamp", arguments=arguments)

@@ -1,4 +1,4 @@
-"""How a step is taken on PyTorch: in blocks, and from the second on as a record.
+"""How a step is taken on PyTorch: in blocks, and soon from a record.
 
 On a CPU an operation on a large tensor waits for memory. So a large variable is updated
 block after block: one fits into a core's cache, for all operations of the formula. And
