@@ -169,6 +169,7 @@ def targets(parts: Mapping[str, Part]) -> list[list[str]]:
     update, fit, memory, tables = (parts.get(part, Part({}, [])) for part in PARTS)
     rows = (
         *_eager(update),
+        *_on_torch(update),
         *_compiled(update, fit),
         *_cost(update, fit, memory),
         *_tables(tables),
@@ -220,6 +221,13 @@ def _eager(update: Part) -> Targets:
             peer = update.fastest(peers, what, how)
             ratios |= update.ratios("this, eager", peer, [what], [how])
         yield _target(f"eager, {how}: {text}", ratios, bound)
+
+
+def _on_torch(update: Part) -> Targets:
+    for how in update.hows:
+        ratios = update.ratios("this, torch", "torch, foreach", hows=[how])
+        text = f"on PyTorch, {how}: not slower than torch foreach"
+        yield _target(text, ratios, NOISE)
 
 
 def _compiled(update: Part, fit: Part) -> Targets:

@@ -25,6 +25,8 @@ from figures import Figure
 HERE = Path(__file__).parent
 PORTABLE = "portable"
 """Competitors with this in front are this package without its kernel."""
+ON_TORCH = ", torch"
+"""Competitors with this at the end are on Keras' PyTorch backend."""
 SHARE = 0.05
 """Of the machine's memory: a process that has more starts anew with the next case."""
 PACKAGES = ("keras_rmsprop", "keras", "tensorflow", "numpy")
@@ -129,7 +131,8 @@ class Worker:
         package = before if before and who.startswith("before") else HERE.parent
         paths = (str(package.resolve()), os.environ.get("PYTHONPATH"))
         path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        portable = {"KERAS_RMSPROP_KERNEL": "0"} if who.startswith(PORTABLE) else {}
+        own = {"KERAS_RMSPROP_KERNEL": "0"} if who.startswith(PORTABLE) else {}
+        own |= {"KERAS_BACKEND": "torch"} if who.endswith(ON_TORCH) else {}
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, HERE / plan.program, who.replace("before", "this")],
@@ -137,7 +140,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             text=True,
-            env={**os.environ, **path, **portable, **plan.environment},
+            env={**os.environ, **path, **own, **plan.environment},
         )
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, float | None]:

@@ -111,6 +111,23 @@ def with_keras(module: str, way: str, case: Case) -> tuple[Step, int]:
     return lambda: step(given), state
 
 
+def with_keras_on_torch(module: str, case: Case) -> tuple[Step, int]:
+    """Prepare this or the built-in on Keras' PyTorch backend, for eager steps."""
+    import keras
+    import torch
+
+    import keras_rmsprop
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    made = keras.optimizers.RMSprop if module == "Keras" else keras_rmsprop.RMSprop
+    variables = [keras.Variable(v) for v in case.values]
+    given = [torch.as_tensor(g).clone() for g in case.gradients]
+    optimizer = made(LR, **case.options)
+    optimizer.build(variables)
+    state = sum(v.value.nbytes for v in optimizer.variables if v.shape)
+    return lambda: optimizer.apply(given, variables), state
+
+
 def with_raw_op(case: Case) -> tuple[Step, int]:
     """Prepare TensorFlow's own fused update."""
     import tensorflow as tf
@@ -238,6 +255,10 @@ COMPETITORS: dict[str, Callable[[Case], tuple[Step, int]]] = {
         if (module, way) != (harness.PORTABLE, "XLA")  # which has no kernel
     },
     "ResourceApplyRMSProp": with_raw_op,
+    **{
+        f"{module}{harness.ON_TORCH}": partial(with_keras_on_torch, module)
+        for module in ("this", "Keras")
+    },
     "torch, plain": partial(with_torch, "plain"),
     "torch, foreach": partial(with_torch, "foreach"),
     "torch, compiled": partial(with_torch, "compiled"),

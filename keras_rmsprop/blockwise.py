@@ -51,8 +51,7 @@ def decoded(stored: Any, *, signed: bool) -> Any:
         signed: Whether the numbers have a sign.
 
     Example:
-        >>> import numpy as np
-        >>> x = np.float32([[0.5, 1e-6, 0.25, 0.001] + 252 * [0.0]])
+        >>> x = ops.convert_to_tensor([[0.5, 1e-6, 0.25, 0.001] + 252 * [0.0]])
         >>> kept = encoded(x, NEAREST, signed=False)
         >>> [round(float(y), 7) for y in decoded(kept, signed=False)[0, :4]]
         [0.5, 1.1e-06, 0.2504883, 0.0009766]

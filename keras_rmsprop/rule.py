@@ -109,6 +109,11 @@ def mean_of_all(x: Tensor) -> Tensor:
     return ops.sum(x) / max(math.prod(x.shape), 1)
 
 
+def accumulate(old: Tensor, share: Any, new: Tensor) -> Tensor:
+    """Return a share of an old value, plus what is new."""
+    return share * old + new
+
+
 def step(
     g: Tensor,
     slots: Slots,
@@ -118,6 +123,7 @@ def step(
     t: Tensor = None,
     penalty: Tensor = None,
     mean: Callable[[Tensor], Tensor] = mean_of_all,
+    accumulate: Callable[[Tensor, Any, Tensor], Tensor] = accumulate,
 ) -> tuple[Tensor, Slots]:
     """Return what to take from the weights w for gradient g, and the new slots.
 
@@ -138,6 +144,7 @@ def step(
         t: The number of this step, from 1; read for the bias correction alone.
         penalty: Gradient of a penalty on w, of g's shape: w times the L2 decay.
         mean: Function from a tensor of g's shape to the mean of its elements.
+        accumulate: Does what `accumulate` does. It may write into the old value.
     """
     rho, mu, epsilon = options.rho, options.momentum, options.epsilon
     v, m, a = slots
@@ -152,10 +159,10 @@ def step(
     # Bounded, as an infinite average would stay so. (And before they are added: after a
     # bound XLA would compute v twice, the second time from a copy.)
     most = float(np.finfo(keras.backend.standardize_dtype(g.dtype)).max) / 4
-    v = rho * v + (1 - rho) * at_most(ops.square(g), most)
+    v = accumulate(v, rho, (1 - rho) * at_most(ops.square(g), most))
     spread = corrected(v)
     if a is not None:
-        a = rho * a + (1 - rho) * within(g, -(most**0.5), most**0.5)
+        a = accumulate(a, rho, (1 - rho) * within(g, -(most**0.5), most**0.5))
         # Mathematically >= 0; rounding takes it below, and the root to NaN.
         spread = at_least(spread - ops.square(corrected(a)), 0)
     if options.epsilon_inside_sqrt:
@@ -164,7 +171,7 @@ def step(
         root = ops.sqrt(spread) + epsilon
     u = (lr * g if options.lr_in_momentum else g) / root
     if m is not None:
-        m = mu * m + u
+        m = accumulate(m, mu, u)
         u = mu * m + u if options.nesterov else m
         if options.cautious:
             agrees = ops.cast(u * g > 0, u.dtype)

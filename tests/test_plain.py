@@ -206,7 +206,7 @@ def test_what_only_tensorflow_has_is_not_here():
     assert plain.is_slices(gradient) is False
     assert plain.is_eager() is True
     way = plain.way(Update(None, None, Slots(None)), None)
-    assert way == ("on its own", "as on every backend but TensorFlow")
+    assert way == ("on its own", "operation by operation")
     kinds = plain.kinds_of_steps([], True, False)
     assert kinds == {"A step is part of what Keras' backend makes of it:": {}}
 

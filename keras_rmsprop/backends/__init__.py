@@ -4,10 +4,15 @@ from types import ModuleType
 
 import keras
 
+current: ModuleType
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop.backends import tensorflow
 
-    current: ModuleType = tensorflow
+    current = tensorflow
+elif keras.backend.backend() == "torch":
+    from keras_rmsprop.backends import torch
+
+    current = torch
 else:
     from keras_rmsprop.backends import plain
 

@@ -63,6 +63,7 @@ class Step(NamedTuple):
         dtype: str,
         decay: Any = None,
         mean: Callable[[Any], Any] = rule.mean_of_all,
+        accumulate: Callable[[Any, Any, Any], Any] = rule.accumulate,
     ) -> Taken:
         """Return what the step takes from the weights, and the new slots.
 
@@ -73,6 +74,7 @@ class Step(NamedTuple):
             dtype: The dtype in which to compute.
             decay: The weight decay, or None.
             mean: See `rule.step`.
+            accumulate: See `rule.step`.
         """
         rate = ops.cast(self.learning_rate, dtype)
         weights = None if decay is None else ops.cast(weights, dtype)
@@ -90,6 +92,7 @@ class Step(NamedTuple):
             t=ops.cast(self.draw.step + 1, dtype) if corrects else None,
             penalty=rule.cast(decay, dtype) * weights if l2 else None,
             mean=mean,
+            accumulate=accumulate,
         )
         if decay is not None and not l2:
             # The constant in float32 first, as in Keras.
@@ -234,14 +237,14 @@ def update_one(
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
     """Say how `update` updates a variable, and why."""
-    return Way("on its own", "as on every backend but TensorFlow")
+    return Way("on its own", "operation by operation")
 
 
 def kinds_of_steps(
     variables: Sequence[Any],
     jit_compile: bool | str,
     is_for_kernel: bool,
-    in_blocks: bool,
+    in_blocks: bool = False,
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     return {"A step is part of what Keras' backend makes of it:": {}}

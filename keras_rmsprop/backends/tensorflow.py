@@ -381,7 +381,7 @@ def kinds_of_steps(
     variables: Sequence[Any],
     jit_compile: bool | str,
     is_for_kernel: bool,
-    in_blocks: bool,
+    in_blocks: bool = False,
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
     in_graph = {"in_program": False, "xla": False}
