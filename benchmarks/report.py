@@ -121,9 +121,10 @@ def _peaks(memory: Part) -> Pages:
     for who in memory.whos:
         row = [who]
         for how in memory.hows:
-            peak = memory.values((who, what, how), "peak") or [math.nan]
             row.append(memory.text((who, what, how), "state"))
-            row += [short(peak[0] / size) for size in (2**20, figures.LARGEST_BYTES)]
+            peak = (*memory.values((who, what, how), "peak"), None)[0]
+            sizes = 2**20, figures.LARGEST_BYTES
+            row += ["" if peak is None else short(peak / size) for size in sizes]
         table.append(row)
     kept = [["", *(h for how in memory.hows for h in (f"{how}, ms", "state, bytes"))]]
     for who in memory.whos:

@@ -145,9 +145,19 @@ def _attributes(store: Any, key: str) -> Any:
     For other stores return a dict that is thrown away: their values have no names.
     """
     try:
-        return store._h5_entry_group[key].attrs
+        if key in store._h5_entry_group:
+            return store._h5_entry_group[key].attrs
+        # In one of the other files, if weights are saved in several.
+        for name in store.current_shard_filenames:
+            store._switch_h5_file(name, mode="r")
+            if key in store._h5_entry_group:
+                return dict(store._h5_entry_group[key].attrs)
     except (AttributeError, KeyError, TypeError):
-        return {}
+        pass
+    finally:
+        if hasattr(store, "_restore_h5_file"):
+            store._restore_h5_file()
+    return {}
 
 
 def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Plan:

@@ -30,7 +30,7 @@ def run(backend, program, *arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 @every_backend
 def test_it_imports_no_other_backend(backend):
     pytest.importorskip(backend)
@@ -52,7 +52,7 @@ def test_it_imports_no_other_backend(backend):
     assert {*out.split()} <= {backend}
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 def test_a_run_goes_on_with_every_backend(tmp_path):
     program = FOLDER / "exchange_run.py"
     expected = {b: json.loads(run(b, program, tmp_path)) for b in BACKENDS}
@@ -66,7 +66,7 @@ def test_a_run_goes_on_with_every_backend(tmp_path):
             )
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 def test_the_first_epoch_of_mnist_is_the_same_on_every_backend(tmp_path):
     program = FOLDER.parent / "examples" / "mnist_train.py"
     losses = []

@@ -258,6 +258,28 @@ def test_resumes_to_the_same_bits(kind, tmp_path):
         np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
 
 
+@pytest.mark.parametrize("slot_dtype", [None, "uint8"])
+def test_weights_in_several_files(slot_dtype, tmp_path):
+    def model():
+        layers = [keras.layers.Dense(61) for _ in range(3)]
+        made = keras.Sequential([keras.Input((70,)), *layers])
+        made.compile(RMSprop(0.01, momentum=0.9, slot_dtype=slot_dtype), "mse")
+        made.optimizer.build(made.trainable_variables)
+        return made
+
+    first, second = model(), model()
+    for t in range(2):
+        shapes = [v.shape for v in first.trainable_variables]
+        first.optimizer.apply([gradient(t, shape) for shape in shapes])
+    path = tmp_path / "model.weights.json"
+    first.save_weights(path, max_shard_size=5e-5)
+    assert len([*tmp_path.glob("*.h5")]) > 2
+    second.load_weights(path)
+    both = zip(first.optimizer.variables, second.optimizer.variables, strict=True)
+    for one, other in both:
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
 def test_the_file_says_how_it_is_kept(tmp_path):
     import h5py
 

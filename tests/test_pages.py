@@ -66,7 +66,7 @@ def test_code_runs_and_outputs_are_true(page, tmp_path, monkeypatch):
             run(page, line, code, names)
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_code_runs_on_its_backends(backend, tmp_path):
     pytest.importorskip(backend)
