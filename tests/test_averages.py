@@ -369,7 +369,6 @@ def test_warm_up_on_other_backends(backend, every):
         f"""
         import keras, numpy as np
         from keras_rmsprop import RMSprop
-from keras_rmsprop.state import as_array, sync
 
         weight = keras.Variable([1.0, 2.0])
         optimizer = RMSprop(0.1, use_ema=True, ema_momentum=0.4, ema_warmup=True,

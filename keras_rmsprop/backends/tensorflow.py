@@ -303,19 +303,19 @@ def _update_in_turn(updates: Sequence[Update], step: Step, *, in_program: bool) 
     programs: dict[Hashable, Any] = {}
     done: list[Any] = []
     may_nest = step.native and not (tf.executing_eagerly() or inside_xla())
+    may_nest = may_nest and not tf.distribute.has_strategy()
     for one in updates:
-        size = math.prod(one.variable.shape)
+        places = one.variable, *one.slots
+        kinds = (x if x is None else (x.shape, x.dtype) for x in places)
+        key = *kinds, one.gradient.dtype, _same(one.decay)
+        is_worth_it = (
+            in_program or math.prod(one.variable.shape) >= XLA_IN_GRAPH_ELEMENTS
+        )
         with tf.control_dependencies(done):
-            if (
-                may_nest
-                and not tf.distribute.has_strategy()
-                and (in_program or size >= XLA_IN_GRAPH_ELEMENTS)
-            ):
-                places = one.variable, *one.slots
-                kinds = (x if x is None else (x.shape, x.dtype) for x in places)
-                key = *kinds, one.gradient.dtype, _same(one.decay)
+            if may_nest and is_worth_it and (key in programs or is_xla_left()):
                 if key not in programs:
                     programs[key] = _program_of(one, step)
+                    Programs.compiled += 1
                 done = [programs[key](one.gradient, one.variable, tuple(one.slots))]
             else:
                 plain.update_one(one, step)
