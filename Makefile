@@ -71,7 +71,7 @@ test: $(READY)  ## the everyday tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY)  ## the long tests that CI also runs
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "slow and not peers" $(ARGS)
 
 test-rest: $(READY)  ## more cases of the everyday tests: before a release
 	$(BIN)/python -m pytest -n 2 -m rest $(ARGS)
