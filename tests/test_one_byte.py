@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stepping import WAYS, arrays, tensor
+from stepping import BACKEND, WAYS, arrays, tensor
 from test_blockwise import MOMENTUM, VELOCITY, neighbours
 
 from keras_rmsprop import RMSprop, reference
@@ -432,6 +432,25 @@ def test_without_the_kernel_one_variable_at_a_time(way):
     assert len({*names}) == len(names) - 2
     for before, call in itertools.pairwise(calls):
         assert before in call.control_inputs
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX tells what XLA keeps")
+def test_one_program_decodes_one_variable_at_a_time():
+    import jax
+
+    def bytes_beside(number):
+        variables = [keras.Variable(keras.ops.zeros((512, 512))) for _ in range(number)]
+        optimizer = RMSprop(0.01, momentum=0.9, slot_dtype="uint8")
+        optimizer.build(variables)
+        state = [v.value for v in optimizer.variables]
+        weights = [v.value for v in variables]
+        jitted = jax.jit(optimizer.stateless_apply, donate_argnums=(0, 2))
+        compiled = jitted.lower(state, weights, weights).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = bytes_beside(2), bytes_beside(6)
+    assert few >= 2 * 4 * 512 * 512  # v and momentum of one, in float32
+    assert many < 1.2 * few
 
 
 class Logged(RMSprop):

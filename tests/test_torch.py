@@ -14,7 +14,7 @@ if BACKEND == "torch":
     from keras_rmsprop.backends import plain
     from keras_rmsprop.backends import torch as backend
 
-SHAPES = [(), (5,), (0,), (3, 3, 2, 4), (70, 90), (3, 2**16)]
+SHAPES = [(), (5,), (0,), (3, 3, 2, 4), (70, 90), (9, 2**16)]
 """The last one is in several blocks."""
 
 

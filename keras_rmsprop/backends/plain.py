@@ -192,9 +192,27 @@ def update(
     updates: Sequence[Update], step: Step, *, in_program: bool = False
 ) -> list[Any]:
     """Take the step, one variable after the other; see `tensorflow.update`."""
-    for one in updates:
-        update_one(one, step)
+    update_in_turn(updates, step, in_one_program=inside_xla())
     return []
+
+
+def update_in_turn(
+    updates: Sequence[Update], step: Step, *, in_one_program: bool
+) -> None:
+    """Take the step of some variables, one after the other.
+
+    In one program, XLA would decode all slots in blocks before it updates any. So a
+    gradient waits for what the variable before it leaves behind.
+    """
+    done = None
+    for one in updates:
+        is_to_wait = in_one_program and codecs.are_in_blocks(one.slots)
+        if is_to_wait and done is not None:
+            zero = ops.cast(0.0 * done, one.gradient.dtype)
+            one = one._replace(gradient=one.gradient + zero)
+        velocity = update_one(one, step)
+        if is_to_wait:
+            done = ops.cast(velocity[0, 0], "float32")  # a code, and so finite
 
 
 def update_one(
@@ -202,8 +220,8 @@ def update_one(
     step: Step,
     assign: Callable[[Any, Any], None] | None = None,
     assign_sub: Callable[[Any, Any], None] | None = None,
-) -> None:
-    """Take the step of one variable.
+) -> Any:
+    """Take the step of one variable; return its new velocity, as it is kept.
 
     Args:
         one: The update.
@@ -233,6 +251,7 @@ def update_one(
         variable.assign_sub(taken)
     else:
         assign_sub(variable, taken)
+    return new.velocity
 
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:

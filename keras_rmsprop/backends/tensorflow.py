@@ -300,10 +300,14 @@ def _update_in_turn(updates: Sequence[Update], step: Step, *, in_program: bool) 
     Where XLA may be used, each is an XLA program of its own, the same for the same
     shapes: in one program XLA decodes all slots first.
     """
+    if inside_xla():
+        plain.update_in_turn(updates, step, in_one_program=True)
+        return
     programs: dict[Hashable, Any] = {}
     done: list[Any] = []
-    may_nest = step.native and not (tf.executing_eagerly() or inside_xla())
-    may_nest = may_nest and not tf.distribute.has_strategy()
+    may_nest = step.native and not (
+        tf.executing_eagerly() or tf.distribute.has_strategy()
+    )
     for one in updates:
         places = one.variable, *one.slots
         kinds = (x if x is None else (x.shape, x.dtype) for x in places)

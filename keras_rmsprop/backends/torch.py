@@ -37,7 +37,7 @@ from keras_rmsprop.backends.plain import searching_kernel as searching_kernel
 from keras_rmsprop.backends.plain import why_no_kernel as why_no_kernel
 from keras_rmsprop.rule import Slots
 
-BLOCK_ELEMENTS = 2**17
+BLOCK_ELEMENTS = 2**19
 """Of a block: a few of that size fit into the caches."""
 SMALL_ELEMENTS = 2**12
 """Up to this size copying a variable costs less than the operations it saves."""
