@@ -146,6 +146,17 @@ def ready(
     return harness.Ready({"first": first}, {"time": step, "peak": peak})
 
 
+def warmed_up(step: Callable[[], None], memory: harness.Memory) -> harness.Ready:
+    """Take the first steps, and return what is ready."""
+    [first] = harness.milliseconds(step, seconds=0, least=1)
+    harness.milliseconds(step, seconds=0, least=2 * WARM_UP)
+
+    def timed(seconds: float) -> float:
+        return statistics.median(harness.milliseconds(step, seconds, WARM_UP))
+
+    return ready(first / 1e3, timed, memory)
+
+
 @functools.cache
 def start_tensorflow() -> None:
     """Pay for the start of TensorFlow and XLA, so that no first step has to."""
@@ -261,13 +272,7 @@ def of_table(who: str, task: Task, how: str) -> harness.Ready:
     def step() -> None:
         optimizer.apply([next(given)])
 
-    [first] = harness.milliseconds(step, seconds=0, least=1)
-    harness.milliseconds(step, seconds=0, least=2 * WARM_UP)
-
-    def timed(seconds: float) -> float:
-        return statistics.median(harness.milliseconds(step, seconds, WARM_UP))
-
-    return ready(first / 1e3, timed, memory)
+    return warmed_up(step, memory)
 
 
 def with_torch(task: Task, how: str) -> harness.Ready:
@@ -296,13 +301,7 @@ def with_torch(task: Task, how: str) -> harness.Ready:
         for optimizer in optimizers:
             optimizer.step()
 
-    [first] = harness.milliseconds(step, seconds=0, least=1)
-    harness.milliseconds(step, seconds=0, least=2 * WARM_UP)
-
-    def timed(seconds: float) -> float:
-        return statistics.median(harness.milliseconds(step, seconds, WARM_UP))
-
-    return ready(first / 1e3, timed, memory)
+    return warmed_up(step, memory)
 
 
 if __name__ == "__main__":

@@ -218,11 +218,8 @@ def chosen(
 
 def decoded(slots: Slots, dtype: str, shape: Shape) -> Slots:
     """Return the values that slots keep, in the dtype of a step."""
-    return Slots(
-        *(
-            None if slot is None else of(slot).decode(slot, dtype, shape, number)
-            for number, slot in enumerate(slots)
-        )
+    return slots.map_numbered(
+        lambda slot, number: of(slot).decode(slot, dtype, shape, number)
     )
 
 
@@ -313,12 +310,7 @@ def place(slot: Any, shape: Shape, number: int) -> Any:
 
 def places(slots: Slots, shape: Shape) -> Slots:
     """Return a place for each slot."""
-    return Slots(
-        *(
-            None if slot is None else place(slot, shape, number)
-            for number, slot in enumerate(slots)
-        )
-    )
+    return slots.map_numbered(lambda slot, number: place(slot, shape, number))
 
 
 def numbers(stored: NDArray[Any], shape: Shape, number: int) -> Numbers:

@@ -35,6 +35,11 @@ class Slots(NamedTuple):
         """Return the slots with a function applied to each one that exists."""
         return Slots(*(slot if slot is None else function(slot) for slot in self))
 
+    def map_numbered(self, function: Callable[[Any, int], Any]) -> "Slots":
+        """Return the same for a function that is told which slot it is, too."""
+        numbered = enumerate(self)
+        return Slots(*(x if x is None else function(x, i) for i, x in numbered))
+
     def with_momentum_times(self, factor: Any) -> "Slots":
         """Return the slots with m, if there is one, times a factor."""
         m = self.momentum
@@ -102,11 +107,11 @@ def _would_be_narrowed(x: Tensor) -> bool:
     return wide(x.dtype) == "float64" and keras.backend.backend() != "tensorflow"
 
 
-def mean_of_all(x: Tensor) -> Tensor:
-    """Return the mean of the elements."""
-    if not _would_be_narrowed(x):
+def mean_of_all(x: Tensor, size: int | None = None) -> Tensor:
+    """Return the mean of the elements; of so many, if others are there as zeros."""
+    if size is None and not _would_be_narrowed(x):
         return ops.mean(x)
-    return ops.sum(x) / max(math.prod(x.shape), 1)
+    return ops.sum(x) / max(math.prod(x.shape) if size is None else size, 1)
 
 
 def accumulate(old: Tensor, share: Any, new: Tensor) -> Tensor:

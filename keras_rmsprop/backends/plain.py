@@ -1,6 +1,7 @@
 """A step as data, and how it is taken on any backend of Keras, variable by variable."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -235,8 +236,7 @@ def update_one(
         # All in the layout of the slots: XLA vectorises nothing across a reshape.
         given = codecs.as_blocks(gradient)
         weights = weights if decay is None else codecs.as_blocks(variable)
-        size = math.prod(variable.shape)
-        mean = lambda x: ops.sum(x) / size  # noqa: E731
+        mean = functools.partial(rule.mean_of_all, size=math.prod(variable.shape))
     taken, new = step.taken(
         given, weights, slots, dtype=one.dtype, decay=decay, mean=mean
     )

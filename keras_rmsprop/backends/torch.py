@@ -73,7 +73,9 @@ def update(
     with torch.no_grad():
         for one in updates:
             tensors = _Tensors.of(one)
-            if step.options.cautious or not _is_elementwise(tensors.slots.velocity):
+            if step.options.cautious or not _is_elementwise(
+                tensors.slots.velocity.dtype
+            ):
                 plain.update_one(one, step)
             else:
                 _, several = alike.setdefault(tensors.kind(one.decay), (one, []))
@@ -87,12 +89,8 @@ def update(
 
 
 @functools.cache
-def _elementwise(dtype: Any) -> bool:
+def _is_elementwise(dtype: Any) -> bool:
     return codecs.named(keras.backend.standardize_dtype(dtype)).elementwise
-
-
-def _is_elementwise(slot: Any) -> bool:
-    return _elementwise(slot.dtype)
 
 
 def _can_be_in_place(variable: Any) -> bool:
