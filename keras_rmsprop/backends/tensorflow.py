@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rmsprop import codecs, kernel, skipping, sparse
+from keras_rmsprop import codecs, skipping, sparse
 from keras_rmsprop.backends import layouts, plain
 from keras_rmsprop.backends.plain import Request, Step, Taken, Update, Way
 from keras_rmsprop.backends.programs import (
@@ -20,6 +20,7 @@ from keras_rmsprop.backends.programs import (
 )
 from keras_rmsprop.backends.programs import is_slices as is_slices
 from keras_rmsprop.folding import folded
+from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.options import is_tensor
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla as inside_xla

@@ -1,6 +1,6 @@
-"""How a step is taken on PyTorch: in blocks, small variables end to end.
+"""How a step is taken on PyTorch: by the kernel, or in blocks, small ones end to end.
 
-On a CPU an operation on a large tensor waits for memory. So a large variable is updated
+Without the kernel: on a CPU an operation on a large tensor waits for memory. So a large variable is updated
 block after block: one fits into a core's cache, for all operations of the formula. And
 an operation on a bias costs more than what it computes. So small variables are laid end
 to end, to be a block.
@@ -29,12 +29,10 @@ from keras_rmsprop.backends.plain import folds as folds
 from keras_rmsprop.backends.plain import has_slices as has_slices
 from keras_rmsprop.backends.plain import inside_xla as inside_xla
 from keras_rmsprop.backends.plain import is_eager as is_eager
-from keras_rmsprop.backends.plain import is_for_kernel as is_for_kernel
 from keras_rmsprop.backends.plain import is_slices as is_slices
 from keras_rmsprop.backends.plain import outside_functions as outside_functions
-from keras_rmsprop.backends.plain import scale_of_global_norm as scale_of_global_norm
 from keras_rmsprop.backends.plain import searching_kernel as searching_kernel
-from keras_rmsprop.backends.plain import why_no_kernel as why_no_kernel
+from keras_rmsprop.kernel import torch as kernel
 from keras_rmsprop.rule import Slots
 
 BLOCK_ELEMENTS = 2**19
@@ -69,23 +67,68 @@ def update(
     is_once = len({id(one.variable) for one in updates}) == len(updates)
     if not (updates and is_once and _can_be_in_place(updates[0].variable)):
         return plain.update(updates, step)
-    alike: dict[Hashable, tuple[Update, list[_Tensors]]] = {}
     with torch.no_grad():
-        for one in updates:
-            tensors = _Tensors.of(one)
-            if step.options.cautious or not _is_elementwise(
-                tensors.slots.velocity.dtype
-            ):
-                plain.update_one(one, step)
-            else:
-                _, several = alike.setdefault(tensors.kind(one.decay), (one, []))
-                several.append(tensors)
-        for one, several in alike.values():
-            # Keras moves what it makes of numbers to the current device.
-            with keras.device(str(several[0].weights.device)):
-                for block in _blocks(several):
-                    _update_block(block, one, step)
-    return []
+        followed, others = _update_by_kernel(updates, step)
+        _update_in_blocks(others, step)
+    return followed
+
+
+def _update_by_kernel(
+    updates: Sequence[Update], step: Step
+) -> tuple[list[Any], Sequence[Update]]:
+    """Take the step of what the kernel takes.
+
+    Returns:
+        The averages that have followed their weights, and the updates that are left.
+    """
+    if _why_not_by_kernel(step):
+        return [], updates
+    followed: list[Any] = []
+    others: list[Update] = []
+    kinds: dict[int, tuple[list[Update], list[kernel.Part]]] = {}
+    for one in updates:
+        part = kernel.part(_tensors_of(one, step))
+        if part is None:
+            others.append(one)
+            continue
+        of_kind, parts = kinds.setdefault(part.kind, ([], []))
+        of_kind.append(one)
+        parts.append(part)
+    for of_kind, parts in kinds.values():
+        places = {part.tensors.weights.data_ptr() for part in parts}
+        is_apart = len(places) == len(parts)
+        if is_apart and kernel.update(parts, [one.decay for one in of_kind], step):
+            followed += [
+                one.average
+                for one, part in zip(of_kind, parts, strict=True)
+                if part.tensors.average is not None
+            ]
+        else:
+            others += of_kind
+    return followed, others
+
+
+def _why_not_by_kernel(step: Step) -> str:
+    """Return why the kernel takes no update of a step; empty if it may."""
+    if not step.native:
+        return "`jit_compile=False`"
+    return kernel.why_not() or "PyTorch is watched" * kernel.is_watched()
+
+
+def _update_in_blocks(updates: Sequence[Update], step: Step) -> None:
+    alike: dict[Hashable, tuple[Update, list[kernel.Tensors]]] = {}
+    for one in updates:
+        tensors = _tensors_of(one, step)
+        if step.options.cautious or not _is_elementwise(tensors.slots.velocity.dtype):
+            plain.update_one(one, step)
+        else:
+            _, several = alike.setdefault(_kind(tensors, one.decay), (one, []))
+            several.append(tensors)
+    for one, several in alike.values():
+        # Keras moves what it makes of numbers to the current device.
+        with keras.device(str(several[0].weights.device)):
+            for block in _blocks(several):
+                _update_block(block, one, step)
 
 
 @functools.cache
@@ -106,26 +149,21 @@ def _can_be_in_place(variable: Any) -> bool:
     return hasattr(variable, "_value") and not in_stateless_scope()
 
 
-class _Tensors(NamedTuple):
-    """The tensors of an update."""
+def _tensors_of(one: Update, step: Step) -> kernel.Tensors:
+    """Return the tensors of an update whose variables are not in a scope."""
+    average = one.average if step.share else None
+    # `value` looks for a scope each time, which takes longer than an operation.
+    w, v, m, a, average = (
+        x if x is None else x._value for x in (one.variable, *one.slots, average)
+    )
+    return kernel.Tensors(one.gradient, w, Slots(v, m, a), average)
 
-    gradient: Any
-    weights: Any
-    slots: Slots
 
-    @classmethod
-    def of(cls, one: Update) -> "_Tensors":
-        """Return those of an update whose variables are not in a scope."""
-        v, m, a = one.slots
-        # `value` looks for a scope each time, which takes longer than an operation.
-        slots = (x if x is None else x._value for x in (v, m, a))
-        return cls(one.gradient, one.variable._value, Slots(*slots))
-
-    def kind(self, decay: Any) -> Hashable:
-        """Return something equal for variables that can be in one block."""
-        g, w, slots = self
-        dtypes = (None if x is None else x.dtype for x in (g, w, *slots))
-        return id(decay) if torch.is_tensor(decay) else decay, w.device, *dtypes
+def _kind(tensors: kernel.Tensors, decay: Any) -> Hashable:
+    """Return something equal for variables that can be in one block."""
+    g, w, slots, _ = tensors
+    dtypes = (None if x is None else x.dtype for x in (g, w, *slots))
+    return id(decay) if torch.is_tensor(decay) else decay, w.device, *dtypes
 
 
 class _Block(NamedTuple):
@@ -136,10 +174,10 @@ class _Block(NamedTuple):
     slots: list[Slots]
 
 
-def _blocks(tensors: Sequence[_Tensors]) -> Iterator[_Block]:
+def _blocks(tensors: Sequence[kernel.Tensors]) -> Iterator[_Block]:
     """Yield all variables, small ones end to end, large ones cut."""
     small, elements = _Block([], [], []), 0
-    for gradient, weights, slots in tensors:
+    for gradient, weights, slots, _ in tensors:
         size = weights.numel()
         if size > SMALL_ELEMENTS:
             yield from _cut(gradient, weights, slots)
@@ -220,11 +258,33 @@ def _parted(x: Any, places: Sequence[Any]) -> list[Any]:
     ]
 
 
-END_TO_END, IN_BLOCKS, ALONE = "end to end with others", "in blocks", "on its own"
+def scale_of_global_norm(
+    grads: Sequence[Any], most: float, native: Sequence[Any]
+) -> float | None:
+    """Return what clips the global norm; see `tensorflow.scale_of_global_norm`."""
+    squares = kernel.squares([g for g in grads if g is not None]) if native else None
+    if squares is None:
+        return None
+    norm = math.sqrt(sum(squares))
+    return most / max(norm, most) + (norm - norm)
+
+
+def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
+    """Whether the kernel takes all of these updates: on PyTorch nobody asks."""
+    return False
+
+
+why_no_kernel = kernel.why_not
+
+KERNEL, ALONE = "by the kernel", "on its own"
+END_TO_END, IN_BLOCKS = "end to end with others", "in blocks"
 
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
     """Say how `update` updates a variable, and why."""
+    tensors = _tensors_of(one._replace(gradient=one.variable._value), step)
+    if not _why_not_by_kernel(step) and kernel.part(tensors):
+        return Way(KERNEL, "one native call takes the step of all of them")
     if step.options.cautious:
         return Way(ALONE, "`cautious` counts each variable's elements")
     if not codecs.of(one.slots.velocity).elementwise:
@@ -241,4 +301,4 @@ def kinds_of_steps(
     in_blocks: bool = False,
 ) -> dict[str, dict[str, bool]]:
     """Return the kinds of steps, in words, and the arguments of `way` for each."""
-    return {"A step runs operation by operation:": {}}
+    return {"A step, here and now:": {}}

@@ -1,32 +1,38 @@
-"""Build the kernel for the installed TensorFlow: python -m keras_rmsprop.kernel."""
+"""Build the kernel for what is installed: python -m keras_rmsprop.kernel."""
 
 import argparse
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from keras_rmsprop.kernel import build
 
 
 def main() -> None:
-    """Build it unless it is there."""
+    """Build what is not there."""
     parser = argparse.ArgumentParser(prog="python -m keras_rmsprop.kernel")
-    parser.description = "Build the native step for CPUs, for the installed TensorFlow."
-    text = "where to put the library (default: the user's cache)"
+    parser.description = (
+        "Build the native step for CPUs: for the installed TensorFlow, and for PyTorch."
+    )
+    text = "where to put the libraries (default: the user's cache)"
     parser.add_argument("--folder", type=Path, help=text)
-    text = "build it even if it is there"
+    text = "build them even if they are there"
     parser.add_argument("--force", action="store_true", help=text)
     given = parser.parse_args()
 
-    path = None if given.force else build.found()
-    if path is not None:
+    def made(library: build.Library) -> str:
+        path = None if given.force else build.found(library)
+        if path is None:
+            return f"Built the kernel: {build.build(library, given.folder)}"
         if given.folder:
             given.folder.mkdir(parents=True, exist_ok=True)
             path = Path(shutil.copy(path, given.folder))
-        print(f"The kernel is there already: {path}")
-        return
+        return f"The kernel is there already: {path}"
+
     try:
-        print(f"Built the kernel: {build.build(given.folder)}")
+        with ThreadPoolExecutor() as pool:
+            print(*pool.map(made, build.LIBRARIES), sep="\n")
     except RuntimeError as error:
         sys.exit(f"No kernel, so steps take the portable way: {error}")
 

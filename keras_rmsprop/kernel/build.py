@@ -1,7 +1,7 @@
 """Compiling the kernel, and finding it again.
 
-It is bound to a version of TensorFlow: a library's name says for which one it is, and
-for which sources.
+There are two libraries: ops of TensorFlow, bound to its version, and a function of
+plain pointers. A library's name says for which version it is, and for which sources.
 """
 
 import hashlib
@@ -11,15 +11,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-
-import tensorflow as tf
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
-SOURCES = (
-    *("processors.h", "blocks.h", "step.h", "rows.h", "search.h"),
-    *("blocks.cc", "step.cc", "rows.cc", "search.cc", "ops.cc"),
-)
+HEADERS = "processors.h", "blocks.h", "step.h", "rows.h", "search.h"
 FLAGS = (
     *("-shared", "-fPIC", "-O3", "-Wall"),
     # So that loops are vectorised, and results stay those of IEEE arithmetic.
@@ -28,12 +26,54 @@ FLAGS = (
 COMPILERS = "c++", "g++", "clang++"
 
 
-def name() -> str:
-    """Return the file name of the library for this TensorFlow and these sources."""
-    known = [tf.version.VERSION, tf.version.GIT_VERSION, platform.machine(), *FLAGS]
-    known += [(HERE / source).read_text() for source in SOURCES]
+class Framework(NamedTuple):
+    """What a library is compiled for."""
+
+    version: tuple[str, ...] = ()
+    compile_flags: tuple[str, ...] = ("-std=c++17",)
+    link_flags: tuple[str, ...] = ()
+
+    @classmethod
+    def tensorflow(cls) -> "Framework":
+        """Return the TensorFlow that is installed."""
+        tf = import_module("tensorflow")  # who needs the other library may not have it
+        flags = [
+            # What TensorFlow's headers are warned of is not ours.
+            f"-isystem{flag.removeprefix('-I')}" if flag.startswith("-I") else flag
+            for flag in tf.sysconfig.get_compile_flags()
+        ]
+        version = tf.version.VERSION, tf.version.GIT_VERSION
+        return cls(version, (*flags,), (*tf.sysconfig.get_link_flags(),))
+
+
+class Library(NamedTuple):
+    """A library of the kernel."""
+
+    prefix: str
+    """Of its file name."""
+    sources: tuple[str, ...]
+    framework: Callable[[], Framework]
+    """Returns what it is compiled for."""
+
+
+OPS = Library(
+    "tensorflow",
+    ("blocks.cc", "step.cc", "rows.cc", "search.cc", "ops.cc"),
+    Framework.tensorflow,
+)
+"""For TensorFlow."""
+POINTERS = Library("pointers", ("blocks.cc", "step.cc", "pointers.cc"), Framework)
+"""For who has pointers, such as PyTorch."""
+LIBRARIES = OPS, POINTERS
+
+
+def name(library: Library) -> str:
+    """Return the file name of a library for what is installed and these sources."""
+    version = library.framework().version
+    known = [*version, platform.machine(), *FLAGS]
+    known += [(HERE / source).read_text() for source in (*HEADERS, *library.sources)]
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
-    return f"tensorflow-{tf.version.VERSION}-{digest[:12]}.so"
+    return "-".join([library.prefix, *version[:1], digest[:12]]) + ".so"
 
 
 def cache() -> Path:
@@ -42,10 +82,10 @@ def cache() -> Path:
     return Path(base) / "keras_rmsprop"
 
 
-def found() -> Path | None:
-    """Return the library that fits: one that came in the wheel, or one in the cache."""
-    library = name()
-    places = (HERE / library, cache() / library)
+def found(library: Library) -> Path | None:
+    """Return the file that fits: one that came in the wheel, or one in the cache."""
+    file = name(library)
+    places = (HERE / file, cache() / file)
     return next((path for path in places if path.exists()), None)
 
 
@@ -55,10 +95,11 @@ def compiler() -> str | None:
     return named or next(filter(shutil.which, COMPILERS), None)
 
 
-def build(folder: Path | None = None) -> Path:
-    """Compile the library, which takes half a minute or so.
+def build(library: Library, folder: Path | None = None) -> Path:
+    """Compile a library, which takes half a minute or so.
 
     Args:
+        library: Which one.
         folder: Where to put it; None: the user's cache.
 
     Returns:
@@ -75,20 +116,16 @@ def build(folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RuntimeError(f"{folder} cannot be made: {error}") from error
-    flags = [
-        # What TensorFlow's headers are warned of is not ours.
-        f"-isystem{flag.removeprefix('-I')}" if flag.startswith("-I") else flag
-        for flag in tf.sysconfig.get_compile_flags()
-    ]
-    sources = [str(HERE / source) for source in SOURCES if source.endswith(".cc")]
+    framework = library.framework()
+    sources = [str(HERE / source) for source in library.sources]
     # In a folder of its own, so that nobody finds half a library.
     with tempfile.TemporaryDirectory(dir=folder) as partial:
-        library = name()
-        made = Path(partial) / library
-        arguments = [*FLAGS, *flags, *sources, "-o", str(made)]
+        file = name(library)
+        made = Path(partial) / file
+        arguments = [*FLAGS, *framework.compile_flags, *sources, "-o", str(made)]
         try:
             subprocess.run(
-                [*shlex.split(command), *arguments, *tf.sysconfig.get_link_flags()],
+                [*shlex.split(command), *arguments, *framework.link_flags],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -98,4 +135,4 @@ def build(folder: Path | None = None) -> Path:
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().splitlines()[-20:]
             raise RuntimeError("\n".join([f"{command} failed:", *last])) from error
-        return made.replace(folder / library)
+        return made.replace(folder / file)

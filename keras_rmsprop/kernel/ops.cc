@@ -46,6 +46,7 @@ REGISTER_OP("KerasRmspropStep")
     .Attr("nesterov: bool")
     .Attr("lr_in_momentum: bool")
     .Attr("decoupled_weight_decay: bool")
+    .Attr("cautious: bool")
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::NoOutputs);
 
@@ -129,31 +130,12 @@ REGISTER_OP("KerasRmspropFollow")
 
 namespace {
 
-constexpr int64_t kBlockElements = 8192;  // what one thread does at a time
 constexpr int64_t kCyclesAnElement = 4;
 constexpr int64_t kCyclesARow = 400;  // more, as it is not in a cache
 
-// Some elements of the tensor with a number.
-struct Block {
-  int tensor;
-  int64_t start, size;
-};
-
-std::vector<Block> BlocksOf(const std::vector<int64_t>& sizes,
-                            int64_t most = kBlockElements) {
-  std::vector<Block> blocks;
-  for (int i = 0; i < static_cast<int>(sizes.size()); ++i) {
-    const int64_t size = sizes[i];
-    for (int64_t start = 0; start < size; start += most) {
-      blocks.push_back({i, start, std::min(most, size - start)});
-    }
-  }
-  return blocks;
-}
-
 // How many rows one thread does at a time.
 int64_t RowsEach(int64_t width) {
-  return std::max<int64_t>(1, kBlockElements / (width + 1));
+  return std::max<int64_t>(1, kPieceElements / (width + 1));
 }
 
 std::vector<int64_t> SizesOf(const tf::OpInputList& tensors) {
@@ -162,18 +144,18 @@ std::vector<int64_t> SizesOf(const tf::OpInputList& tensors) {
   return sizes;
 }
 
-// Does something for all blocks, on TensorFlow's own threads.
+// Does something for all pieces, on TensorFlow's own threads.
 template <typename Function>
-void ForEach(tf::OpKernelContext* ctx, const std::vector<Block>& blocks,
+void ForEach(tf::OpKernelContext* ctx, const std::vector<Piece>& pieces,
              Function function, int64_t cycles_each = kCyclesAnElement) {
-  if (blocks.empty()) return;
+  if (pieces.empty()) return;
   int64_t size = 0;
-  for (const Block& block : blocks) size += block.size;
+  for (const Piece& piece : pieces) size += piece.size;
   const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
-  tf::Shard(workers->num_threads, workers->workers, blocks.size(),
-            cycles_each * size / blocks.size() + 1,
+  tf::Shard(workers->num_threads, workers->workers, pieces.size(),
+            cycles_each * size / pieces.size() + 1,
             [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) function(i, blocks[i]);
+              for (int64_t i = begin; i < end; ++i) function(i, pieces[i]);
             });
 }
 
@@ -283,7 +265,7 @@ class Variables {
   std::vector<tf::mutex*> mutexes_;
 };
 
-// The arithmetic has types of its own for 16 bits and for blocks, with the same bits.
+// The arithmetic has types of its own for 16 bits and for pieces, with the same bits.
 template <typename W>
 using Plain = std::conditional_t<
     std::is_same_v<W, tf::bfloat16>, Bfloat16,
@@ -311,9 +293,9 @@ class UpdateOp : public tf::OpKernel {
   }
 
  protected:
-  // Reads the numbers, and the weight decay of each variable.
-  absl::Status ReadNumbers(tf::OpKernelContext* ctx, int count, Numbers<T>* numbers,
-                           std::vector<Decay<T>>* decays) {
+  // Reads what is asked for, and the weight decay of each variable.
+  absl::Status Read(tf::OpKernelContext* ctx, int count, Request* request,
+                    std::vector<Decay<T>>* decays) {
     const tf::Tensor *rate, *correction, *scale, *constants, *given;
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "learning_rate", &rate));
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "correction", &correction));
@@ -326,23 +308,19 @@ class UpdateOp : public tf::OpKernel {
           "There must be three constants, and a decay for each gradient or none.");
     }
     const auto constant = constants->flat<double>();
-    const T epsilon = static_cast<T>(constant(2)), lr = rate->flat<T>()(0);
-    numbers->scale = scale->flat<T>()(0);
-    numbers->rho = static_cast<T>(constant(0));
-    numbers->rest = static_cast<T>(1 - constant(0));
-    numbers->momentum = static_cast<T>(constant(1));
-    numbers->epsilon_inside = epsilon_inside_sqrt_ ? epsilon : T(0);
-    numbers->epsilon_outside = epsilon_inside_sqrt_ ? T(0) : epsilon;
-    numbers->correction = correction->flat<T>()(0);
-    numbers->rate_inside = lr_in_momentum_ ? lr : T(1);
-    numbers->rate_outside = lr_in_momentum_ ? T(1) : lr;
-    numbers->nesterov = nesterov_;
-    numbers->share = 0;
-    numbers->draw = 0;
+    *request = {};
+    request->scale = scale->flat<T>()(0);
+    request->learning_rate = rate->flat<T>()(0);
+    request->rho = constant(0);
+    request->momentum = constant(1);
+    request->epsilon = constant(2);
+    request->correction = correction->flat<T>()(0);
+    request->epsilon_inside_sqrt = epsilon_inside_sqrt_;
+    request->nesterov = nesterov_;
+    request->lr_in_momentum = lr_in_momentum_;
+    request->decoupled_weight_decay = decoupled_;
     for (int i = 0; i < count; ++i) {
-      const T decay =
-          given->NumElements() ? static_cast<T>(given->flat<double>()(i)) : T(0);
-      decays->push_back(decoupled_ ? Decay<T>{0, lr * decay} : Decay<T>{decay, 0});
+      decays->emplace_back(*request, given->NumElements() ? given->flat<double>()(i) : 0);
     }
     return absl::OkStatus();
   }
@@ -354,7 +332,9 @@ class UpdateOp : public tf::OpKernel {
 template <typename T, typename W, typename S>
 class StepOp : public UpdateOp<T> {
  public:
-  using UpdateOp<T>::UpdateOp;
+  explicit StepOp(tf::OpKernelConstruction* ctx) : UpdateOp<T>(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("cautious", &cautious_));
+  }
 
   void Compute(tf::OpKernelContext* ctx) override {
     tf::OpInputList gradients;
@@ -365,15 +345,17 @@ class StepOp : public UpdateOp<T> {
                                        {"weights", "velocities", "momenta",
                                         "average_gradients", "averages"},
                                        2));
-    Numbers<T> numbers;
+    Request request;
     std::vector<Decay<T>> decays;
-    OP_REQUIRES_OK(ctx, this->ReadNumbers(ctx, count, &numbers, &decays));
+    OP_REQUIRES_OK(ctx, this->Read(ctx, count, &request, &decays));
     const tf::Tensor* share;
     OP_REQUIRES_OK(ctx, ReadScalar(ctx, "share", &share));
-    numbers.share = share->flat<T>()(0);
+    request.share = share->flat<T>()(0);
     const tf::Tensor* draw;
     OP_REQUIRES_OK(ctx, ReadScalar(ctx, "draw", &draw));
-    numbers.draw = static_cast<uint32_t>(draw->flat<int32_t>()(0));
+    request.draw = static_cast<uint32_t>(draw->flat<int32_t>()(0));
+    request.cautious = cautious_ && variables.Has(kMomenta);
+    const Numbers<T> numbers(request);
     OP_REQUIRES(ctx, !variables.Has(kAverages) || (std::is_same_v<T, W>),
                 absl::InvalidArgumentError("Averages need weights in full precision."));
 
@@ -404,15 +386,23 @@ class StepOp : public UpdateOp<T> {
           reinterpret_cast<Plain<S>*>(variables.Data<S>(kAverageGradients, i)),
           decays[i],
           variables.Data<T>(kAverages, i),
+          nullptr,
       };
     }
-    ForEach(ctx, BlocksOf(SizesOf(gradients)), [&](int64_t, const Block& block) {
-      Step(numbers, From(parts[block.tensor], block.start, block.size));
+    std::vector<tf::Tensor> updates(request.cautious ? count : 0);
+    for (size_t i = 0; i < updates.size(); ++i) {
+      OP_REQUIRES_OK(ctx, ctx->allocate_temp(tf::DataTypeToEnum<T>::v(),
+                                             gradients[i].shape(), &updates[i]));
+      parts[i].update = updates[i].template flat<T>().data();
+    }
+    StepAll(numbers, parts, [&](const std::vector<Piece>& pieces, auto step) {
+      ForEach(ctx, pieces, step);
     });
   }
 
  private:
   enum { kWeights, kVelocities, kMomenta, kAverageGradients, kAverages, kKinds };
+  bool cautious_;
 };
 
 template <typename T, typename W, typename I>
@@ -433,9 +423,10 @@ class RowsOp : public UpdateOp<T> {
                                        {"weights", "velocity", "updates", "last",
                                         "momenta", "average_gradients"},
                                        kMomenta));
-    Numbers<T> numbers;
+    Request request;
     std::vector<Decay<T>> decays;
-    OP_REQUIRES_OK(ctx, this->ReadNumbers(ctx, 1, &numbers, &decays));
+    OP_REQUIRES_OK(ctx, this->Read(ctx, 1, &request, &decays));
+    const Numbers<T> numbers(request);
 
     // Everything is checked before anything is written.
     OP_REQUIRES_OK(ctx, variables.Lock());
@@ -475,12 +466,13 @@ class RowsOp : public UpdateOp<T> {
         variables.Data<T>(kAverageGradients, 0),
         decays[0],
         nullptr,
+        nullptr,
     };
     const Ticks ticks = {*updates, variables.Data<int32_t>(kLast, 0)};
     ForEach(
-        ctx, BlocksOf({count}, RowsEach(width)),
-        [&](int64_t, const Block& block) {
-          StepRows(numbers, row, ticks, id, block.start, block.size);
+        ctx, PiecesOf({count}, RowsEach(width)),
+        [&](int64_t, const Piece& piece) {
+          StepRows(numbers, row, ticks, id, piece.start, piece.size);
         },
         kCyclesAnElement * width + kCyclesARow);
     ++*updates;
@@ -519,9 +511,9 @@ class DistinctOp : public tf::OpKernel {
     const T* from = slices->flat<T>().data();
     T* to = sums->flat<T>().data();
     ForEach(
-        ctx, BlocksOf({rows}, RowsEach(width)),
-        [&](int64_t, const Block& block) {
-          SumRows(groups, width, from, block.start, block.size, to);
+        ctx, PiecesOf({rows}, RowsEach(width)),
+        [&](int64_t, const Piece& piece) {
+          SumRows(groups, width, from, piece.start, piece.size, to);
         },
         width + 1);
   }
@@ -537,15 +529,15 @@ class SquaresOp : public tf::OpKernel {
     OP_REQUIRES_OK(ctx, ctx->input_list("tensors", &tensors));
     tf::Tensor* squares;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {tensors.size()}, &squares));
-    const std::vector<Block> blocks = BlocksOf(SizesOf(tensors));
-    std::vector<double> sums(blocks.size());
-    ForEach(ctx, blocks, [&](int64_t i, const Block& block) {
-      const T* x = tensors[block.tensor].flat<T>().data();
-      sums[i] = Squares(x + block.start, block.size);
+    const std::vector<Piece> pieces = PiecesOf(SizesOf(tensors));
+    std::vector<double> sums(pieces.size());
+    ForEach(ctx, pieces, [&](int64_t i, const Piece& piece) {
+      const T* x = tensors[piece.variable].flat<T>().data();
+      sums[i] = Squares(x + piece.start, piece.size);
     });
     auto of_each = squares->flat<double>();
     of_each.setZero();
-    for (size_t i = 0; i < blocks.size(); ++i) of_each(blocks[i].tensor) += sums[i];
+    for (size_t i = 0; i < pieces.size(); ++i) of_each(pieces[i].variable) += sums[i];
   }
 };
 
@@ -608,18 +600,18 @@ class FollowOp : public tf::OpKernel {
           variables.Data<T>(kSums, i),
       };
     }
-    const std::vector<Block> blocks = BlocksOf(sizes);
-    std::vector<Sums> sums(blocks.size());
-    ForEach(ctx, blocks, [&](int64_t i, const Block& block) {
-      sums[i] = Follow(parts[block.tensor], block.start, block.size,
+    const std::vector<Piece> pieces = PiecesOf(sizes);
+    std::vector<Sums> sums(pieces.size());
+    ForEach(ctx, pieces, [&](int64_t i, const Piece& piece) {
+      sums[i] = Follow(parts[piece.variable], piece.start, piece.size,
                        forgetting->flat<T>()(0), weight->flat<T>()(0), at_first);
     });
     auto gain = gains->flat<double>(), length = lengths->flat<double>();
     gain.setZero();
     length.setZero();
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      gain(blocks[i].tensor) += sums[i].gain;
-      length(blocks[i].tensor) += sums[i].length;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      gain(pieces[i].variable) += sums[i].gain;
+      length(pieces[i].variable) += sums[i].length;
     }
   }
 

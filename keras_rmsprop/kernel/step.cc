@@ -39,16 +39,23 @@ inline S Kept(T x, uint32_t draw) {
   }
 }
 
+// What is taken is rounded to the weights' dtype, then subtracted.
+template <typename W, typename T>
+inline W Less(T w, T taken) {
+  return static_cast<W>(w - static_cast<T>(static_cast<W>(taken)));
+}
+
 // Which options are on is known when this is compiled: with branches in it, the compiler
 // left some of the loops scalar, ten times as slow.
-template <bool kCentered, bool kMomentum, bool kNesterov, bool kCorrected, bool kDecays,
-          typename T, typename W, typename S>
-EACH_PROCESSOR void Loop(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+template <bool kCentered, bool kMomentum, bool kNesterov, bool kCautious,
+          bool kCorrected, bool kDecays, typename T, typename W, typename S>
+EACH_PROCESSOR int64_t Loop(const Numbers<T>& numbers, const Part<T, W, S>& part) {
   const Numbers<T> n = numbers;
   const Part<T, W, S> p = part;
   const uint32_t start = static_cast<uint32_t>(p.place) * kElementStride + Mixed(n.draw);
   // Bounded, as an infinite average would stay so. A NaN passes all comparisons here.
   const T most = std::numeric_limits<T>::max() / 4, most_root = std::sqrt(most);
+  int32_t agreeing = 0;
   NO_OVERLAP
   for (int64_t i = 0; i < p.size; ++i) {
     const T w = static_cast<T>(p.weights[i]);
@@ -77,10 +84,27 @@ EACH_PROCESSOR void Loop(const Numbers<T>& numbers, const Part<T, W, S>& part) {
       p.momentum[i] = Kept<S>(m, draw + kSlotStride);
       u = kNesterov ? n.momentum * m + u : m;
     }
-    u = n.rate_outside * u;
-    if constexpr (kDecays) u += p.decay.taken * w;
-    // What is taken is rounded to the weights' dtype, then subtracted.
-    p.weights[i] = static_cast<W>(w - static_cast<T>(static_cast<W>(u)));
+    if constexpr (kCautious) {
+      const bool agrees = u * g > 0;
+      agreeing += agrees;
+      p.update[i] = u * static_cast<T>(agrees);
+    } else {
+      u = n.rate_outside * u;
+      if constexpr (kDecays) u += p.decay.taken * w;
+      p.weights[i] = Less<W>(w, u);
+    }
+  }
+  return agreeing;
+}
+
+template <bool kDecays, typename T, typename W>
+EACH_PROCESSOR void TakeLoop(T rate, T agreeing, T decay, int64_t size, const T* update,
+                             W* weights) {
+  NO_OVERLAP
+  for (int64_t i = 0; i < size; ++i) {
+    const T w = static_cast<T>(weights[i]);
+    const T u = rate * (update[i] / agreeing);
+    weights[i] = Less<W>(w, kDecays ? u + decay * w : u);
   }
 }
 
@@ -94,24 +118,24 @@ EACH_PROCESSOR void Average(T share, int64_t size, const T* weights, T* average)
   }
 }
 
-// There is no Nesterov's step without momentum.
-constexpr bool IsPossible(bool, bool momentum, bool nesterov, bool, bool) {
-  return momentum || !nesterov;
+// Without momentum a step is neither Nesterov's nor cautious. A cautious one always
+// divides by the correction, which may be 1.
+constexpr bool IsPossible(bool, bool momentum, bool nesterov, bool cautious,
+                          bool corrected, bool) {
+  return (momentum || !(nesterov || cautious)) && (corrected || !cautious);
 }
 
 // Runs the loop for these options: those that are known already, and the flags.
 template <bool... kKnown, typename T, typename W, typename S>
-void Run(const Numbers<T>& numbers, const Part<T, W, S>& part) {
-  if constexpr (IsPossible(kKnown...)) Loop<kKnown...>(numbers, part);
+int64_t Run(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+  if constexpr (IsPossible(kKnown...)) return Loop<kKnown...>(numbers, part);
+  return 0;
 }
 template <bool... kKnown, typename T, typename W, typename S, typename... Flags>
-void Run(const Numbers<T>& numbers, const Part<T, W, S>& part, bool flag,
-         Flags... flags) {
-  if (flag) {
-    Run<kKnown..., true>(numbers, part, flags...);
-  } else {
-    Run<kKnown..., false>(numbers, part, flags...);
-  }
+int64_t Run(const Numbers<T>& numbers, const Part<T, W, S>& part, bool flag,
+            Flags... flags) {
+  return flag ? Run<kKnown..., true>(numbers, part, flags...)
+              : Run<kKnown..., false>(numbers, part, flags...);
 }
 
 // Eight sums, always of the same elements: the result is the same everywhere.
@@ -132,30 +156,40 @@ EACH_PROCESSOR double SumOfSquares(const T* x, int64_t size) {
   return sum;
 }
 
-// Takes the step of a part whose slots have an element for each of its own.
 template <typename T, typename W, typename S>
-void StepElements(const Numbers<T>& numbers, const Part<T, W, S>& part) {
-  const bool has_momentum = part.momentum != nullptr;
-  Run(numbers, part, part.average_gradient != nullptr, has_momentum,
-      has_momentum && numbers.nesterov, numbers.correction != 1,
-      part.decay.penalty != 0 || part.decay.taken != 0);
+void FollowWeights(const Numbers<T>& numbers, const Part<T, W, S>& part) {
   if constexpr (std::is_same_v<T, W>) {
     if (part.average) Average(numbers.share, part.size, part.weights, part.average);
   }
 }
 
+// Takes the step of a part whose slots have an element for each of its own.
+template <typename T, typename W, typename S>
+int64_t StepElements(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+  const bool has_momentum = part.momentum != nullptr;
+  const bool is_cautious = has_momentum && numbers.cautious;
+  const int64_t agreeing = Run(numbers, part, part.average_gradient != nullptr,
+                               has_momentum, has_momentum && numbers.nesterov,
+                               is_cautious, is_cautious || numbers.correction != 1,
+                               part.decay.penalty != 0 || part.decay.taken != 0);
+  if (!is_cautious) FollowWeights(numbers, part);
+  return agreeing;
+}
+
 // Each block is read, updated and kept while it is in the nearest cache.
 template <typename T, typename W>
-void StepBlocks(const Numbers<T>& numbers, const Part<T, W, Coded>& part) {
+int64_t StepBlocks(const Numbers<T>& numbers, const Part<T, W, Coded>& part) {
   float v[kBlock], m[kBlock];
+  int64_t agreeing = 0;
   const bool has_momentum = part.momentum != nullptr;
   for (int64_t i = 0; i < part.size; i += kBlock) {
     const auto p = From(part, i, std::min<int64_t>(kBlock, part.size - i));
     Decode(*p.velocity, false, v);
     if (has_momentum) Decode(*p.momentum, true, m);
-    StepElements(numbers, Part<T, W, float>{p.size, p.gradient, p.weights, v,
-                                            has_momentum ? m : nullptr, nullptr,
-                                            p.decay, p.average, p.place});
+    agreeing += StepElements(
+        numbers, Part<T, W, float>{p.size, p.gradient, p.weights, v,
+                                   has_momentum ? m : nullptr, nullptr, p.decay,
+                                   p.average, p.update, p.place});
     const uint32_t draw =
         static_cast<uint32_t>(p.place) * kElementStride + Mixed(numbers.draw);
     std::fill(v + p.size, v + kBlock, 0.0f);
@@ -164,17 +198,28 @@ void StepBlocks(const Numbers<T>& numbers, const Part<T, W, Coded>& part) {
     std::fill(m + p.size, m + kBlock, 0.0f);
     Encode(m, true, draw + kSlotStride, p.momentum);
   }
+  return agreeing;
 }
 
 }  // namespace
 
 template <typename T, typename W, typename S>
-void Step(const Numbers<T>& numbers, const Part<T, W, S>& part) {
+int64_t Step(const Numbers<T>& numbers, const Part<T, W, S>& part) {
   if constexpr (std::is_same_v<S, Coded>) {
-    StepBlocks(numbers, part);
+    return StepBlocks(numbers, part);
   } else {
-    StepElements(numbers, part);
+    return StepElements(numbers, part);
   }
+}
+
+template <typename T, typename W, typename S>
+void Take(const Numbers<T>& numbers, const Part<T, W, S>& part, double agreeing) {
+  const T share = std::max(static_cast<T>(agreeing), T(1e-3));
+  const auto take =
+      part.decay.taken != 0 ? TakeLoop<true, T, W> : TakeLoop<false, T, W>;
+  take(numbers.rate_outside, share, part.decay.taken, part.size, part.update,
+       part.weights);
+  FollowWeights(numbers, part);
 }
 
 template <typename T>
@@ -182,8 +227,9 @@ double Squares(const T* x, int64_t size) {
   return SumOfSquares(x, size);
 }
 
-#define INSTANTIATE(T, W, S) \
-  template void Step(const Numbers<T>&, const Part<T, W, S>&);
+#define INSTANTIATE(T, W, S)                                      \
+  template int64_t Step(const Numbers<T>&, const Part<T, W, S>&); \
+  template void Take(const Numbers<T>&, const Part<T, W, S>&, double);
 INSTANTIATE(float, float, float)
 INSTANTIATE(float, Bfloat16, float)
 INSTANTIATE(float, Half, float)

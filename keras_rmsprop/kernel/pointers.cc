@@ -1,0 +1,134 @@
+// The kernel as functions of C, for who has pointers to elements, and threads of its own.
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <memory>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "step.h"
+
+namespace keras_rmsprop {
+namespace {
+
+// Below this a thread takes longer to start than what it saves.
+constexpr int64_t kThreadElements = 1 << 17;
+
+// Does something for all pieces, on so many threads at most.
+template <typename Function>
+void ForEach(const std::vector<Piece>& pieces, int most_threads, Function function) {
+  int64_t size = 0;
+  for (const Piece& piece : pieces) size += piece.size;
+  const int64_t wanted = std::min<int64_t>(most_threads, size / kThreadElements);
+  const int64_t count = std::max<int64_t>(wanted, 1), all = pieces.size();
+  const auto share = [&](int64_t thread) {
+    const int64_t end = all * (thread + 1) / count;
+    for (int64_t i = all * thread / count; i < end; ++i) function(i, pieces[i]);
+  };
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < count; ++i) {
+    try {
+      threads.emplace_back(share, i);
+    } catch (const std::system_error&) {  // there may be no more
+      share(i);
+    }
+  }
+  share(0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+// A variable: where its elements are. The last three may be null.
+struct Variable {
+  int64_t size;
+  const void* gradient;
+  void *weights, *velocity, *momentum, *average_gradient, *average;
+};
+
+namespace {
+
+template <typename T, typename W, typename S>
+void StepOf(const Request& request, int count, const Variable* variables,
+            const double* decays, int threads) {
+  std::vector<Part<T, W, S>> parts;
+  std::vector<std::unique_ptr<T[]>> updates;
+  for (int i = 0; i < count; ++i) {
+    const Variable* one = variables + i;
+    if (request.cautious) updates.emplace_back(new T[one->size]);
+    parts.push_back({
+        one->size,
+        static_cast<const T*>(one->gradient),
+        static_cast<W*>(one->weights),
+        static_cast<S*>(one->velocity),
+        static_cast<S*>(one->momentum),
+        static_cast<S*>(one->average_gradient),
+        Decay<T>(request, decays[i]),
+        static_cast<T*>(one->average),
+        request.cautious ? updates.back().get() : nullptr,
+    });
+  }
+  StepAll(Numbers<T>(request), parts,
+          [&](const std::vector<Piece>& pieces, auto step) {
+            ForEach(pieces, threads, step);
+          });
+}
+
+template <typename T>
+void SquaresOf(int count, const int64_t* sizes, const T* const* tensors, double* sums,
+               int threads) {
+  const std::vector<Piece> pieces = PiecesOf({sizes, sizes + count});
+  std::vector<double> of_pieces(pieces.size());
+  ForEach(pieces, threads, [&](int64_t i, const Piece& piece) {
+    of_pieces[i] = Squares(tensors[piece.variable] + piece.start, piece.size);
+  });
+  std::fill(sums, sums + count, 0);
+  for (size_t i = 0; i < pieces.size(); ++i) sums[pieces[i].variable] += of_pieces[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+// Takes the step of variables of which none overlaps another. `kind` is the place of
+// their dtypes in `KINDS` of torch.py. Returns false, and changes nothing, if there is no
+// such place, or no memory for a cautious step.
+bool keras_rmsprop_step(const Request* request, int kind, int count,
+                        const Variable* variables, const double* decays,
+                        int threads) {
+  using Function = void (*)(const Request&, int, const Variable*, const double*, int);
+  const Function steps[] = {
+      StepOf<float, float, float>,       StepOf<float, Bfloat16, float>,
+      StepOf<float, Half, float>,        StepOf<float, float, Bfloat16>,
+      StepOf<float, Bfloat16, Bfloat16>, StepOf<float, Half, Bfloat16>,
+      StepOf<float, float, Coded>,       StepOf<float, Bfloat16, Coded>,
+      StepOf<float, Half, Coded>,        StepOf<double, double, double>,
+      StepOf<double, float, double>,
+  };
+  if (kind < 0 || kind >= static_cast<int>(std::size(steps))) return false;
+  try {
+    steps[kind](*request, count, variables, decays, threads);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
+// Writes the sum of the squares of each tensor; the same with any number of threads.
+void keras_rmsprop_squares_of_float(int count, const int64_t* sizes,
+                                    const float* const* tensors, double* sums,
+                                    int threads) {
+  SquaresOf(count, sizes, tensors, sums, threads);
+}
+void keras_rmsprop_squares_of_double(int count, const int64_t* sizes,
+                                     const double* const* tensors, double* sums,
+                                     int threads) {
+  SquaresOf(count, sizes, tensors, sums, threads);
+}
+
+}  // extern "C"
+
+}  // namespace keras_rmsprop

@@ -1,0 +1,251 @@
+"""The kernel for TensorFlow: ops of its own, of all variables of a step."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rmsprop import options, rule
+from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.codecs import Draw
+from keras_rmsprop.kernel import DTYPES, SLOTS, build, loaded
+from keras_rmsprop.sparse import inside_xla, native
+
+
+def ops() -> Any:
+    """Return the module of its ops, or None if there is none."""
+    return _loaded()[0]
+
+
+def why_not() -> str:
+    """Return why there is no kernel; empty if there is one."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    return loaded(build.OPS, tf.load_op_library)
+
+
+def why_not_for(one: Update, step: Step) -> str:
+    """Return why the kernel does not take this update; empty if it does.
+
+    Args:
+        one: The update.
+        step: What is the same for all.
+    """
+    if not step.native:
+        return "`jit_compile=False`"
+    if ops() is None:
+        return why_not()
+    if step.options.cautious and one.rows is not None:
+        return "`cautious` counts silent rows, too"
+    if one.slots.velocity is None:
+        return "a variable in float8"
+    variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
+    if not _are_here(variables) or len({v.device for v in variables}) > 1:
+        return "not on one CPU of this process"
+    [kept, *others] = {slot.dtype.name for slot in variables[1:]}
+    can_keep = SLOTS[one.dtype] if one.rows is None else [one.dtype]
+    of_weights = variables[0].dtype.name
+    if others or kept not in can_keep or of_weights not in DTYPES[one.dtype]:
+        return "the dtypes of weight and slots"
+    return ""
+
+
+def _are_here(variables: Sequence[Any]) -> bool:
+    """Whether `tf.Variable`s are on CPUs of this process."""
+    with tf.init_scope():
+        here = tf.zeros(()).device.partition("/device:")[0]  # job, replica and task
+    return all(
+        hasattr(v, "handle") and v.device.startswith(here) and "CPU" in v.device
+        for v in variables
+    )
+
+
+def averages(one: Update, step: Step) -> bool:
+    """Whether the average of the weights can follow in the same call."""
+    if one.average is None or step.share is None:
+        return False
+    variable, average = native(one.variable), native(one.average)
+    same = average.dtype == variable.dtype == one.dtype
+    return same and _are_here([average]) and average.device == variable.device
+
+
+def update(updates: Sequence[Update], step: Step) -> None:
+    """Take the step of variables of one dtype, on one device, in one call.
+
+    Args:
+        updates: What to do to each. None may be there twice. All with an average that
+            is to follow, or none.
+        step: What is the same for all.
+    """
+    dtype = updates[0].dtype
+    kinds = list(zip(*(one.slots for one in updates), strict=True))
+    velocities, momenta, average_gradients = (
+        [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
+    )
+    ops().keras_rmsprop_step(
+        gradients=[tf.cast(one.gradient, dtype) for one in updates],
+        weights=[one.variable.handle for one in updates],
+        velocities=velocities,
+        momenta=momenta,
+        average_gradients=average_gradients,
+        averages=[one.average.handle for one in updates if one.average is not None],
+        share=tf.cast(0 if step.share is None else step.share(dtype), dtype),
+        draw=_draw(step.draw),
+        S=updates[0].slots.velocity.dtype.base_dtype,
+        cautious=step.options.cautious,
+        **_numbers(updates, step),
+    )
+
+
+def update_rows(one: Update, step: Step) -> None:
+    """Bring some rows of a table up to date and take their step, in one call.
+
+    Args:
+        one: What to do to the table.
+        step: What is the same for all variables.
+    """
+    clock, ids = one.rows
+    velocity, momentum, average_gradient = one.slots
+    ops().keras_rmsprop_rows(
+        gradient=tf.cast(one.gradient, one.dtype),
+        ids=ids,
+        weights=one.variable.handle,
+        velocity=velocity.handle,
+        updates=clock.updates.handle,
+        last=clock.last.handle,
+        momenta=[] if momentum is None else [momentum.handle],
+        average_gradients=[] if average_gradient is None else [average_gradient.handle],
+        **_numbers([one], step),
+    )
+
+
+def _numbers(updates: Sequence[Update], step: Step) -> dict[str, Any]:
+    """Return the arguments of an op that say how to update."""
+    dtype, numbers = updates[0].dtype, step.options
+    t = tf.cast(step.draw.step + 1, dtype) if numbers.bias_correction else None
+    corrects = t is not None and not rule.is_zero(numbers.rho)
+    correction = rule.correction(numbers.cast(dtype).rho, t) if corrects else 1
+    scale = 1 if step.scale is None else step.scale
+    decays = [0 if one.decay is None else one.decay for one in updates]
+    if step.decoupled_weight_decay:
+        # In float32 first, as in Keras.
+        decays = [d if options.is_tensor(d) else np.float32(d) for d in decays]
+    return {
+        "learning_rate": tf.cast(step.learning_rate, dtype),
+        "correction": tf.cast(correction, dtype),
+        "scale": tf.cast(-scale if numbers.maximize else scale, dtype),
+        "constants": _vector([numbers.rho, numbers.momentum, numbers.epsilon]),
+        "decays": _vector([] if all(one.decay is None for one in updates) else decays),
+        "W": updates[0].variable.dtype.base_dtype,
+        "epsilon_inside_sqrt": numbers.epsilon_inside_sqrt,
+        "nesterov": numbers.nesterov,
+        "lr_in_momentum": numbers.lr_in_momentum,
+        "decoupled_weight_decay": step.decoupled_weight_decay,
+    }
+
+
+def _draw(draw: Draw) -> Any:
+    """Return the number from which random rounding starts in a step."""
+    if draw.offset is None:
+        return tf.constant(0)
+    return tf.cast(draw.step, "int32") + tf.cast(draw.offset, "int32")
+
+
+def _vector(numbers: Sequence[Any]) -> Any:
+    """Return numbers, some of them tensors, as a vector of doubles."""
+    if any(map(options.is_tensor, numbers)):
+        return tf.stack(
+            [
+                tf.cast(x, "float64")
+                if options.is_tensor(x)
+                else tf.constant(x, "float64")
+                for x in numbers
+            ]
+        )
+    return tf.constant(numbers, "float64")
+
+
+def follows(part: Any) -> bool:
+    """Whether `follow` takes a variable of the search (`automatic.Part`)."""
+    if ops() is None or part.gradient is None or part.rows is not None:
+        return False
+    variables = [native(x) for x in (part.variable, part.first, part.sums)]
+    if not _are_here(variables) or len({v.device for v in variables}) > 1:
+        return False
+    weights, first, sums = (v.dtype.name for v in variables)
+    given = getattr(part.gradient, "dtype", None)
+    return first == sums == given and weights in DTYPES.get(sums, ())
+
+
+def follow(
+    parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
+) -> list[tuple[Any, Any]]:
+    """Let s of variables follow their gradients, in a search for a learning rate.
+
+    Args:
+        parts: The variables, each an `automatic.Part` that it `follows`.
+        weight: What a gradient is multiplied by.
+        begins: Whether the weights of now are to be kept as the first ones.
+        forgetting: The share of s that stays.
+
+    Returns:
+        For each call that it took, two doubles: the sum of <g, x0 - x>, and of |s|.
+    """
+    places: dict[tuple[Any, Any, str], list[Any]] = {}
+    for part in parts:
+        variable = native(part.variable)
+        place = variable.dtype, part.gradient.dtype, variable.device
+        places.setdefault(place, []).append(part)
+    found = []
+    for (of_weights, dtype, _), several in places.items():
+        sums = ops().keras_rmsprop_follow(
+            gradients=[part.gradient for part in several],
+            weights=[native(part.variable).handle for part in several],
+            first_weights=[native(part.first).handle for part in several],
+            gradient_sums=[native(part.sums).handle for part in several],
+            forgetting=tf.constant(forgetting, dtype),
+            weight=tf.cast(weight, dtype),
+            begins=begins,
+            W=of_weights.base_dtype,
+            samples=[x for part in several for x in part.sample.places],
+        )
+        stand_for = tf.constant([p.sample.stands_for for p in several], "float64")
+        found.append(tuple(tf.tensordot(stand_for, x, 1) for x in sums))
+    return found
+
+
+def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
+    """Return the sums of the slices of each row, and the rows; see `sparse.distinct`.
+
+    Args:
+        gradient: In float32 or float64.
+    """
+    found = ops().keras_rmsprop_distinct(slices=gradient.values, ids=gradient.indices)
+    return found.sums, found.distinct
+
+
+def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:
+    """Whether `squares` takes these tensors.
+
+    Args:
+        tensors: The tensors.
+        variables: Variables where it may run; none: nowhere.
+    """
+    if not variables or ops() is None or inside_xla():
+        return False
+    dtypes = {getattr(x, "dtype", None) for x in tensors}
+    of_one = dtypes in ({tf.float32}, {tf.float64})
+    return of_one and _are_here(list(map(native, variables)))
+
+
+def squares(tensors: Sequence[Any]) -> Any:
+    """Return the sums of the squares of tensors of one dtype, a vector of doubles.
+
+    A sum is finite if and only if all elements of a float32 tensor are.
+    """
+    return ops().keras_rmsprop_squares(tensors=tensors)
