@@ -578,8 +578,9 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _has_own(self, methods: Mapping[str, Any]) -> bool:
         """Whether a subclass, or this instance, has others than these methods."""
+        own, kind = vars(self), type(self)
         return any(
-            getattr(getattr(self, name), "__func__", None) is not method
+            name in own or getattr(kind, name) is not method
             for name, method in methods.items()
         )
 
@@ -692,17 +693,17 @@ class RMSprop(keras.optimizers.Optimizer):
         given = [g for g in grads if g is not None]
         if self.gradient_accumulation_steps:
             grads = list(map(self._summand, grads, variables))
-        indices = map(self._get_variable_index, variables)
-        updated = {
-            i: now.rows.get(i)
-            for i, g in zip(indices, grads, strict=True)
-            if g is not None
-        }
         apply = super().apply
 
         def step() -> None:
-            tables = self._averaged_by_rows()
-            now.averages = averages.before_step(tables, updated, self.iterations)
+            if tables := self._averaged_by_rows():
+                indices = map(self._get_variable_index, variables)
+                updated = {
+                    i: now.rows.get(i)
+                    for i, g in zip(indices, grads, strict=True)
+                    if g is not None
+                }
+                now.averages = averages.before_step(tables, updated, self.iterations)
             apply(grads, variables)
 
         try:
@@ -737,6 +738,8 @@ class RMSprop(keras.optimizers.Optimizer):
         self, grads: Sequence[Any], variables: Sequence[Any]
     ) -> list[Any]:
         """Return the clock of each table of which a step takes the rows, else None."""
+        if not self._clocks:
+            return [None] * len(variables)
         indices = [self._get_variable_index(v) for v in variables]
         if self.gradient_accumulation_steps and backend.inside_xla():
             return [None] * len(indices)  # which rows have sums is not known there

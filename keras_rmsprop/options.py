@@ -185,4 +185,6 @@ def has_value(value: Any) -> bool:
 
 def is_on(value: Any) -> bool:
     """Whether an option that is off at 0 or None is on; a variable always is."""
+    if value is None or isinstance(value, int | float):
+        return bool(value)  # which is quick
     return is_tensor(value) or bool(value)

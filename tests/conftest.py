@@ -9,8 +9,10 @@ from hypothesis import settings
 from stepping import BACKEND, WAYS
 
 if BACKEND == "tensorflow":
-    from keras_rmsprop import kernel
     from keras_rmsprop.backends.programs import Programs
+    from keras_rmsprop.kernel import tensorflow as kernel
+elif BACKEND == "torch":
+    from keras_rmsprop.kernel import torch as kernel
 
 # A plugin for `make test-keras` that imports torch; not to be searched for doctests.
 collect_ignore = ["keras_suite.py"]
@@ -27,9 +29,9 @@ settings.load_profile("default")
 
 def pytest_report_header():
     """Say on which backend the tests run, and whether with the kernel."""
-    if BACKEND != "tensorflow":
-        return f"backend: {BACKEND}"
-    return f"kernel: {kernel.why_not() or 'there'}"
+    if BACKEND == "jax":
+        return "backend: jax"
+    return f"backend: {BACKEND}, kernel: {kernel.why_not() or 'there'}"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,7 +70,7 @@ def why_not_here(item):
 
 @pytest.fixture(autouse=True)
 def _portable(request, monkeypatch):
-    if BACKEND == "tensorflow" and request.node.get_closest_marker("portable"):
+    if BACKEND != "jax" and request.node.get_closest_marker("portable"):
         monkeypatch.setattr(kernel, "_loaded", lambda: (None, "none in this test"))
 
 

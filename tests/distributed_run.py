@@ -16,7 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rmsprop import RMSprop, kernel
+from keras_rmsprop import RMSprop
+from keras_rmsprop.kernel import tensorflow as kernel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed.py"
 ROWS, BATCH = 48, 16

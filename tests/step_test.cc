@@ -16,11 +16,14 @@
 
 using keras_rmsprop::Bfloat16;
 using keras_rmsprop::Coded;
+using keras_rmsprop::Decay;
 using keras_rmsprop::Followed;
 using keras_rmsprop::Half;
 using keras_rmsprop::kBlock;
 using keras_rmsprop::Numbers;
 using keras_rmsprop::Part;
+using keras_rmsprop::Piece;
+using keras_rmsprop::Request;
 using keras_rmsprop::Sample;
 using keras_rmsprop::Sums;
 using keras_rmsprop::Ticks;
@@ -44,10 +47,31 @@ void Expect(long double got, long double want, double tolerance, const char* wha
   std::exit(1);
 }
 
+// What most steps here are asked for.
+Request Asked() {
+  Request request = {};
+  request.scale = request.correction = 1;
+  request.learning_rate = 0.01;
+  request.rho = 0.9;
+  request.momentum = 0.8;
+  request.epsilon = 0.1;
+  request.epsilon_inside_sqrt = request.lr_in_momentum = true;
+  return request;
+}
+
+template <typename T>
+Decay<T> DecayOf(double penalty, double taken) {
+  Decay<T> decay;
+  decay.penalty = static_cast<T>(penalty);
+  decay.taken = static_cast<T>(taken);
+  return decay;
+}
+
 template <typename T, typename W>
 void TestStep(int64_t size, int options, double tolerance) {
   const bool centered = options & 1, momentum = options & 2, nesterov = options & 4;
   const bool corrected = options & 8, decays = options & 16, inside = options & 32;
+  const bool cautious = momentum && (options & 64);
   auto g = Draw<T>(size, false);
   auto w = Draw<W>(size, false);
   auto v = Draw<T>(size, true), m = Draw<T>(size, false), a = Draw<T>(size, false);
@@ -55,12 +79,26 @@ void TestStep(int64_t size, int options, double tolerance) {
   constexpr bool may_average = std::is_same_v<T, W>;
   const bool averages = may_average && (options & 1) == (options >> 1 & 1);
   auto average = Draw<T>(size, false);
-  Numbers<T> n = {T(-0.5), T(0.9),  T(0.1), T(0.8), T(inside ? .1 : 0),
-                  T(inside ? 0 : .1), T(corrected ? .4 : 1), T(0.01), T(1), nesterov,
-                  T(0.7), 0};
-  Part<T, W, T> part = {size, g.get(), w.get(), v.get(), momentum ? m.get() : nullptr,
-                     centered ? a.get() : nullptr,
-                     {T(decays ? .2 : 0), T(decays ? .003 : 0)}, averages ? average.get() : nullptr};
+  auto update = Draw<T>(size, false);
+  Request request = Asked();
+  request.scale = -0.5;
+  request.correction = corrected ? .4 : 1;
+  request.share = 0.7;
+  request.epsilon_inside_sqrt = inside;
+  request.nesterov = nesterov;
+  request.cautious = cautious;
+  const Numbers<T> n(request);
+  const Part<T, W, T> part = {
+      size,
+      g.get(),
+      w.get(),
+      v.get(),
+      momentum ? m.get() : nullptr,
+      centered ? a.get() : nullptr,
+      DecayOf<T>(decays ? .2 : 0, decays ? .003 : 0),
+      averages ? average.get() : nullptr,
+      cautious ? update.get() : nullptr,
+  };
   auto copy = [size](const auto& x) {
     auto y = std::make_unique<long double[]>(size);
     for (int64_t i = 0; i < size; ++i) {
@@ -70,7 +108,21 @@ void TestStep(int64_t size, int options, double tolerance) {
   };
   auto w0 = copy(w), v0 = copy(v), m0 = copy(m), a0 = copy(a);
   auto average0 = copy(average);
-  keras_rmsprop::Step(n, part);
+  keras_rmsprop::StepAll(n, std::vector<Part<T, W, T>>{part},
+                         [](const std::vector<Piece>& pieces, auto step) {
+                           for (size_t i = 0; i < pieces.size(); ++i) step(i, pieces[i]);
+                         });
+  auto agrees = std::make_unique<bool[]>(size);
+  int64_t agreeing = 0;
+  for (int64_t i = 0; i < size && cautious; ++i) {
+    // Its sign is that of what is taken, however small the difference.
+    const long double gradient = n.scale * g[i] + part.decay.penalty * w0[i];
+    agrees[i] = update[i] != 0;
+    agreeing += agrees[i];
+    Expect(agrees[i] && update[i] * gradient <= 0, false, 0, "agreement");
+  }
+  const long double mean =
+      std::max(0.001L, static_cast<long double>(agreeing) / std::max<int64_t>(size, 1));
   for (int64_t i = 0; i < size; ++i) {
     const long double gradient = n.scale * g[i] + part.decay.penalty * w0[i];
     v0[i] = n.rho * v0[i] + n.rest * gradient * gradient;
@@ -84,6 +136,11 @@ void TestStep(int64_t size, int options, double tolerance) {
       m0[i] = n.momentum * m0[i] + u;
       u = nesterov ? n.momentum * m0[i] + u : m0[i];
       Expect(m[i], m0[i], 1e-5, "momentum");
+    }
+    if (cautious) {
+      const long double least = 1e-6L;  // nearer to 0 it may have either sign
+      if (std::abs(u) > least) Expect(agrees[i], u * gradient > 0, 0, "agreement");
+      u = agrees[i] ? u / mean : 0;
     }
     Expect(v[i], v0[i], 1e-5, "velocity");
     if (centered) Expect(a[i], a0[i], 1e-5, "average gradient");
@@ -147,9 +204,10 @@ void TestRows(int64_t width, bool all) {
   auto last = std::make_unique<int32_t[]>(kRows);
   std::vector<int32_t> last0 = {7, 2, 0, 5, 7};
   std::copy(last0.begin(), last0.end(), last.get());
-  const Numbers<T> n = {1, T(0.9), T(0.1), T(0.8), T(.1), 0, 1, T(0.01), 1, false, 0, 0};
+  const Numbers<T> n(Asked());
+  const auto decay = DecayOf<T>(0, .003);
   const Part<T, W, T> table = {width, g.get(), w.get(), v.get(), all ? m.get() : nullptr,
-                            all ? a.get() : nullptr, {0, T(.003)}, nullptr};
+                            all ? a.get() : nullptr, decay, nullptr, nullptr};
   const Ticks ticks = {7, last.get()};
   keras_rmsprop::StepRows(n, table, ticks, ids.data(), 0, 1);
   keras_rmsprop::StepRows(n, table, ticks, ids.data(), 1, 2);
@@ -162,8 +220,8 @@ void TestRows(int64_t width, bool all) {
       }
     }
     Part<T, W, T> row = {width, g.get() + i * width, &w0[at], &v0[at],
-                      all ? &m0[at] : nullptr, all ? &a0[at] : nullptr, {0, T(.003)},
-                      nullptr};
+                      all ? &m0[at] : nullptr, all ? &a0[at] : nullptr, decay,
+                      nullptr, nullptr};
     keras_rmsprop::Step(n, row);
     last0[ids[i]] = 8;
   }
@@ -205,13 +263,15 @@ void TestBlocks(int64_t size, bool momentum) {
   auto g = Draw<float>(size, false), w = Draw<float>(size, false);
   auto w0 = std::make_unique<float[]>(size);
   std::copy_n(w.get(), size, w0.get());
-  const Numbers<float> n = {1, .9f, .1f, .8f, .1f, 0, 1, .01f, 1, false, 0, 5};
+  Request request = Asked();
+  request.draw = 5;
+  const Numbers<float> n(request);
   keras_rmsprop::Step(n, Part<float, float, Coded>{size, g.get(), w.get(), v.get(),
                                                    momentum ? m.get() : nullptr, nullptr,
-                                                   {0, 0}, nullptr});
+                                                   {}, nullptr, nullptr});
   keras_rmsprop::Step(n, Part<float, float, float>{
                              size, g.get(), w0.get(), plain_v.get(),
-                             momentum ? plain_m.get() : nullptr, nullptr, {0, 0}, nullptr});
+                             momentum ? plain_m.get() : nullptr, nullptr, {}, nullptr, nullptr});
   for (int64_t i = 0; i < size; ++i) Expect(w[i], w0[i], 0, "weight beside blocks");
   float kept[kBlock];
   for (int64_t b = 0; b < blocks; ++b) {
@@ -286,7 +346,7 @@ int main() {
     }
   }
   for (int64_t size : {0, 1, 7, 8, 9, 64, 1001}) {
-    for (int options = 0; options < 64; ++options) {
+    for (int options = 0; options < 128; ++options) {
       TestStep<float, float>(size, options, 1e-4);
       TestStep<double, double>(size, options, 1e-9);
       TestStep<double, float>(size, options, 1e-4);

@@ -17,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepping import python
 
-from keras_rmsprop import RMSprop, automatic, kernel, rule
+from keras_rmsprop import RMSprop, automatic, rule
 from keras_rmsprop.backends import plain
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Blockwise, Draw
-from keras_rmsprop.kernel import build
+from keras_rmsprop.kernel import DTYPES as TAKEN
+from keras_rmsprop.kernel import SWITCH, build
+from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 
 pytestmark = pytest.mark.tensorflow("the native kernel")
@@ -31,7 +33,7 @@ needs_kernel = pytest.mark.skipif(not kernel.ops(), reason=kernel.why_not())
 """The tests that do not need it run everywhere."""
 
 SHAPES = [(), (1,), (0,), (7,), (3, 5), (2, 0, 4), (9001,), (130, 70)]
-DTYPES = [(w, t) for t, of_weights in kernel.DTYPES.items() for w in of_weights]
+DTYPES = [(w, t) for t, of_weights in TAKEN.items() for w in of_weights]
 
 
 def update_of(shape, weights, slots, options, rng, decay=None):
@@ -97,7 +99,7 @@ def copied(updates):
         nesterov=st.booleans(),
         lr_in_momentum=st.booleans(),
         maximize=st.booleans(),
-        cautious=st.just(False),
+        cautious=st.booleans(),
     ),
     decay=st.sampled_from([None, 0.0, 0.01]),
     decoupled=st.booleans(),
@@ -145,7 +147,7 @@ def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, share, se
 
 
 @needs_kernel
-@pytest.mark.parametrize("weights", kernel.DTYPES["float32"])
+@pytest.mark.parametrize("weights", TAKEN["float32"])
 def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
     rng = np.random.default_rng(0)
     options = rule.Options(momentum=0.9)
@@ -166,7 +168,7 @@ def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
 
 @needs_kernel
 @given(
-    weights=st.sampled_from(kernel.DTYPES["float32"]),
+    weights=st.sampled_from(TAKEN["float32"]),
     sizes=st.lists(
         st.sampled_from([(), (0,), (256,), (257,), (3, 5), (130, 70), (20_001,)]),
         min_size=1,
@@ -182,7 +184,7 @@ def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
         nesterov=st.booleans(),
         lr_in_momentum=st.booleans(),
         maximize=st.booleans(),
-        cautious=st.just(False),
+        cautious=st.booleans(),
     ),
     decay=st.sampled_from([None, 0.01]),
     share=st.sampled_from([None, 0.7]),
@@ -294,6 +296,7 @@ def stepped(jit_compile, learning_rate=0.01, **options):
         {"global_clipnorm": 0.1, "skip_nonfinite": True},
         {"use_ema": True, "gradient_accumulation_steps": 2},
         {"global_clipnorm": 1.0, "gradient_accumulation_steps": 2, "maximize": True},
+        {"momentum": 0.9, "cautious": True, "use_ema": True, "weight_decay": 0.1},
         {"learning_rate": "auto"},
         {"learning_rate": "auto", "use_ema": True, "global_clipnorm": 1.0},
         {"use_ema": True, "ema_momentum": 0.5},
@@ -366,7 +369,6 @@ def test_variables_of_several_dtypes_take_a_call_each(calls):
     ("options", "why"),
     [
         ({"jit_compile": False}, "jit_compile=False"),
-        ({"momentum": 0.9, "cautious": True}, "cautious"),
         ({"slot_dtype": "bfloat16"}, "dtypes"),
     ],
 )
@@ -816,26 +818,30 @@ def test_without_it_all_works_and_explain_says_why():
 
 
 def test_a_library_that_cannot_be_loaded_is_told_of_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "found", lambda: tmp_path / "broken.so")
+    monkeypatch.setattr(build, "found", lambda _: tmp_path / "broken.so")
     (tmp_path / "broken.so").write_text("no library")
     monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
-    monkeypatch.delenv(kernel.SWITCH, raising=False)
+    monkeypatch.delenv(SWITCH, raising=False)
     with pytest.warns(UserWarning, match="cannot be loaded"):
         assert kernel.ops() is None
 
 
 def test_it_is_built_for_this_version_only(monkeypatch):
-    name = build.name()
-    assert tf.version.VERSION in name
+    names = list(map(build.name, build.LIBRARIES))
+    assert tf.version.VERSION in names[0]
+    assert "tensorflow" not in names[1]
     monkeypatch.setattr(tf.version, "GIT_VERSION", "another")
-    assert build.name() != name
+    assert [build.name(x) == y for x, y in zip(build.LIBRARIES, names, strict=True)] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("compiler", "says"), [("false", "failed"), ("no-c++", "run")])
 def test_a_build_that_fails_says_so_in_a_line(compiler, says, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(RuntimeError, match=says):
-        build.build(tmp_path)
+        build.build(build.OPS, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -843,14 +849,14 @@ def test_no_compiler(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-        build.build(tmp_path)
+        build.build(build.OPS, tmp_path)
 
 
 @needs_kernel
 def test_building_it(tmp_path):
     # What would take long is done by a compiler that writes what it wrote before.
     compiler = tmp_path / "compiler"
-    library = build.found()
+    library = build.found(build.OPS)
     out = tmp_path / "a folder"
     script = """#!/bin/sh
         while [ "$1" != -o ]; do shift; done
@@ -865,9 +871,10 @@ def test_building_it(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == f"Built the kernel: {out / build.name()}"
-    assert [path.name for path in out.iterdir()] == [build.name()]
-    assert (out / build.name()).read_bytes() == library.read_bytes()
+    names = list(map(build.name, build.LIBRARIES))
+    assert done.stdout.splitlines() == [f"Built the kernel: {out / n}" for n in names]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert (out / names[0]).read_bytes() == library.read_bytes()
 
 
 @pytest.mark.slow

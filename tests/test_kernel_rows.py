@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernel import DTYPES, copied, needs_kernel, update_of, values
 
-from keras_rmsprop import RMSprop, kernel, rule
+from keras_rmsprop import RMSprop, rule
+from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Draw

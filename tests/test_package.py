@@ -13,7 +13,7 @@ import pytest
 from stepping import python
 
 import keras_rmsprop
-from keras_rmsprop import kernel
+from keras_rmsprop.kernel import tensorflow as kernel
 
 pytestmark = pytest.mark.tensorflow("wheels, which are the same for all backends")
 
@@ -127,7 +127,7 @@ def test_wheel_trains_in_an_empty_environment(version, wheel, tmp_path):
         x = np.ones((8, 3))
         losses = model.fit(x, x[:, :1] + 9, epochs=2, batch_size=8, verbose=0).history
         assert losses["loss"][1] < losses["loss"][0]
-        from keras_rmsprop import kernel
+        from keras_rmsprop.kernel import tensorflow as kernel
         print(kernel.why_not() or "kernel", keras_rmsprop.__version__, end=" ")
         print("%d.%d" % sys.version_info[:2])
         """,

@@ -8,6 +8,7 @@ to end, to be a block.
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -22,7 +23,6 @@ from keras_rmsprop.backends.plain import Runner as Runner
 from keras_rmsprop.backends.plain import Step, Update, Way
 from keras_rmsprop.backends.plain import after as after
 from keras_rmsprop.backends.plain import all_finite as all_finite
-from keras_rmsprop.backends.plain import as_taken as as_taken
 from keras_rmsprop.backends.plain import assign_everywhere as assign_everywhere
 from keras_rmsprop.backends.plain import clocks as clocks
 from keras_rmsprop.backends.plain import folds as folds
@@ -35,6 +35,8 @@ from keras_rmsprop.backends.plain import searching_kernel as searching_kernel
 from keras_rmsprop.kernel import torch as kernel
 from keras_rmsprop.rule import Slots
 
+_Tensors = tuple[Any, Any, Slots]
+"""Gradient, weights and slots."""
 BLOCK_ELEMENTS = 2**19
 """Of a block: a few of that size fit into the caches."""
 SMALL_ELEMENTS = 2**12
@@ -58,6 +60,21 @@ def check(gradient: Any, variable: Any) -> None:
     )
     if not fits:
         plain.check(gradient, variable)
+
+
+def as_taken(
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    clocks: Sequence[Any],
+    native: Sequence[Any] = (),
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return gradients in float32 at least; see `tensorflow.as_taken`."""
+    if all(g is None or g.dtype in _WIDE for g in grads):
+        return list(grads), [None] * len(grads), []
+    return plain.as_taken(grads, variables, clocks, native)
+
+
+_WIDE = torch.float32, torch.float64
 
 
 def update(
@@ -85,27 +102,34 @@ def _update_by_kernel(
         return [], updates
     followed: list[Any] = []
     others: list[Update] = []
-    kinds: dict[int, tuple[list[Update], list[kernel.Part]]] = {}
+    taken: dict[int, list[Update]] = defaultdict(list)
+    parts_of: dict[int, list[kernel.Part]] = defaultdict(list)
     for one in updates:
-        part = kernel.part(_tensors_of(one, step))
+        part = _part(one, step)
         if part is None:
             others.append(one)
             continue
-        of_kind, parts = kinds.setdefault(part.kind, ([], []))
-        of_kind.append(one)
-        parts.append(part)
-    for of_kind, parts in kinds.values():
-        places = {part.tensors.weights.data_ptr() for part in parts}
-        is_apart = len(places) == len(parts)
-        if is_apart and kernel.update(parts, [one.decay for one in of_kind], step):
-            followed += [
-                one.average
-                for one, part in zip(of_kind, parts, strict=True)
-                if part.tensors.average is not None
-            ]
-        else:
+        taken[part.kind].append(one)
+        parts_of[part.kind].append(part)
+    for kind, parts in parts_of.items():
+        of_kind = taken[kind]
+        is_apart = len({part.at_weights for part in parts}) == len(parts)
+        decays = [one.decay for one in of_kind]
+        if not (is_apart and kernel.update(parts, decays, step)):
             others += of_kind
+            continue
+        for one, part in zip(of_kind, parts, strict=True):
+            # As PyTorch's operations do: a graph that holds the old weights says so.
+            torch.autograd.graph.increment_version(one.variable._value)
+            if part.at_average:
+                followed.append(one.average)
     return followed, others
+
+
+def _part(one: Update, step: Step) -> kernel.Part | None:
+    average = one.average._value if step.share and one.average is not None else None
+    gradient, weights, slots = _tensors_of(one)
+    return kernel.part(gradient, weights, slots, average)
 
 
 def _why_not_by_kernel(step: Step) -> str:
@@ -116,10 +140,10 @@ def _why_not_by_kernel(step: Step) -> str:
 
 
 def _update_in_blocks(updates: Sequence[Update], step: Step) -> None:
-    alike: dict[Hashable, tuple[Update, list[kernel.Tensors]]] = {}
+    alike: dict[Hashable, tuple[Update, list[_Tensors]]] = {}
     for one in updates:
-        tensors = _tensors_of(one, step)
-        if step.options.cautious or not _is_elementwise(tensors.slots.velocity.dtype):
+        tensors = _tensors_of(one)
+        if step.options.cautious or not _is_elementwise(tensors[-1].velocity.dtype):
             plain.update_one(one, step)
         else:
             _, several = alike.setdefault(_kind(tensors, one.decay), (one, []))
@@ -149,19 +173,19 @@ def _can_be_in_place(variable: Any) -> bool:
     return hasattr(variable, "_value") and not in_stateless_scope()
 
 
-def _tensors_of(one: Update, step: Step) -> kernel.Tensors:
+def _tensors_of(one: Update) -> _Tensors:
     """Return the tensors of an update whose variables are not in a scope."""
-    average = one.average if step.share else None
+    v, m, a = one.slots
     # `value` looks for a scope each time, which takes longer than an operation.
-    w, v, m, a, average = (
-        x if x is None else x._value for x in (one.variable, *one.slots, average)
+    slots = Slots(
+        v._value, None if m is None else m._value, None if a is None else a._value
     )
-    return kernel.Tensors(one.gradient, w, Slots(v, m, a), average)
+    return one.gradient, one.variable._value, slots
 
 
-def _kind(tensors: kernel.Tensors, decay: Any) -> Hashable:
+def _kind(tensors: _Tensors, decay: Any) -> Hashable:
     """Return something equal for variables that can be in one block."""
-    g, w, slots, _ = tensors
+    g, w, slots = tensors
     dtypes = (None if x is None else x.dtype for x in (g, w, *slots))
     return id(decay) if torch.is_tensor(decay) else decay, w.device, *dtypes
 
@@ -174,10 +198,10 @@ class _Block(NamedTuple):
     slots: list[Slots]
 
 
-def _blocks(tensors: Sequence[kernel.Tensors]) -> Iterator[_Block]:
+def _blocks(tensors: Sequence[_Tensors]) -> Iterator[_Block]:
     """Yield all variables, small ones end to end, large ones cut."""
     small, elements = _Block([], [], []), 0
-    for gradient, weights, slots, _ in tensors:
+    for gradient, weights, slots in tensors:
         size = weights.numel()
         if size > SMALL_ELEMENTS:
             yield from _cut(gradient, weights, slots)
@@ -282,8 +306,8 @@ END_TO_END, IN_BLOCKS = "end to end with others", "in blocks"
 
 def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
     """Say how `update` updates a variable, and why."""
-    tensors = _tensors_of(one._replace(gradient=one.variable._value), step)
-    if not _why_not_by_kernel(step) and kernel.part(tensors):
+    like = one._replace(gradient=one.variable._value)
+    if not _why_not_by_kernel(step) and _part(like, step):
         return Way(KERNEL, "one native call takes the step of all of them")
     if step.options.cautious:
         return Way(ALONE, "`cautious` counts each variable's elements")

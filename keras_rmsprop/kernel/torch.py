@@ -15,36 +15,33 @@ from keras_rmsprop.backends.plain import Step
 from keras_rmsprop.kernel import DTYPES, SLOTS, build, loaded
 from keras_rmsprop.rule import Slots
 
-KINDS = [
-    tuple(getattr(torch, dtype) for dtype in (t, w, s))
-    for t in DTYPES
-    for s in SLOTS[t]
-    for w in DTYPES[t]
-]
+KINDS = [(t, w, s) for t in DTYPES for s in SLOTS[t] for w in DTYPES[t]]
 """The dtypes of gradient, weights and slots, in the order of `pointers.cc`."""
-_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_KINDS = {
+    (getattr(torch, w), getattr(torch, s)): (number, getattr(torch, t))
+    for number, (t, w, s) in enumerate(KINDS)
+}
+"""For the dtypes of weights and slots: the number, and the dtype of gradients."""
+PLACES = 2
+"""The first of the fields of a `Part` that `pointers.cc` is given."""
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
-class Tensors(NamedTuple):
-    """The tensors of an update."""
-
-    gradient: Any
-    weights: Any
-    slots: Slots
-    average: Any
-    """Of the weights; None if it does not follow now."""
-
-
 class Part(NamedTuple):
-    """What the kernel is told of a variable."""
+    """What the kernel is told of a variable: its size, and addresses, or 0."""
 
-    tensors: Tensors
-    """With a gradient in the dtype in which it computes."""
     kind: int
-    """The number of the dtypes."""
-    places: Sequence[int]
-    """The size, and the address of each tensor, or 0."""
+    """The number of its dtypes."""
+    gradient: Any
+    """In the dtype in which it computes."""
+    size: int
+    at_gradient: int
+    at_weights: int
+    at_velocity: int
+    at_momentum: int
+    at_average_gradient: int
+    at_average: int
+    """Of the average of the weights."""
 
 
 class _Request(ctypes.Structure):
@@ -91,51 +88,62 @@ def is_watched() -> bool:
     return torch.compiler.is_compiling() or count() > 0
 
 
-def takes(x: Any) -> bool:
-    """Whether the elements of a tensor lie at its address, one after the other."""
-    return (
-        type(x) in _PLAIN
-        and x.is_cpu
-        and x.is_contiguous()
-        and not x.is_inference()
-        and not x.is_neg()
-    )
-
-
-def part(tensors: Tensors) -> Part | None:
+def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Part | None:
     """Return what the kernel is to be told of a variable; None if it does not take it.
 
     Args:
-        tensors: Its tensors.
+        gradient: A tensor of the shape of the weights.
+        weights: A tensor.
+        slots: Tensors.
+        average: A tensor, the average of the weights that is to follow them; or None.
     """
-    gradient, weights, slots, average = tensors
-    size, velocity = weights.numel(), slots.velocity
-    wide = torch.float64 if torch.float64 in (weights.dtype, velocity.dtype) else None
-    gradient = gradient.to(wide or torch.float32).contiguous()
-    number = _NUMBERS.get((gradient.dtype, weights.dtype, velocity.dtype))
-    if number is None or not (gradient.numel() == size and takes(gradient)):
+    v, m, a = slots
+    kind = _KINDS.get((weights.dtype, v.dtype))
+    if kind is None:
         return None
-    if average is not None and not weights.dtype == average.dtype == gradient.dtype:
+    number, wide = kind
+    if gradient.dtype is not wide:
+        gradient = gradient.to(wide)
+    if not gradient.is_contiguous():
+        gradient = gradient.contiguous()
+    if average is not None and not average.dtype is weights.dtype is wide:
         average = None
-    in_blocks = velocity.dtype is torch.uint8
-    bytes_each = blockwise.BLOCK + blockwise.SCALE
-    kept = blockwise.blocks(size) * bytes_each if in_blocks else size
-    wanted = (size, *([kept] * 3), size)
-    places = [size]
+    kept = size = gradient.numel()
+    if v.dtype is torch.uint8:
+        kept = blockwise.blocks(size) * (blockwise.BLOCK + blockwise.SCALE)
     try:
-        places.append(gradient.data_ptr())
-        for x, elements in zip((weights, *slots, average), wanted, strict=True):
-            if x is None:
-                places.append(0)
-                continue
-            if not (takes(x) and x.numel() == elements):
-                return None
-            places.append(x.data_ptr())
-    except RuntimeError:  # within a transform of `torch.func` there are no addresses
+        return Part(
+            number,
+            gradient,
+            size,
+            _address(gradient, size, wide),
+            _address(weights, size, weights.dtype),
+            _address(v, kept, v.dtype),
+            0 if m is None else _address(m, kept, v.dtype),
+            0 if a is None else _address(a, kept, v.dtype),
+            0 if average is None else _address(average, size, wide),
+        )
+    except RuntimeError:
         return None
-    if any(x is not None and x.dtype is not velocity.dtype for x in slots):
-        return None
-    return Part(Tensors(gradient, weights, slots, average), number, places)
+
+
+def _address(x: Any, size: int, dtype: Any) -> int:
+    """Return where the elements of a tensor lie, one after the other.
+
+    Raises:
+        RuntimeError: They do not. Within a transform of `torch.func` they lie nowhere.
+    """
+    if (
+        type(x) in _PLAIN
+        and x.is_cpu
+        and x.dtype is dtype
+        and x.numel() == size
+        and x.is_contiguous()
+        and not x.is_inference()
+        and not x.is_neg()
+    ):
+        return int(x.data_ptr())
+    raise RuntimeError("No plain tensor")
 
 
 def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
@@ -150,7 +158,7 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
         Whether it was taken: not if there is no memory for it.
     """
     kind = parts[0].kind
-    dtype = {torch.float32: "float32", torch.float64: "float64"}[KINDS[kind][0]]
+    dtype, *_ = KINDS[kind]
     numbers = step.options
     rho, correction = _number(numbers.rho), 1.0
     if numbers.bias_correction and rho:
@@ -159,7 +167,7 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
     draw, offset = 0, step.draw.offset
     if offset is not None:
         draw = (int(_number(step.draw.step)) + int(_number(offset))) % 2**32
-    follows = any(one.tensors.average is not None for one in parts)
+    follows = any(part.at_average for part in parts)
     request = _Request(
         -scale if numbers.maximize else scale,
         _number(step.learning_rate),
@@ -173,9 +181,9 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
         numbers.nesterov,
         numbers.lr_in_momentum,
         step.decoupled_weight_decay,
-        numbers.cautious and parts[0].tensors.slots.momentum is not None,
+        numbers.cautious and parts[0].at_momentum != 0,
     )
-    places = array("q", [x for one in parts for x in one.places])
+    places = array("q", [x for part in parts for x in part[PLACES:]])
     decay = array("d", [0.0 if x is None else _number(x) for x in decays])
     taken = library().keras_rmsprop_step(
         ctypes.byref(request),
@@ -184,9 +192,6 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
         *(ctypes.c_void_p(x.buffer_info()[0]) for x in (places, decay)),
         torch.get_num_threads(),
     )
-    # As PyTorch's own operations do: a graph that has kept the old weights says so.
-    for one in parts:
-        torch.autograd.graph.increment_version(one.tensors.weights)
     return bool(taken)
 
 
@@ -200,11 +205,11 @@ def squares(tensors: Sequence[Any]) -> list[float] | None:
         return None
     [dtype, *others] = {x.dtype for x in tensors}
     name = {torch.float32: "float", torch.float64: "double"}.get(dtype)
-    tensors = [x.contiguous() for x in tensors]
-    if others or name is None or not all(map(takes, tensors)):
+    if others or name is None:
         return None
+    tensors = [x.contiguous() for x in tensors]
     try:
-        places = array("q", [x.data_ptr() for x in tensors])
+        places = array("q", [_address(x, x.numel(), dtype) for x in tensors])
     except RuntimeError:
         return None
     sizes = array("q", [x.numel() for x in tensors])
