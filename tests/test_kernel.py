@@ -831,10 +831,9 @@ def test_it_is_built_for_this_version_only(monkeypatch):
     assert tf.version.VERSION in names[0]
     assert "tensorflow" not in names[1]
     monkeypatch.setattr(tf.version, "GIT_VERSION", "another")
-    assert [build.name(x) == y for x, y in zip(build.LIBRARIES, names, strict=True)] == [
-        False,
-        True,
-    ]
+    others = list(map(build.name, build.LIBRARIES))
+    assert others[0] != names[0]
+    assert others[1] == names[1]
 
 
 @pytest.mark.parametrize(("compiler", "says"), [("false", "failed"), ("no-c++", "run")])

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_kernel import DTYPES, copied, needs_kernel, update_of, values
 
 from keras_rmsprop import RMSprop, rule
-from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Draw
+from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import Clock, Rows
 

@@ -1,4 +1,4 @@
-"""How a step is taken on PyTorch: in blocks, beside torch's own and the plain way."""
+"""How a step is taken on PyTorch: beside torch's own; in blocks, as the plain way."""
 
 import numpy as np
 import pytest
@@ -47,6 +47,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_equals_the_plain_way(dtype, options, monkeypatch):
@@ -57,12 +58,14 @@ def test_equals_the_plain_way(dtype, options, monkeypatch):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("jit_compile", ["auto", False])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("centered", [False, True])
-def test_equals_torch(momentum, centered):
+def test_equals_torch(momentum, centered, jit_compile):
     options = {"momentum": momentum, "centered": centered}
-    inside = {"epsilon_inside_sqrt": False, "lr_in_momentum": False}
-    variables, optimizer = made(RMSprop, epsilon=1e-3, **options, **inside)
+    own = {"epsilon_inside_sqrt": False, "lr_in_momentum": False}
+    own["jit_compile"] = jit_compile
+    variables, optimizer = made(RMSprop, epsilon=1e-3, **options, **own)
     found = steps(variables, optimizer)
     parameters = [torch.nn.Parameter(torch.tensor(x)) for x in arrays(SHAPES)]
     peer = torch.optim.RMSprop(parameters, 0.01, 0.9, 1e-3, foreach=True, **options)
@@ -95,6 +98,7 @@ def test_a_variable_twice_is_updated_twice():
     np.testing.assert_allclose(*(v.value.detach().numpy() for v in (variable, twin)))
 
 
+@pytest.mark.portable  # a step as a function has no kernel
 def test_a_step_as_a_function_changes_nothing():
     variables, optimizer = made(RMSprop)
     before = [v.value.detach().clone() for v in variables + optimizer.variables]
@@ -108,6 +112,7 @@ def test_a_step_as_a_function_changes_nothing():
         np.testing.assert_array_equal(got.detach().numpy(), want)
 
 
+@pytest.mark.portable
 def test_explains():
     _, optimizer = made(RMSprop)
     text = " ".join(optimizer.explain().split())

@@ -1,9 +1,9 @@
 """How a step is taken on PyTorch: by the kernel, or in blocks, small ones end to end.
 
-Without the kernel: on a CPU an operation on a large tensor waits for memory. So a large variable is updated
-block after block: one fits into a core's cache, for all operations of the formula. And
-an operation on a bias costs more than what it computes. So small variables are laid end
-to end, to be a block.
+Without the kernel: on a CPU an operation on a large tensor waits for memory. So a large
+variable is updated block after block: one fits into a core's cache, for all operations
+of the formula. And an operation on a bias costs more than what it computes. So small
+variables are laid end to end, to be a block.
 """
 
 import functools
@@ -35,8 +35,6 @@ from keras_rmsprop.backends.plain import searching_kernel as searching_kernel
 from keras_rmsprop.kernel import torch as kernel
 from keras_rmsprop.rule import Slots
 
-_Tensors = tuple[Any, Any, Slots]
-"""Gradient, weights and slots."""
 BLOCK_ELEMENTS = 2**19
 """Of a block: a few of that size fit into the caches."""
 SMALL_ELEMENTS = 2**12
@@ -143,7 +141,7 @@ def _update_in_blocks(updates: Sequence[Update], step: Step) -> None:
     alike: dict[Hashable, tuple[Update, list[_Tensors]]] = {}
     for one in updates:
         tensors = _tensors_of(one)
-        if step.options.cautious or not _is_elementwise(tensors[-1].velocity.dtype):
+        if step.options.cautious or not _is_elementwise(tensors.slots.velocity.dtype):
             plain.update_one(one, step)
         else:
             _, several = alike.setdefault(_kind(tensors, one.decay), (one, []))
@@ -173,6 +171,14 @@ def _can_be_in_place(variable: Any) -> bool:
     return hasattr(variable, "_value") and not in_stateless_scope()
 
 
+class _Tensors(NamedTuple):
+    """The tensors of an update."""
+
+    gradient: Any
+    weights: Any
+    slots: Slots
+
+
 def _tensors_of(one: Update) -> _Tensors:
     """Return the tensors of an update whose variables are not in a scope."""
     v, m, a = one.slots
@@ -180,7 +186,7 @@ def _tensors_of(one: Update) -> _Tensors:
     slots = Slots(
         v._value, None if m is None else m._value, None if a is None else a._value
     )
-    return one.gradient, one.variable._value, slots
+    return _Tensors(one.gradient, one.variable._value, slots)
 
 
 def _kind(tensors: _Tensors, decay: Any) -> Hashable:

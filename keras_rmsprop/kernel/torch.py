@@ -142,7 +142,7 @@ def _address(x: Any, size: int, dtype: Any) -> int:
         and not x.is_inference()
         and not x.is_neg()
     ):
-        return int(x.data_ptr())
+        return int(x.data_ptr()) or id(x)  # an empty one is nowhere, but there
     raise RuntimeError("No plain tensor")
 
 

@@ -1,0 +1,376 @@
+"""The native step on PyTorch: against the rule, and where it must not go."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepping import BACKEND, arrays, python, tensor
+from test_torch import OPTIONS, made, steps
+
+pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="only on PyTorch")
+
+if BACKEND == "torch":
+    import keras
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from keras_rmsprop import RMSprop, rule
+    from keras_rmsprop.backends import plain
+    from keras_rmsprop.backends import torch as backend
+    from keras_rmsprop.backends.plain import Step, Update
+    from keras_rmsprop.codecs import Blockwise, Draw
+    from keras_rmsprop.kernel import torch as kernel
+    from keras_rmsprop.rule import Slots
+
+    needs_kernel = pytest.mark.skipif(not kernel.library(), reason=kernel.why_not())
+    KINDS = kernel.KINDS
+else:
+    needs_kernel, KINDS = pytest.mark.skip(), [("float32",) * 3]
+
+SIZES = [(), (1,), (0,), (7,), (3, 5), (2, 0, 4), (9001,), (700, 700)]
+"""The last one is shared out over threads."""
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    if BACKEND != "torch":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of variables in each call of the kernel."""
+    calls, update = [], kernel.update
+    monkeypatch.setattr(
+        kernel, "update", lambda *given: calls.append(len(given[0])) or update(*given)
+    )
+    return calls
+
+
+def update_of(shape, kind, options, rng, decay, draw):
+    gradient, weights, slots = kind
+
+    def variable(dtype, *, low=False):
+        x = rng.normal(size=shape)
+        return keras.Variable(np.abs(x) if low else x, dtype=dtype)
+
+    v, m, a = variable(gradient, low=True), None, None
+    if options.momentum:
+        m = variable(gradient)
+    if options.centered_here:
+        a = variable(gradient)
+        a.assign(a * 0.01)
+    kept = [v, m, a]
+    if slots == "uint8":
+        kept = [
+            x if x is None else Blockwise().encode(x.value, "uint8", draw, number)
+            for number, x in enumerate(kept)
+        ]
+    kept = [
+        x if x is None else keras.Variable(x, dtype=slots, trainable=False)
+        for x in kept
+    ]
+    return Update(
+        variable(weights), tensor(rng.normal(size=shape), gradient), Slots(*kept), decay
+    )
+
+
+def copied(updates):
+    def copy(v):
+        value = v.value.detach().clone()
+        return keras.Variable(value, dtype=v.dtype, trainable=v.trainable)
+
+    return [
+        one._replace(variable=copy(one.variable), slots=one.slots.map(copy))
+        for one in updates
+    ]
+
+
+class Asked(rule.Options if BACKEND == "torch" else tuple):
+    """Options, and whether there is an average of the gradients."""
+
+    centered_here = False
+
+
+@needs_kernel
+@given(
+    kind=st.sampled_from(KINDS),
+    shapes=st.lists(st.sampled_from(SIZES), min_size=1, max_size=4),
+    rho=st.sampled_from([0.0, 0.9, 0.999]),
+    momentum=st.sampled_from([0.0, 0.9]),
+    epsilon=st.sampled_from([1e-7, 1.0]),
+    flags=st.tuples(*[st.booleans()] * 7),
+    decay=st.sampled_from([None, 0.0, 0.01]),
+    decoupled=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    share=st.sampled_from([None, 0.0, 0.7]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=100)
+def test_is_the_rule(
+    kind, shapes, rho, momentum, epsilon, flags, decay, decoupled, scale, share, seed
+):
+    rng = np.random.default_rng(seed)
+    *flags, centered = flags
+    options = Asked(rho, momentum, epsilon, *flags)
+    options.centered_here = centered and kind[2] != "uint8"
+    draw = Draw(tensor(12345, "int32"), tensor(seed % 70_000, "int32"))
+    updates = [update_of(shape, kind, options, rng, decay, draw) for shape in shapes]
+    expected = copied(updates)
+    step = Step(rule.Options(*options), 0.01, draw, decoupled, scale, native=True)
+    followed, old = [], [rng.normal(size=shape) for shape in shapes]
+    averages = [keras.Variable(x, dtype=kind[1]) for x in old]
+    if share is not None:
+        step = step._replace(share=lambda dtype: share)
+        both = zip(updates, averages, strict=True)
+        updates = [one._replace(average=average) for one, average in both]
+    followed, others = backend._update_by_kernel(updates, step)
+    assert not others
+    plain.update(expected, step)
+    follow = share is not None and kind[0] == kind[1]
+    assert list(map(id, followed)) == list(map(id, averages if follow else []))
+    for one, average, x in zip(updates, averages, old, strict=True):
+        if follow:
+            want = share * x + (1 - share) * numbers(one.variable)
+            np.testing.assert_allclose(numbers(average), want, rtol=1e-5, atol=1e-6)
+    rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(kind[1], 1e-6)
+    rtol = 1e-13 if {*kind} == {"float64"} else rtol
+
+    def assert_near(got, want, rtol):
+        # PyTorch's roots are off by a bit, and then numbers are added up.
+        atol = rtol * np.abs(want).max(initial=0)
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
+
+    for mine, theirs in zip(updates, expected, strict=True):
+        assert_near(numbers(mine.variable), numbers(theirs.variable), rtol)
+        for got, want in zip(mine.slots, theirs.slots, strict=True):
+            if got is None:
+                continue
+            got, want = numbers(got), numbers(want)
+            if kind[0] == kind[2]:
+                assert_near(got, want, 1e-13 if kind[0] == "float64" else 1e-6)
+            else:  # some are rounded to the other side
+                assert (got != want).sum() <= 4 + 0.002 * got.size
+
+
+def numbers(variable):
+    return variable.value.detach().double().numpy()
+
+
+@needs_kernel
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(
+    dtype, options, calls
+):
+    found = steps(*made(RMSprop, dtype, **options))
+    is_left = dtype == "float64" and options.get("slot_dtype") == "bfloat16"
+    assert bool(calls) != is_left
+    calls.clear()
+    expected = steps(*made(RMSprop, dtype, jit_compile=False, **options))
+    assert not calls
+    # Where arithmetic is off by a bit, 16 or 8 bits may be rounded to the other side.
+    is_narrow = dtype == "bfloat16" or "slot_dtype" in options
+    for got, want in zip(found, expected, strict=True):
+        is_off = np.abs(got - want) > 1e-5 * np.abs(want) + 1e-6
+        assert is_off.sum() <= (2 + 0.001 * got.size if is_narrow else 0)
+
+
+@needs_kernel
+def test_a_graph_that_holds_the_old_weights_says_so():
+    [weights], optimizer = made(RMSprop, shapes=[(5,)])
+    loss = (weights.value**2).sum()
+    optimizer.apply([tensor(np.ones(5))], [weights])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_kernel
+def test_gradients_come_as_they_like(calls):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 6)).astype("float32")
+    ways = {
+        "transposed": torch.tensor(x.T.copy()).T,
+        "every second": torch.tensor(np.repeat(x, 2, 1))[:, ::2],
+        "negated": torch._neg_view(torch.tensor(-x)),
+        "with a graph": torch.tensor(x, requires_grad=True) * 1,
+        "a parameter": torch.nn.Parameter(torch.tensor(x)),
+        "in half": torch.tensor(x, dtype=torch.float16),
+        "NumPy": x,
+    }
+    for name, gradient in ways.items():
+        [one], optimizer = made(RMSprop, shapes=[(4, 6)])
+        optimizer.apply([gradient], [one])
+        [twin], builtin = made(keras.optimizers.RMSprop, shapes=[(4, 6)])
+        builtin.apply([torch.tensor(x)], [twin])
+        np.testing.assert_allclose(
+            numbers(one), numbers(twin), rtol=1e-3 if "half" in name else 1e-6
+        )
+    assert sum(calls) >= len(ways) - 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("what", ["weights", "slot"])
+@pytest.mark.parametrize("how", ["transposed", "expanded", "strided"])
+def test_what_does_not_lie_in_a_row_takes_the_other_way(what, how, calls):
+    def laid_out(x):
+        if how == "transposed":
+            return x.T.contiguous().T
+        if how == "strided":
+            return torch.stack([x, x], -1).reshape(4, 12)[:, ::2]
+        return x[:1].clone().expand(4, 6) if what == "slot" else x.T.contiguous().T
+
+    [one], optimizer = made(RMSprop, shapes=[(4, 6)])
+    [twin], builtin = made(keras.optimizers.RMSprop, shapes=[(4, 6)])
+    place = one if what == "weights" else optimizer.variables[-1]
+    place._value.data = laid_out(place._value.data)
+    gradient = tensor(arrays([(4, 6)], seed=1)[0])
+    if how == "expanded" and what == "slot":
+        # As PyTorch says of it itself.
+        with pytest.raises(RuntimeError, match="more than one element"):
+            optimizer.apply([gradient], [one])
+    else:
+        optimizer.apply([gradient], [one])
+        builtin.apply([gradient], [twin])
+        np.testing.assert_allclose(numbers(one), numbers(twin), rtol=1e-6)
+    assert not calls
+
+
+@needs_kernel
+def test_a_place_that_is_too_small_is_not_written_to(calls):
+    [one], optimizer = made(RMSprop, shapes=[(4, 6)])
+    optimizer.variables[-1]._value.data = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="doesn't match"):  # as PyTorch says
+        optimizer.apply([tensor(np.ones((4, 6)))], [one])
+    assert not calls
+
+
+@needs_kernel
+def test_two_variables_at_one_place_are_stepped_one_after_the_other(calls):
+    found = []
+    for kind in (RMSprop, keras.optimizers.RMSprop):
+        variables, optimizer = made(kind, shapes=[(5,), (5,)])
+        first, second = variables
+        second._value.data = first._value.data
+        optimizer.apply([tensor(np.ones(5)), tensor(2 * np.ones(5))], variables)
+        found.append(numbers(first))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert not calls
+
+
+@needs_kernel
+def test_who_counts_operations_sees_them(calls):
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    variables, optimizer = made(RMSprop)
+    seen = []
+    with Names():
+        steps(variables, optimizer, number=1)
+    assert any("sqrt" in name for name in seen)
+    assert not calls
+
+
+@needs_kernel
+def test_within_a_transform_of_functions_all_is_as_without_it():
+    [weights], optimizer = made(RMSprop, shapes=[(3,)])
+    state = [v.value for v in optimizer.variables]
+
+    def stepped(gradient):
+        [new], _ = optimizer.stateless_apply(state, [gradient], [weights.value])
+        return new
+
+    gradients = tensor(arrays([(4, 3)])[0])
+    found = torch.func.vmap(stepped)(gradients).detach().numpy()
+    for got, gradient in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(got, stepped(gradient).detach().numpy(), rtol=1e-6)
+
+
+@needs_kernel
+def test_tensors_of_inference():
+    with torch.inference_mode():
+        [weights], optimizer = made(RMSprop, shapes=[(3,)])
+        before = numbers(weights)
+        optimizer.apply([tensor(np.ones(3))], [weights])
+        assert not np.array_equal(numbers(weights), before)
+
+
+@needs_kernel
+def test_threads_with_models_of_their_own():
+    sets = [made(RMSprop, shapes=[(400, 400), (7,)], momentum=0.5) for _ in range(5)]
+
+    def run(i):
+        variables, optimizer = sets[i]
+        for _ in range(20):
+            optimizer.apply([tensor(np.ones(v.shape)) for v in variables], variables)
+        found[i] = [numbers(v) for v in variables]
+
+    found = {}
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    run(4)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        for got, want in zip(found[i], found[4], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_squares(dtype):
+    x = [torch.tensor(a, dtype=getattr(torch, dtype)) for a in arrays(SIZES)]
+    found = kernel.squares([*x, x[-1].T])
+    expected = [float((a.double() ** 2).sum()) for a in [*x, x[-1]]]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    for bad in (np.nan, np.inf, -np.inf):
+        x[3][2] = bad
+        assert not np.isfinite(kernel.squares(x)[3])
+    assert kernel.squares([x[0], x[1].half()]) is None
+    assert kernel.squares([]) is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_norm_that_is_not_finite_does_what_it_does_without(bad):
+    found = []
+    for jit_compile in ("auto", False):
+        variables, optimizer = made(
+            RMSprop, shapes=[(3,), (2,)], global_clipnorm=1.0, jit_compile=jit_compile
+        )
+        optimizer.apply([tensor([1.0, bad, 1.0]), tensor([1.0, 1.0])], variables)
+        found.append(np.concatenate([numbers(v) for v in variables]))
+    np.testing.assert_array_equal(*map(np.isnan, found))
+
+
+@needs_kernel
+def test_explains():
+    _, optimizer = made(RMSprop)
+    text = " ".join(optimizer.explain().split())
+    assert "6 by the kernel (one native call takes the step of all of them)" in text
+
+
+def test_without_it_all_works_and_explain_says_why():
+    program = """
+        import keras, numpy as np
+        from keras_rmsprop import RMSprop
+        v = keras.Variable(np.ones(5))
+        optimizer = RMSprop(0.01)
+        optimizer.apply([np.ones(5, "float32")], [v])
+        print(float(v.value[0]))
+        print(optimizer.explain())
+    """
+    out = python(program, KERAS_RMSPROP_KERNEL="0")
+    assert float(out.split()[0]) == pytest.approx(1 - 0.01 / 0.1**0.5, rel=1e-5)
+    assert "by the kernel" not in out
+    assert "No kernel: KERAS_RMSPROP_KERNEL is 0" in out
