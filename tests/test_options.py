@@ -55,8 +55,10 @@ OPTIONS = {
 }
 
 
-# Elsewhere it is the built-in that is less exact, in averages of the weights.
+# Elsewhere it is the built-in that is less exact: in averages of the weights, and on PyTorch
+# as float32 is in norms and weight decay.
 RTOL = {"float32": 1e-5, "float64": 1e-12 if BACKEND == "tensorflow" else 1e-9}
+AS_FLOAT32 = {"global_clipnorm", "weight_decay"} if BACKEND == "torch" else set()
 
 
 @pytest.mark.one_in(3)
@@ -76,7 +78,8 @@ RTOL = {"float32": 1e-5, "float64": 1e-12 if BACKEND == "tensorflow" else 1e-9}
 def test_equals_the_built_in(name, dtype, way):
     expected = train(keras.optimizers.RMSprop(**OPTIONS[name]), dtype=dtype)
     result = train(RMSprop(**OPTIONS[name]), dtype=dtype, way=way)
-    assert_close(result, expected, RTOL[dtype])
+    rtol = 1e-6 if AS_FLOAT32 & {*OPTIONS[name]} else RTOL[dtype]
+    assert_close(result, expected, rtol if dtype == "float64" else RTOL[dtype])
 
 
 # What the built-in does not have; the peers of test_dialects.py have it.

@@ -184,7 +184,7 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
         numbers.cautious and parts[0].at_momentum != 0,
     )
     places = array("q", [x for part in parts for x in part[PLACES:]])
-    decay = array("d", [0.0 if x is None else _number(x) for x in decays])
+    decay = array("d", [0 if x is None else _number(x) for x in decays])
     taken = library().keras_rmsprop_step(
         ctypes.byref(request),
         kind,
