@@ -55,7 +55,8 @@ OPTIONS = {
 }
 
 
-# Elsewhere it is the built-in that is less exact: in averages of the weights, and on PyTorch
+# Elsewhere it is the built-in that is less exact: in averages of the weights, and on
+# PyTorch in norms and weight decay, which are those of float32.
 # as float32 is in norms and weight decay.
 RTOL = {"float32": 1e-5, "float64": 1e-12 if BACKEND == "tensorflow" else 1e-9}
 AS_FLOAT32 = {"global_clipnorm", "weight_decay"} if BACKEND == "torch" else set()
