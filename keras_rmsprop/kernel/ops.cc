@@ -130,7 +130,8 @@ REGISTER_OP("KerasRmspropFollow")
 
 namespace {
 
-constexpr int64_t kCyclesAnElement = 4;
+constexpr int64_t kCyclesAnElement = 1;
+constexpr int64_t kCyclesAThread = 1 << 18;  // below, waking another takes longer
 constexpr int64_t kCyclesARow = 400;  // more, as it is not in a cache
 
 // How many rows one thread does at a time.
@@ -151,6 +152,10 @@ void ForEach(tf::OpKernelContext* ctx, const std::vector<Piece>& pieces,
   if (pieces.empty()) return;
   int64_t size = 0;
   for (const Piece& piece : pieces) size += piece.size;
+  if (cycles_each * size < kCyclesAThread) {
+    for (size_t i = 0; i < pieces.size(); ++i) function(i, pieces[i]);
+    return;
+  }
   const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
   tf::Shard(workers->num_threads, workers->workers, pieces.size(),
             cycles_each * size / pieces.size() + 1,
