@@ -7,6 +7,7 @@ strays as it does with these. (Even strides in time, too, would hold a steady av
 closer, but err where gradients repeat, as those of an epoch do.)
 """
 
+import math
 from typing import Any
 
 import keras
@@ -34,7 +35,9 @@ def draws(x: Any, offset: Any, t: Any, slot: int) -> Any:
     """
     step = ops.cast(t, "int32") + ops.cast(offset, "int32")
     start = _mixed(step) + slot * SLOT_STRIDE
-    element = ops.reshape(ops.arange(ops.size(x), dtype="int32"), ops.shape(x))
+    # As a number where it is known: on PyTorch `ops.size` is a tensor.
+    size = ops.size(x) if None in tuple(x.shape) else math.prod(x.shape)
+    element = ops.reshape(ops.arange(size, dtype="int32"), ops.shape(x))
     return _low(element * ELEMENT_STRIDE + start)
 
 

@@ -268,6 +268,12 @@ class Numbers(np.ndarray[Any, Any]):
     stored: Any = None
     """The array in that form."""
 
+    def copy(self, order: Any = "C") -> "Numbers":
+        """Return a copy, of both forms."""
+        found = super().copy(order).view(Numbers)
+        found.stored = None if self.stored is None else self.stored.copy()
+        return found
+
 
 class Place:
     """A slot of another shape, as a place for numbers of the shape of its weights.

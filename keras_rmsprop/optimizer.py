@@ -856,8 +856,13 @@ class RMSprop(keras.optimizers.Optimizer):
         )
 
     def _decay_of(self, variable: Any) -> Any:
-        decays = options.is_on(self.weight_decay) and self._use_weight_decay(variable)
-        return self.weight_decay if decays else None
+        """Return the weight decay that is a part of a variable's update, or None."""
+        if not options.is_on(self.weight_decay) or self._decays_in_its_own_way():
+            return None
+        return self.weight_decay if self._use_weight_decay(variable) else None
+
+    def _decays_in_its_own_way(self) -> bool:
+        return self.decoupled_weight_decay and self._has_own(_DECAY_METHODS)
 
     def _step(self, learning_rate: Any) -> Step:
         """Return what is the same for all variables of a step."""
@@ -887,7 +892,9 @@ class RMSprop(keras.optimizers.Optimizer):
         return codecs.Draw(self._offset, self.iterations)
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
-        """Do nothing: it is part of the update."""
+        """Do nothing, as it is part of the update; for a subclass do as Keras does."""
+        if self._decays_in_its_own_way():
+            super()._apply_weight_decay(variables)
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
         norm, global_norm = self.clipnorm, self.global_clipnorm
@@ -1177,7 +1184,7 @@ class RMSprop(keras.optimizers.Optimizer):
             for i, variable in enumerate(self._trainable_variables)
         ]
         for place, array in matched(places, state.slots, self._paths()):
-            place.assign(array)
+            place.assign(array.copy())  # JAX may share the memory of an array
         every = self.gradient_accumulation_steps or 1
         self._iterations.assign(iterations * every)
         for sums in self._accumulated_gradients if every > 1 else []:
@@ -1259,6 +1266,9 @@ _METHODS_IN_BETWEEN = {
     for name in ("_clip_gradients", "_apply_weight_decay", "_backend_update_step")
 }
 """Methods that would see gradients which are yet to be scaled."""
+
+_DECAY_METHODS = {"_apply_weight_decay": RMSprop._apply_weight_decay}
+"""The method that a subclass overrides to decay weights in its own way."""
 
 _METHODS_OF_AVERAGES = {
     name: getattr(RMSprop, name)

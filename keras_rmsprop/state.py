@@ -64,7 +64,7 @@ def matched(
                     f"received {np.asarray(array).dtype}"
                 )
             elif place is not None:
-                pairs.append((place, array))
+                pairs.append((place, np.asanyarray(array)))
     if wrong:
         raise ValueError("The state does not fit. " + "; ".join(wrong))
     return pairs

@@ -22,6 +22,8 @@ from small_models import (
 from stepping import BACKEND, WAYS
 
 from keras_rmsprop import RMSprop
+from keras_rmsprop.rule import Slots
+from keras_rmsprop.state import State
 
 BUILT_IN = keras.optimizers.RMSprop
 
@@ -210,6 +212,33 @@ def test_the_state_is_read_after_each_step(way, put_back):
         if put_back:
             optimizer.set_weights(arrays(model))
         assert_equals(model, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"slot_dtype": "uint8"}], ids=str)
+def test_a_state_that_was_given_may_change_later(options):
+    def aligned(x):
+        # As deep-learning frameworks align memory, which JAX then shares.
+        memory = np.empty(x.nbytes + 64, "uint8")
+        start = -memory.ctypes.data % 64
+        place = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+        place[:] = x
+        return place
+
+    optimizer = RMSprop(**options)
+    optimizer.build([keras.Variable(np.ones(5000, "float32"))])
+    given = aligned(np.linspace(0, 1, 5000, dtype="float32"))
+    optimizer.set_state(State(3, [Slots(given)]))
+    before = optimizer.get_state().slots[0].velocity.copy()
+    given[:] = 7
+    np.testing.assert_array_equal(optimizer.get_state().slots[0].velocity, before)
+
+    state = optimizer.get_state()  # with the bytes, if there are any
+    stored = getattr(state.slots[0].velocity, "stored", None)
+    if stored is not None:
+        state.slots[0].velocity.stored = aligned(stored)
+        optimizer.set_state(state)
+        state.slots[0].velocity.stored[:] = 1
+        np.testing.assert_array_equal(optimizer.get_state().slots[0].velocity, before)
 
 
 def test_reading_twice_gives_the_same_bits():

@@ -21,7 +21,6 @@ from keras_rmsprop.backends.programs import (
 from keras_rmsprop.backends.programs import is_slices as is_slices
 from keras_rmsprop.folding import folded
 from keras_rmsprop.kernel import tensorflow as kernel
-from keras_rmsprop.options import is_tensor
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla as inside_xla
 from keras_rmsprop.sparse import native, widened
@@ -275,7 +274,7 @@ def update(
                 step.draw.step >= 0,
             )
         elif kind == END_TO_END and one_each:
-            key = one.variable.dtype, one.slots.velocity.dtype, _same(one.decay)
+            key = one.variable.dtype, one.slots.velocity.dtype, plain.same(one.decay)
             together.setdefault(key, []).append(one)
         else:
             plain.update_one(one, step)
@@ -312,7 +311,7 @@ def _update_in_turn(updates: Sequence[Update], step: Step, *, in_program: bool) 
     for one in updates:
         places = one.variable, *one.slots
         kinds = (x if x is None else (x.shape, x.dtype) for x in places)
-        key = *kinds, one.gradient.dtype, _same(one.decay)
+        key = *kinds, one.gradient.dtype, plain.same(one.decay)
         is_worth_it = (
             in_program or math.prod(one.variable.shape) >= XLA_IN_GRAPH_ELEMENTS
         )
@@ -424,10 +423,6 @@ def kinds_of_steps(
     ):
         return eager | {f"{graph} a program of its own, compiled by XLA:": in_program}
     return eager | {f"{graph} part of that graph:": in_graph}
-
-
-def _same(decay: Any) -> Hashable:
-    return id(decay) if is_tensor(decay) else decay
 
 
 def _kept(one: Update, step: Step, gradient: Any, weights: Any, slots: Slots) -> Taken:

@@ -193,7 +193,7 @@ def _kind(tensors: _Tensors, decay: Any) -> Hashable:
     """Return something equal for variables that can be in one block."""
     g, w, slots = tensors
     dtypes = (None if x is None else x.dtype for x in (g, w, *slots))
-    return id(decay) if torch.is_tensor(decay) else decay, w.device, *dtypes
+    return plain.same(decay), w.device, *dtypes
 
 
 class _Block(NamedTuple):
