@@ -235,7 +235,7 @@ def test_an_option_that_is_a_variable(name, late, way, shape):
             apply([keras.ops.full(shape, 1.0 + n)])
         return variable.numpy()
 
-    # Keras tracks no variable that it is given as weight decay: `jax.jit` keeps its value.
+    # Keras does not track a variable given as weight decay: `jax.jit` keeps its value.
     theirs = way if BACKEND == "jax" and name == "weight_decay" else "eager"
     np.testing.assert_allclose(run(RMSprop, way), run(BUILT_IN, theirs), 1e-5)
 
