@@ -506,13 +506,13 @@ class RMSprop(keras.optimizers.Optimizer):
         variables = trainable_variables
         if len(grads) == 0 or (variables is None and not self.built):
             return super().apply(grads, variables)  # no step, or Keras' own error
-        variables = self._trainable_variables if variables is None else list(variables)
+        variables = list(self._trainable_variables if variables is None else variables)
         if len(grads) != len(variables):
             raise ValueError(
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        grads = list(map(backend.as_gradient, grads, variables))
+        grads = backend.as_gradients(grads, variables)
         is_sparse = backend.has_slices(grads)
         if not self.built or is_sparse:
             self._prepare(grads, variables)

@@ -141,7 +141,7 @@ outside_functions = contextlib.nullcontext
 
 
 def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return a gradient as a tensor, None as it is; a sparse one of JAX is dense."""
+    """Return one gradient, as `as_gradients` does."""
     if hasattr(gradient, "todense"):
         return gradient.todense()
     if gradient is None or ops.is_tensor(gradient):
@@ -149,6 +149,11 @@ def as_gradient(gradient: Any, variable: Any) -> Any:
     if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
         return gradient  # to be refused; a cast would take the real part
     return ops.convert_to_tensor(gradient, variable.dtype)
+
+
+def as_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Return gradients as tensors, None as it is; a sparse one of JAX is dense."""
+    return list(map(as_gradient, grads, variables))
 
 
 class NoClocks(tuple[int, ...]):

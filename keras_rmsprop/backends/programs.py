@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_rmsprop.backends.short import Short, short
+
 MOST_PROGRAMS = 64
 """How many programs an optimizer keeps: an option that changes at every step would
 otherwise fill the memory with traces."""
@@ -136,7 +138,7 @@ class Programs:
         given = (
             id(learning_rate) if is_variable else getattr(learning_rate, "dtype", None),
             *map(id, variables),
-            *map(_constraint_key, variables),
+            *[None if (c := v.constraint) is None else _key_of(c) for v in variables],
             *kinds,
         )
         key = (settings(), *given)
@@ -169,16 +171,13 @@ class Programs:
 
 
 def flattened(grads: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
-    """Return the tensors in gradients, and what a trace holds of each as constants.
-
-    A dtype is there by its id, as dtypes are slow to compare.
-    """
+    """Return the tensors in gradients, and what a trace holds of each as constants."""
     tensors: list[Any] = []
     kinds: list[Hashable] = []
     for g in grads:
         if isinstance(g, tf.Tensor):
             tensors.append(g)
-            kinds += quick_shape(g), id(g.dtype)
+            kinds += quick_kind(g)
         elif g is None:
             kinds.append(g)
         else:
@@ -187,21 +186,20 @@ def flattened(grads: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
     return tensors, kinds
 
 
-def quick_shape(tensor: Any) -> Any:
-    """Return a tensor's shape, to be compared with others of this function.
+def quick_kind(tensor: Any) -> tuple[Hashable, Hashable]:
+    """Return a tensor's shape and dtype, to be compared with others of this function.
 
-    The public one takes 2 us for every new gradient, ten times as long as this, which
-    is not documented.
+    The public ones take 2 us for every new gradient, ten times as long as these, which
+    are not documented.
     """
-    shape_of = getattr(tensor, "_shape_tuple", None)
-    return tensor.shape if shape_of is None else shape_of()
+    try:
+        return tensor._shape_tuple(), tensor._datatype_enum()
+    except AttributeError:
+        return tensor.shape, tensor.dtype
 
 
-def _constraint_key(variable: Any) -> Hashable:
-    """Return something that changes as a variable's constraint does."""
-    constraint = variable.constraint
-    if constraint is None:
-        return None
+def _key_of(constraint: Any) -> Hashable:
+    """Return something that changes as a constraint does."""
     attributes = getattr(constraint, "__dict__", {}).values()
     plain = (x for x in attributes if isinstance(x, bool | int | float | str))
     return id(constraint), *plain
@@ -220,11 +218,15 @@ class _Program(NamedTuple):
     """The objects whose ids are its key: while it lives, no other gets these ids."""
     xla: bool
     """Whether XLA compiles it."""
+    short: Short | None
+    """Its operations, if they are so few that they are faster alone."""
 
     def __call__(self, tensors: list[Any]) -> None:
         """Run the step on the gradients (and the learning rate)."""
         with tf.device(self.device):
-            if not self._call_inner(tensors):
+            if self.short is not None and tf.executing_eagerly():
+                self.short(tensors)
+            elif not self._call_inner(tensors):
                 self.concrete(*tensors)
 
     def _call_inner(self, tensors: list[Any]) -> bool:
@@ -285,12 +287,13 @@ def _trace(
         devices.pop() if len(devices) == 1 else None,
         (variables, [v.constraint for v in variables], rate_variable),
         xla,
+        None if xla else short(concrete),
     )
 
 
 def has_slices(grads: Sequence[Any]) -> bool:
     """Whether a gradient is a sparse one."""
-    return any(map(is_slices, grads))
+    return any([is_slices(g) for g in grads if not isinstance(g, tf.Tensor)])
 
 
 def is_slices(gradient: Any) -> bool:

@@ -40,8 +40,16 @@ outside_functions = tf.init_scope
 clocks = sparse.Clocks
 
 
+def as_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Return gradients as tensors or as slices of tensors, None as it is."""
+    return [
+        g if isinstance(g, tf.Tensor) else as_gradient(g, v)
+        for g, v in zip(grads, variables, strict=True)
+    ]
+
+
 def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return a gradient as a tensor or as slices of tensors, None as it is."""
+    """Return one gradient, as `as_gradients` does."""
     if isinstance(gradient, tf.Tensor) or gradient is None:
         return gradient
     if isinstance(gradient, tf.IndexedSlices):

@@ -41,11 +41,12 @@ SMALL_ELEMENTS = 2**12
 """Up to this size copying a variable costs less than the operations it saves."""
 
 
-def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return a gradient in a form that the backend knows."""
-    if isinstance(gradient, torch.Tensor):
-        return gradient
-    return plain.as_gradient(gradient, variable)
+def as_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Return gradients as tensors, None as it is."""
+    return [
+        g if isinstance(g, torch.Tensor) else plain.as_gradient(g, v)
+        for g, v in zip(grads, variables, strict=True)
+    ]
 
 
 def check(gradient: Any, variable: Any) -> None:
