@@ -536,14 +536,12 @@ def scale_of_global_norm(
         native: Variables where a kernel may sum up.
 
     Returns:
-        A double, NaN if the norm is infinite; or None without such a kernel.
+        A scalar, NaN if the norm is infinite; or None without such a kernel.
     """
     given = [g for g in grads if g is not None]
     if is_watched() or not kernel.takes(given, native):
         return None
-    most = tf.cast(most, "float64")
-    norm = tf.sqrt(tf.reduce_sum(kernel.squares(given)))
-    return most / tf.maximum(norm, most) + (norm - norm)
+    return kernel.scale(given, most)
 
 
 def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
@@ -555,7 +553,7 @@ def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
     """
     sums = not is_watched() and kernel.takes(grads, native)
     if sums and grads[0].dtype == tf.float32:
-        return tf.math.is_finite(tf.reduce_sum(kernel.squares(grads)))
+        return tf.math.is_finite(kernel.scale(grads, 1))
     return skipping.all_finite(grads, fold=inside_xla())
 
 

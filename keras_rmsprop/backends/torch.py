@@ -293,10 +293,9 @@ def scale_of_global_norm(
     grads: Sequence[Any], most: float, native: Sequence[Any]
 ) -> float | None:
     """Return what clips the global norm; see `tensorflow.scale_of_global_norm`."""
-    squares = kernel.squares([g for g in grads if g is not None]) if native else None
-    if squares is None:
+    norm = kernel.norm([g for g in grads if g is not None]) if native else None
+    if norm is None:
         return None
-    norm = math.sqrt(sum(squares))
     return most / max(norm, most) + (norm - norm)
 
 

@@ -93,16 +93,14 @@ REGISTER_OP("KerasRmspropDistinct")
       return absl::OkStatus();
     });
 
-REGISTER_OP("KerasRmspropSquares")
-    .Doc("The sum of the squares of each tensor; the same sum with any threads.")
+REGISTER_OP("KerasRmspropScale")
+    .Doc("What scales tensors so that their global norm is at most this; or NaN.")
     .Input("tensors: N * T")
-    .Output("squares: double")
+    .Input("most: double")
+    .Output("scale: T")
     .Attr("N: int >= 1")
     .Attr("T: {float, double}")
-    .SetShapeFn([](tf::shape_inference::InferenceContext* c) {
-      c->set_output(0, c->Vector(c->num_inputs()));
-      return absl::OkStatus();
-    });
+    .SetShapeFn(tf::shape_inference::ScalarShape);
 
 REGISTER_OP("KerasRmspropFollow")
     .Doc("The sums by which the search for a learning rate goes; see automatic.py.")
@@ -525,24 +523,26 @@ class DistinctOp : public tf::OpKernel {
 };
 
 template <typename T>
-class SquaresOp : public tf::OpKernel {
+class ScaleOp : public tf::OpKernel {
  public:
   using OpKernel::OpKernel;
 
   void Compute(tf::OpKernelContext* ctx) override {
     tf::OpInputList tensors;
     OP_REQUIRES_OK(ctx, ctx->input_list("tensors", &tensors));
-    tf::Tensor* squares;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {tensors.size()}, &squares));
-    const std::vector<Piece> pieces = PiecesOf(SizesOf(tensors));
-    std::vector<double> sums(pieces.size());
-    ForEach(ctx, pieces, [&](int64_t i, const Piece& piece) {
-      const T* x = tensors[piece.variable].flat<T>().data();
-      sums[i] = Squares(x + piece.start, piece.size);
-    });
-    auto of_each = squares->flat<double>();
-    of_each.setZero();
-    for (size_t i = 0; i < pieces.size(); ++i) of_each(pieces[i].variable) += sums[i];
+    const tf::Tensor* given;
+    OP_REQUIRES_OK(ctx, ReadScalar(ctx, "most", &given));
+    tf::Tensor* scale;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &scale));
+    std::vector<const T*> places;
+    for (const tf::Tensor& x : tensors) places.push_back(x.flat<T>().data());
+    const double norm = NormOfAll(places, SizesOf(tensors),
+                                  [&](const std::vector<Piece>& pieces, auto sum) {
+                                    ForEach(ctx, pieces, sum);
+                                  });
+    const double most = given->flat<double>()(0);
+    // An infinite norm makes it NaN.
+    scale->scalar<T>()() = static_cast<T>(most / std::max(norm, most) + (norm - norm));
   }
 };
 
@@ -694,8 +694,8 @@ REGISTER_DISTINCT(double, int64_t);
 
 #define REGISTER_SQUARES(T)                                                         \
   REGISTER_KERNEL_BUILDER(                                                          \
-      Name("KerasRmspropSquares").Device(tf::DEVICE_CPU).TypeConstraint<T>("T"), \
-      SquaresOp<T>)
+      Name("KerasRmspropScale").Device(tf::DEVICE_CPU).TypeConstraint<T>("T"), \
+      ScaleOp<T>)
 REGISTER_SQUARES(float);
 REGISTER_SQUARES(double);
 

@@ -78,15 +78,13 @@ void StepOf(const Request& request, int count, const Variable* variables,
 }
 
 template <typename T>
-void SquaresOf(int count, const int64_t* sizes, const T* const* tensors, double* sums,
-               int threads) {
-  const std::vector<Piece> pieces = PiecesOf({sizes, sizes + count});
-  std::vector<double> of_pieces(pieces.size());
-  ForEach(pieces, threads, [&](int64_t i, const Piece& piece) {
-    of_pieces[i] = Squares(tensors[piece.variable] + piece.start, piece.size);
-  });
-  std::fill(sums, sums + count, 0);
-  for (size_t i = 0; i < pieces.size(); ++i) sums[pieces[i].variable] += of_pieces[i];
+double NormOf(int count, const int64_t* sizes, const int64_t* places, int threads) {
+  std::vector<const T*> tensors;
+  for (int i = 0; i < count; ++i) tensors.push_back(reinterpret_cast<const T*>(places[i]));
+  return NormOfAll(tensors, {sizes, sizes + count},
+                   [&](const std::vector<Piece>& pieces, auto sum) {
+                     ForEach(pieces, threads, sum);
+                   });
 }
 
 }  // namespace
@@ -117,16 +115,11 @@ bool keras_rmsprop_step(const Request* request, int kind, int count,
   return true;
 }
 
-// Writes the sum of the squares of each tensor; the same with any number of threads.
-void keras_rmsprop_squares_of_float(int count, const int64_t* sizes,
-                                    const float* const* tensors, double* sums,
-                                    int threads) {
-  SquaresOf(count, sizes, tensors, sums, threads);
-}
-void keras_rmsprop_squares_of_double(int count, const int64_t* sizes,
-                                     const double* const* tensors, double* sums,
-                                     int threads) {
-  SquaresOf(count, sizes, tensors, sums, threads);
+// Returns the norm of all tensors together, of float or of double.
+double keras_rmsprop_norm(bool is_double, int count, const int64_t* sizes,
+                          const int64_t* places, int threads) {
+  const auto norm = is_double ? NormOf<double> : NormOf<float>;
+  return norm(count, sizes, places, threads);
 }
 
 }  // extern "C"

@@ -4,6 +4,7 @@
 #define KERAS_RMSPROP_STEP_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -186,6 +187,21 @@ void StepAll(const Numbers<T>& numbers, const std::vector<Part<T, W, S>>& parts,
 // Returns the sum of the squares: NaN or infinite if an element is.
 template <typename T>
 double Squares(const T* x, int64_t size);
+
+// Returns the norm of all tensors together, the same with any number of threads: NaN or
+// infinite if an element is. `for_each` is that of `StepAll`.
+template <typename T, typename ForEach>
+double NormOfAll(const std::vector<const T*>& tensors,
+                 const std::vector<int64_t>& sizes, ForEach for_each) {
+  const std::vector<Piece> pieces = PiecesOf(sizes);
+  std::vector<double> sums(pieces.size());
+  for_each(pieces, [&](int64_t i, const Piece& piece) {
+    sums[i] = Squares(tensors[piece.variable] + piece.start, piece.size);
+  });
+  double sum = 0;
+  for (double of_piece : sums) sum += of_piece;
+  return std::sqrt(sum);
+}
 
 }  // namespace keras_rmsprop
 

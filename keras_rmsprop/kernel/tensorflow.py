@@ -230,7 +230,7 @@ def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
 
 
 def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:
-    """Whether `squares` takes these tensors.
+    """Whether `scale` takes these tensors.
 
     Args:
         tensors: The tensors.
@@ -243,9 +243,15 @@ def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:
     return of_one and _are_here(list(map(native, variables)))
 
 
-def squares(tensors: Sequence[Any]) -> Any:
-    """Return the sums of the squares of tensors of one dtype, a vector of doubles.
+def scale(tensors: Sequence[Any], most: Any) -> Any:
+    """Return what scales tensors so that their global norm is at most this.
 
-    A sum is finite if and only if all elements of a float32 tensor are.
+    Args:
+        tensors: Tensors of one dtype.
+        most: A number.
+
+    Returns:
+        A scalar of that dtype. It is NaN if and only if the norm, in doubles, is not
+        finite.
     """
-    return ops().keras_rmsprop_squares(tensors=tensors)
+    return ops().keras_rmsprop_scale(tensors=tensors, most=tf.cast(most, "float64"))

@@ -5,6 +5,7 @@ import functools
 import math
 from array import array
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import keras
@@ -76,6 +77,7 @@ def _loaded() -> tuple[Any, str]:
 def _load(path: str) -> Any:
     found = ctypes.CDLL(path)
     found.keras_rmsprop_step.restype = ctypes.c_bool
+    found.keras_rmsprop_norm.restype = ctypes.c_double
     return found
 
 
@@ -195,31 +197,29 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
     return bool(taken)
 
 
-def squares(tensors: Sequence[Any]) -> list[float] | None:
-    """Return the sum of the squares of each tensor.
+def norm(tensors: Sequence[Any]) -> float | None:
+    """Return the norm of all tensors together; None if the kernel does not take them.
 
-    A sum is finite if and only if all elements of a float32 tensor are. It is None if
-    the kernel does not take these tensors.
+    It is finite if and only if all elements of float32 tensors are.
     """
     if not (tensors and library()) or is_watched():
         return None
     [dtype, *others] = {x.dtype for x in tensors}
-    name = {torch.float32: "float", torch.float64: "double"}.get(dtype)
-    if others or name is None:
+    if others or dtype not in (torch.float32, torch.float64):
         return None
     tensors = [x.contiguous() for x in tensors]
+    sizes = array("q", [x.numel() for x in tensors])
     try:
-        places = array("q", [_address(x, x.numel(), dtype) for x in tensors])
+        places = array("q", map(_address, tensors, sizes, repeat(dtype)))
     except RuntimeError:
         return None
-    sizes = array("q", [x.numel() for x in tensors])
-    sums = array("d", bytes(8 * len(tensors)))
-    getattr(library(), f"keras_rmsprop_squares_of_{name}")(
+    found = library().keras_rmsprop_norm(
+        dtype is torch.float64,
         len(tensors),
-        *(ctypes.c_void_p(x.buffer_info()[0]) for x in (sizes, places, sums)),
+        *(ctypes.c_void_p(x.buffer_info()[0]) for x in (sizes, places)),
         torch.get_num_threads(),
     )
-    return sums.tolist()
+    return float(found)
 
 
 def _number(x: Any) -> float:
