@@ -206,7 +206,8 @@ class RMSprop(keras.optimizers.Optimizer):
             compiles, the step is part of that program. Steps with sparse gradients,
             under `tf.distribute` or with variables on several devices are never
             compiled on their own. Use `False` for constraints that compute outside
-            TensorFlow. `explain` says what happens. Defaults to `"auto"`.
+            TensorFlow. On PyTorch `"auto"` and `True` let the kernel take steps on
+            CPUs. `explain` says what happens. Defaults to `"auto"`.
         **kwargs: `lr`, the deprecated spelling of `learning_rate`.
 
     Raises:

@@ -31,7 +31,6 @@ from keras_rmsprop.backends.plain import inside_xla as inside_xla
 from keras_rmsprop.backends.plain import is_eager as is_eager
 from keras_rmsprop.backends.plain import is_slices as is_slices
 from keras_rmsprop.backends.plain import outside_functions as outside_functions
-from keras_rmsprop.backends.plain import searching_kernel as searching_kernel
 from keras_rmsprop.kernel import torch as kernel
 from keras_rmsprop.rule import Slots
 
@@ -287,6 +286,16 @@ def _parted(x: Any, places: Sequence[Any]) -> list[Any]:
         part if place.dim() == 1 else part.view(place.shape)
         for part, place in zip(parts, places, strict=True)
     ]
+
+
+def searching_kernel(variables: Sequence[Any]) -> Any:
+    """Return the kernel if it may follow variables of a search here, else None.
+
+    Args:
+        variables: Variables where it may run; none: nowhere.
+    """
+    may = variables and not kernel.is_watched() and kernel.library()
+    return kernel if may and _can_be_in_place(variables[0]) else None
 
 
 def scale_of_global_norm(

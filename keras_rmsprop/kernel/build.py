@@ -62,7 +62,9 @@ OPS = Library(
     Framework.tensorflow,
 )
 """For TensorFlow."""
-POINTERS = Library("pointers", ("blocks.cc", "step.cc", "pointers.cc"), Framework)
+POINTERS = Library(
+    "pointers", ("blocks.cc", "step.cc", "search.cc", "pointers.cc"), Framework
+)
 """For who has pointers, such as PyTorch."""
 LIBRARIES = OPS, POINTERS
 

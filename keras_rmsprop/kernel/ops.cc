@@ -605,31 +605,19 @@ class FollowOp : public tf::OpKernel {
           variables.Data<T>(kSums, i),
       };
     }
-    const std::vector<Piece> pieces = PiecesOf(sizes);
-    std::vector<Sums> sums(pieces.size());
-    ForEach(ctx, pieces, [&](int64_t i, const Piece& piece) {
-      sums[i] = Follow(parts[piece.variable], piece.start, piece.size,
-                       forgetting->flat<T>()(0), weight->flat<T>()(0), at_first);
-    });
-    auto gain = gains->flat<double>(), length = lengths->flat<double>();
-    gain.setZero();
-    length.setZero();
-    for (size_t i = 0; i < pieces.size(); ++i) {
-      gain(pieces[i].variable) += sums[i].gain;
-      length(pieces[i].variable) += sums[i].length;
+    const std::vector<Sums> sums = FollowAll(
+        parts, sizes, forgetting->flat<T>()(0), weight->flat<T>()(0), at_first,
+        [&](const std::vector<Piece>& pieces, auto follow) {
+          ForEach(ctx, pieces, follow);
+        });
+    for (int i = 0; i < count; ++i) {
+      gains->flat<double>()(i) = sums[i].gain;
+      lengths->flat<double>()(i) = sums[i].length;
     }
   }
 
  private:
   enum { kWeights, kFirst, kSums, kKinds };
-
-  // Whether `size` elements in whole runs are all among so many.
-  static bool Fits(const Sample& sample, int64_t size, int64_t elements) {
-    if (size == 0) return true;
-    const auto [run, pitch, stride] = sample;
-    if (run < 1 || pitch < 1 || stride < 1 || size % run) return false;
-    return (size / run - 1) * pitch + (run - 1) * stride < elements;
-  }
 
   std::vector<int64_t> samples_;
 };

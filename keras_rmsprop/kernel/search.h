@@ -5,6 +5,7 @@
 #define KERAS_RMSPROP_SEARCH_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "step.h"
 
@@ -37,6 +38,33 @@ struct Sums {
 template <typename T, typename W>
 Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgetting,
             T weight, bool begins);
+
+// Whether `size` elements in whole runs are all among so many.
+inline bool Fits(const Sample& sample, int64_t size, int64_t elements) {
+  if (size == 0) return true;
+  const auto [run, pitch, stride] = sample;
+  if (run < 1 || pitch < 1 || stride < 1 || size % run) return false;
+  return (size / run - 1) * pitch + (run - 1) * stride < elements;
+}
+
+// Does so for all elements of variables that are looked at, so many of each. Returns the
+// sums of each. `for_each` is that of `StepAll`.
+template <typename T, typename W, typename ForEach>
+std::vector<Sums> FollowAll(const std::vector<Followed<T, W>>& parts,
+                            const std::vector<int64_t>& sizes, T forgetting, T weight,
+                            bool begins, ForEach for_each) {
+  const std::vector<Piece> pieces = PiecesOf(sizes);
+  std::vector<Sums> of_pieces(pieces.size()), sums(parts.size());
+  for_each(pieces, [&](int64_t i, const Piece& piece) {
+    of_pieces[i] = Follow(parts[piece.variable], piece.start, piece.size, forgetting,
+                          weight, begins);
+  });
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    sums[pieces[i].variable].gain += of_pieces[i].gain;
+    sums[pieces[i].variable].length += of_pieces[i].length;
+  }
+  return sums;
+}
 
 }  // namespace keras_rmsprop
 

@@ -23,6 +23,12 @@ _KINDS = {
     for number, (t, w, s) in enumerate(KINDS)
 }
 """For the dtypes of weights and slots: the number, and the dtype of gradients."""
+SEARCHES = [(t, w) for t in DTYPES for w in DTYPES[t]]
+"""The dtypes of s and weights in a search, in the order of `pointers.cc`."""
+_SEARCHES = {
+    (getattr(torch, t), getattr(torch, w)): number
+    for number, (t, w) in enumerate(SEARCHES)
+}
 PLACES = 2
 """The first of the fields of a `Part` that `pointers.cc` is given."""
 _PLAIN = torch.Tensor, torch.nn.Parameter
@@ -220,6 +226,76 @@ def norm(tensors: Sequence[Any]) -> float | None:
         torch.get_num_threads(),
     )
     return float(found)
+
+
+def follows(part: Any) -> bool:
+    """Whether `follow` takes a variable of the search (`automatic.Part`)."""
+    return _searched(part) is not None
+
+
+def follow(
+    parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
+) -> list[tuple[float, float]]:
+    """Let s of variables follow their gradients, in a search for a learning rate.
+
+    Args:
+        parts: The variables, each an `automatic.Part` that it `follows`.
+        weight: What a gradient is multiplied by.
+        begins: Whether the weights of now are to be kept as the first ones.
+        forgetting: The share of s that stays.
+
+    Returns:
+        For each call that it took: the sum of <g, x0 - x>, and of |s|.
+    """
+    kinds: dict[int, list[Any]] = {}
+    for part in parts:
+        kind, *places = _searched(part) or ()
+        kinds.setdefault(kind, []).append((part.sample.stands_for, places))
+    found = []
+    for kind, several in kinds.items():
+        told = array("q", [x for _, places in several for x in places])
+        sums = array("d", bytes(2 * 8 * len(several)))
+        library().keras_rmsprop_follow(
+            kind,
+            len(several),
+            ctypes.c_void_p(told.buffer_info()[0]),
+            ctypes.c_double(forgetting),
+            ctypes.c_double(_number(weight)),
+            bool(begins),
+            torch.get_num_threads(),
+            ctypes.c_void_p(sums.buffer_info()[0]),
+        )
+        gain = length = 0.0
+        for (n, _), g, s in zip(several, sums[::2], sums[1::2], strict=True):
+            gain, length = gain + n * g, length + n * s
+        found.append((gain, length))
+    return found
+
+
+def _searched(part: Any) -> tuple[int, ...] | None:
+    """Return what the kernel is told of a variable of the search, or None."""
+    g = part.gradient
+    if g is None or part.rows is not None:
+        return None
+    weights, first, sums = (x._value for x in (part.variable, part.first, part.sums))
+    number = _SEARCHES.get((sums.dtype, weights.dtype))
+    if number is None:
+        return None
+    run, pitch, stride = part.sample.places
+    all_, size = weights.numel(), sums.numel()
+    last = (size // run - 1) * pitch + (run - 1) * stride
+    if size and (size % run or last >= all_):
+        return None
+    try:
+        return (
+            *(number, size, run, pitch, stride),
+            _address(g, all_, sums.dtype),
+            _address(weights, all_, weights.dtype),
+            _address(first, size, sums.dtype),
+            _address(sums, size, sums.dtype),
+        )
+    except RuntimeError:
+        return None
 
 
 def _number(x: Any) -> float:
