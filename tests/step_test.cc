@@ -95,7 +95,7 @@ void TestStep(int64_t size, int options, double tolerance) {
       v.get(),
       momentum ? m.get() : nullptr,
       centered ? a.get() : nullptr,
-      DecayOf<T>(decays ? .2 : 0, decays ? .003 : 0),
+      DecayOf<T>(decays && inside ? .2 : 0, decays && !inside ? .003 : 0),
       averages ? average.get() : nullptr,
       cautious ? update.get() : nullptr,
   };

@@ -828,6 +828,17 @@ def test_a_library_that_cannot_be_loaded_is_told_of_once(tmp_path, monkeypatch):
         assert kernel.ops() is None
 
 
+def test_a_library_that_cannot_be_looked_for_is_told_of(monkeypatch):
+    def found(_):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(build, "found", found)
+    monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
+    monkeypatch.delenv(SWITCH, raising=False)
+    with pytest.warns(UserWarning, match="cannot be loaded: not yours"):
+        assert "not yours" in kernel.why_not()
+
+
 def test_it_is_built_for_this_version_only(monkeypatch):
     names = list(map(build.name, build.LIBRARIES))
     assert tf.version.VERSION in names[0]
@@ -851,6 +862,40 @@ def test_no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         build.build(build.OPS, tmp_path)
+
+
+@needs_kernel
+def test_a_library_is_copied_whole_or_not_at_all(tmp_path):
+    library = build.found(build.OPS)
+    copied = build.copy(library, tmp_path / "folder")
+    assert copied.read_bytes() == library.read_bytes()
+    assert build.copy(copied, copied.parent) == copied
+    assert [path.name for path in copied.parent.iterdir()] == [library.name]
+    with pytest.raises(RuntimeError, match="cannot be written to"):
+        build.copy(library, copied)
+
+
+def test_who_has_no_tensorflow_gets_the_other_library(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    compiler.chmod(0o755)
+    program = f"""
+        import sys
+        sys.modules["tensorflow"] = None
+        sys.path.insert(0, {str(Path(build.__file__).parents[2])!r})
+        import types
+        sys.modules["keras_rmsprop"] = package = types.ModuleType("keras_rmsprop")
+        package.__path__ = [{str(Path(build.__file__).parents[1])!r}]
+        sys.argv = ["kernel", "--force", "--folder", {str(tmp_path / "out")!r}]
+        from keras_rmsprop.kernel.__main__ import main
+        try:
+            main()
+        except SystemExit as error:
+            print(error)
+    """
+    out = python(program, CXX=str(compiler))
+    assert "Built the kernel" in out
+    assert "No kernel, so steps take the portable way: TensorFlow cannot be" in out
 
 
 @needs_kernel

@@ -193,6 +193,18 @@ def test_a_graph_that_holds_the_old_weights_says_so():
 
 
 @needs_kernel
+def test_a_graph_that_holds_old_slots_or_averages_says_so():
+    [weights], optimizer = made(RMSprop, shapes=[(5,)], use_ema=True)
+    held = [optimizer._velocities[0], optimizer._model_variables_moving_average[0]]
+    for variable in held:
+        x = torch.ones(5, requires_grad=True)
+        loss = (x * variable.value).sum()
+        optimizer.apply([tensor(np.ones(5))], [weights])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@needs_kernel
 def test_gradients_come_as_they_like(calls):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 6)).astype("float32")
@@ -244,6 +256,23 @@ def test_what_does_not_lie_in_a_row_takes_the_other_way(what, how, calls):
 
 
 @needs_kernel
+def test_a_gradient_of_zeros_without_memory(calls):
+    [one], optimizer = made(RMSprop, shapes=[(4, 6)], global_clipnorm=1.0)
+    before = numbers(one)
+    optimizer.apply([torch._efficientzerotensor(4, 6)], [one])
+    np.testing.assert_array_equal(numbers(one), before)
+    assert not calls
+
+
+@needs_kernel
+def test_sparse_gradients_are_told_of_by_pytorch(calls):
+    [one], optimizer = made(RMSprop, shapes=[(4, 6)], global_clipnorm=1.0)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Ss]parse"):
+        optimizer.apply([tensor(np.ones((4, 6))).to_sparse()], [one])
+    assert not calls
+
+
+@needs_kernel
 def test_a_place_that_is_too_small_is_not_written_to(calls):
     [one], optimizer = made(RMSprop, shapes=[(4, 6)])
     optimizer.variables[-1]._value.data = torch.zeros(1)
@@ -253,16 +282,19 @@ def test_a_place_that_is_too_small_is_not_written_to(calls):
 
 
 @needs_kernel
-def test_two_variables_at_one_place_are_stepped_one_after_the_other(calls):
+@pytest.mark.parametrize("shift", [0, 2])
+def test_variables_that_overlap_are_stepped_one_after_the_other(shift):
     found = []
     for kind in (RMSprop, keras.optimizers.RMSprop):
-        variables, optimizer = made(kind, shapes=[(5,), (5,)])
+        variables, optimizer = made(kind, shapes=[(5,), (5 - shift,)], use_ema=True)
         first, second = variables
-        second._value.data = first._value.data
-        optimizer.apply([tensor(np.ones(5)), tensor(2 * np.ones(5))], variables)
-        found.append(numbers(first))
+        second._value.data = first._value.data[shift:]
+        for _ in range(3):
+            grads = [np.ones(5), -0.5 * np.ones(5 - shift)]
+            optimizer.apply(list(map(tensor, grads)), variables)
+        averages = optimizer._model_variables_moving_average
+        found.append(np.concatenate([numbers(v) for v in (first, *averages)]))
     np.testing.assert_allclose(*found, rtol=1e-6)
-    assert not calls
 
 
 @needs_kernel
@@ -278,6 +310,43 @@ def test_who_counts_operations_sees_them(calls):
         steps(variables, optimizer, number=1)
     assert any("sqrt" in name for name in seen)
     assert not calls
+
+
+@needs_kernel
+def test_while_pytorch_traces_it_sees_operations(calls):
+    [one], optimizer = made(RMSprop, shapes=[(3,)])
+    one.value.requires_grad_(False)
+
+    def step(gradient):
+        optimizer.apply([gradient], [one])
+        return gradient * 2
+
+    torch.jit.trace(step, (torch.ones(3),), check_trace=False)
+    assert not calls
+
+
+@needs_kernel
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_weights_that_are_not_finite(decoupled):
+    found = []
+    for jit_compile in ("auto", False):
+        options = {"weight_decay": 0.1, "decoupled_weight_decay": decoupled}
+        variables, optimizer = made(
+            RMSprop, shapes=[(3,), (2,)], jit_compile=jit_compile, **options
+        )
+        optimizer.exclude_from_weight_decay(var_list=variables[1:])
+        variables[0].assign([np.inf, np.nan, 1.0])
+        optimizer.apply([tensor(np.ones(v.shape)) for v in variables], variables)
+        found.append([numbers(v) for v in (*variables, *optimizer._velocities)])
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@needs_kernel
+def test_a_correction_that_tensors_could_compute_is_no_error():
+    assert kernel._correction(0.9, 3) == pytest.approx(1 - 0.9**3)
+    assert kernel._correction(0.9, -(2.0**31)) == -np.inf
+    assert np.isnan(kernel._correction(-0.1, 3))
 
 
 @needs_kernel

@@ -111,16 +111,11 @@ def _update_by_kernel(
         parts_of[part.kind].append(part)
     for kind, parts in parts_of.items():
         of_kind = taken[kind]
-        is_apart = len({part.at_weights for part in parts}) == len(parts)
-        decays = [one.decay for one in of_kind]
-        if not (is_apart and kernel.update(parts, decays, step)):
+        if not kernel.update(parts, [one.decay for one in of_kind], step):
             others += of_kind
             continue
-        for one, part in zip(of_kind, parts, strict=True):
-            # As PyTorch's operations do: a graph that holds the old weights says so.
-            torch.autograd.graph.increment_version(one.variable._value)
-            if part.at_average:
-                followed.append(one.average)
+        both = zip(of_kind, parts, strict=True)
+        followed += [one.average for one, part in both if part.at_average]
     return followed, others
 
 
@@ -134,7 +129,7 @@ def _why_not_by_kernel(step: Step) -> str:
     """Return why the kernel takes no update of a step; empty if it may."""
     if not step.native:
         return "`jit_compile=False`"
-    return kernel.why_not() or "PyTorch is watched" * kernel.is_watched()
+    return "PyTorch is watched" if kernel.is_watched() else kernel.why_not()
 
 
 def _update_in_blocks(updates: Sequence[Update], step: Step) -> None:

@@ -35,12 +35,14 @@ def loaded(library: build.Library, load: Callable[[str], Any]) -> tuple[Any, str
     switch = os.environ.get(SWITCH, "").strip().lower()
     if switch in ("0", "false", "no", "off"):
         return None, f"{SWITCH} is {switch}"
-    path = build.found(library)
-    if path is None:
-        return None, "`python -m keras_rmsprop.kernel` has not built it yet"
+    place = "its library"
     try:
-        return load(str(path)), ""
-    except Exception as error:  # of TensorFlow, too
-        why = f"{path} cannot be loaded: {str(error).splitlines()[0]}"
+        path = build.found(library)
+        if path is None:
+            return None, "`python -m keras_rmsprop.kernel` has not built it yet"
+        place = str(path)
+        return load(place), ""
+    except Exception as error:  # of TensorFlow, of the file system
+        why = f"{place} cannot be loaded: {' '.join(str(error).split())}"
         warnings.warn(f"There is no kernel, so steps are slower. {why}.", stacklevel=3)
         return None, why

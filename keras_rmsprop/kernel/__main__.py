@@ -1,7 +1,6 @@
 """Build the kernel for what is installed: python -m keras_rmsprop.kernel."""
 
 import argparse
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,16 +24,18 @@ def main() -> None:
         path = None if given.force else build.found(library)
         if path is None:
             return f"Built the kernel: {build.build(library, given.folder)}"
-        if given.folder:
-            given.folder.mkdir(parents=True, exist_ok=True)
-            path = Path(shutil.copy(path, given.folder))
+        path = build.copy(path, given.folder) if given.folder else path
         return f"The kernel is there already: {path}"
 
-    try:
-        with ThreadPoolExecutor() as pool:
-            print(*pool.map(made, build.LIBRARIES), sep="\n")
-    except RuntimeError as error:
-        sys.exit(f"No kernel, so steps take the portable way: {error}")
+    errors = []
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(made, library) for library in build.LIBRARIES]:
+            try:
+                print(future.result())
+            except (RuntimeError, OSError) as error:
+                errors.append(error)
+    if errors:
+        sys.exit(f"No kernel, so steps take the portable way: {errors[0]}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ class Framework(NamedTuple):
     @classmethod
     def tensorflow(cls) -> "Framework":
         """Return the TensorFlow that is installed."""
-        tf = import_module("tensorflow")  # who needs the other library may not have it
+        try:
+            tf = import_module("tensorflow")  # who needs the other one may not have it
+        except ImportError as error:
+            raise RuntimeError(f"TensorFlow cannot be imported: {error}") from error
         flags = [
             # What TensorFlow's headers are warned of is not ours.
             f"-isystem{flag.removeprefix('-I')}" if flag.startswith("-I") else flag
@@ -97,6 +100,23 @@ def compiler() -> str | None:
     return named or next(filter(shutil.which, COMPILERS), None)
 
 
+def copy(path: Path, folder: Path) -> Path:
+    """Copy a library to a folder, so that nobody finds half of it; return where it is.
+
+    Raises:
+        RuntimeError: It cannot be copied.
+    """
+    copied = folder / path.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if copied.exists() and copied.samefile(path):
+            return copied
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            return Path(shutil.copy(path, partial)).replace(copied)
+    except OSError as error:
+        raise RuntimeError(f"{folder} cannot be written to: {error}") from error
+
+
 def build(library: Library, folder: Path | None = None) -> Path:
     """Compile a library, which takes half a minute or so.
 
@@ -114,14 +134,9 @@ def build(library: Library, folder: Path | None = None) -> Path:
     if command is None:
         raise RuntimeError("there is no C++ compiler; set CXX, or install g++")
     folder = cache() if folder is None else folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RuntimeError(f"{folder} cannot be made: {error}") from error
     framework = library.framework()
     sources = [str(HERE / source) for source in library.sources]
-    # In a folder of its own, so that nobody finds half a library.
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
+    with tempfile.TemporaryDirectory() as partial:
         file = name(library)
         made = Path(partial) / file
         arguments = [*FLAGS, *framework.compile_flags, *sources, "-o", str(made)]
@@ -132,9 +147,9 @@ def build(library: Library, folder: Path | None = None) -> Path:
                 capture_output=True,
                 text=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter of a quote that is open
             raise RuntimeError(f"{command} cannot be run: {error}") from error
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().splitlines()[-20:]
             raise RuntimeError("\n".join([f"{command} failed:", *last])) from error
-        return made.replace(folder / file)
+        return copy(made, folder)

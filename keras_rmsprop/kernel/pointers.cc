@@ -4,9 +4,10 @@
 #include <cstdint>
 #include <iterator>
 #include <memory>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "search.h"
@@ -30,10 +31,11 @@ void ForEach(const std::vector<Piece>& pieces, int most_threads, Function functi
     for (int64_t i = all * thread / count; i < end; ++i) function(i, pieces[i]);
   };
   std::vector<std::thread> threads;
+  threads.reserve(count);
   for (int64_t i = 1; i < count; ++i) {
     try {
       threads.emplace_back(share, i);
-    } catch (const std::system_error&) {  // there may be no more
+    } catch (const std::exception&) {  // there may be no more of them, or of memory
       share(i);
     }
   }
@@ -52,9 +54,44 @@ struct Variable {
 
 namespace {
 
+// Whether places of so many bytes each overlap.
+bool Overlap(std::vector<std::pair<const char*, int64_t>> places) {
+  std::sort(places.begin(), places.end());
+  for (size_t i = 1; i < places.size(); ++i) {
+    if (places[i - 1].first + places[i - 1].second > places[i].first) return true;
+  }
+  return false;
+}
+
+// How many bytes so many elements take.
+template <typename T>
+int64_t BytesOf(int64_t size) {
+  if constexpr (std::is_same_v<T, Coded>) size = (size + kBlock - 1) / kBlock;
+  return size * sizeof(T);
+}
+
+// Whether anything that is written to overlaps something else that is.
 template <typename T, typename W, typename S>
-void StepOf(const Request& request, int count, const Variable* variables,
+bool Overlap(int count, const Variable* variables) {
+  std::vector<std::pair<const char*, int64_t>> places;
+  for (const Variable* one = variables; one < variables + count; ++one) {
+    if (one->size == 0) continue;
+    const auto add = [&](const void* place, int64_t bytes) {
+      if (place) places.emplace_back(static_cast<const char*>(place), bytes);
+    };
+    add(one->weights, BytesOf<W>(one->size));
+    add(one->velocity, BytesOf<S>(one->size));
+    add(one->momentum, BytesOf<S>(one->size));
+    add(one->average_gradient, BytesOf<S>(one->size));
+    add(one->average, BytesOf<T>(one->size));
+  }
+  return Overlap(places);
+}
+
+template <typename T, typename W, typename S>
+bool StepOf(const Request& request, int count, const Variable* variables,
             const double* decays, int threads) {
+  if (Overlap<T, W, S>(count, variables)) return false;
   std::vector<Part<T, W, S>> parts;
   std::vector<std::unique_ptr<T[]>> updates;
   for (int i = 0; i < count; ++i) {
@@ -76,6 +113,7 @@ void StepOf(const Request& request, int count, const Variable* variables,
           [&](const std::vector<Piece>& pieces, auto step) {
             ForEach(pieces, threads, step);
           });
+  return true;
 }
 
 // A variable in the search: the elements that are looked at, and where all are.
@@ -118,13 +156,13 @@ double NormOf(int count, const int64_t* sizes, const int64_t* places, int thread
 
 extern "C" {
 
-// Takes the step of variables of which none overlaps another. `kind` is the place of
-// their dtypes in `KINDS` of torch.py. Returns false, and changes nothing, if there is no
-// such place, or no memory for a cautious step.
+// Takes the step of variables. `kind` is the place of their dtypes in `KINDS` of
+// torch.py. Returns false, and changes nothing, if there is no such place, if variables or
+// slots overlap, or if there is no memory for a cautious step.
 bool keras_rmsprop_step(const Request* request, int kind, int count,
                         const Variable* variables, const double* decays,
                         int threads) {
-  using Function = void (*)(const Request&, int, const Variable*, const double*, int);
+  using Function = bool (*)(const Request&, int, const Variable*, const double*, int);
   const Function steps[] = {
       StepOf<float, float, float>,       StepOf<float, Bfloat16, float>,
       StepOf<float, Half, float>,        StepOf<float, float, Bfloat16>,
@@ -135,11 +173,10 @@ bool keras_rmsprop_step(const Request* request, int kind, int count,
   };
   if (kind < 0 || kind >= static_cast<int>(std::size(steps))) return false;
   try {
-    steps[kind](*request, count, variables, decays, threads);
+    return steps[kind](*request, count, variables, decays, threads);
   } catch (const std::bad_alloc&) {
     return false;
   }
-  return true;
 }
 
 // Lets s of variables follow their gradients; see search.h. `kind` is the place of their

@@ -55,12 +55,13 @@ EACH_PROCESSOR int64_t Loop(const Numbers<T>& numbers, const Part<T, W, S>& part
   const uint32_t start = static_cast<uint32_t>(p.place) * kElementStride + Mixed(n.draw);
   // Bounded, as an infinite average would stay so. A NaN passes all comparisons here.
   const T most = std::numeric_limits<T>::max() / 4, most_root = std::sqrt(most);
+  const bool is_penalty = p.decay.penalty != 0;  // else an infinite w would be in g, too
   int32_t agreeing = 0;
   NO_OVERLAP
   for (int64_t i = 0; i < p.size; ++i) {
     const T w = static_cast<T>(p.weights[i]);
     T g = n.scale * p.gradient[i];
-    if constexpr (kDecays) g += p.decay.penalty * w;
+    if constexpr (kDecays) g += p.decay.penalty * (is_penalty ? w : 0);
     const T square = g * g;
     const T old_v = static_cast<T>(p.velocity[i]);
     const T v = n.rho * old_v + n.rest * (square > most ? most : square);
@@ -90,7 +91,7 @@ EACH_PROCESSOR int64_t Loop(const Numbers<T>& numbers, const Part<T, W, S>& part
       p.update[i] = u * static_cast<T>(agrees);
     } else {
       u = n.rate_outside * u;
-      if constexpr (kDecays) u += p.decay.taken * w;
+      if constexpr (kDecays) u += p.decay.taken * (is_penalty ? 0 : w);
       p.weights[i] = Less<W>(w, u);
     }
   }

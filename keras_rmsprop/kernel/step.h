@@ -84,6 +84,7 @@ struct Decay {
 
   Decay() = default;
   Decay(const Request& r, double decay) {
+    if (decay == 0) return;  // an infinite rate times 0 is no number
     if (r.decoupled_weight_decay) {
       taken = static_cast<T>(r.learning_rate) * static_cast<T>(decay);
     } else {

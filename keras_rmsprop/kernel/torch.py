@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import keras
 import torch
@@ -29,7 +29,7 @@ _SEARCHES = {
     (getattr(torch, t), getattr(torch, w)): number
     for number, (t, w) in enumerate(SEARCHES)
 }
-PLACES = 2
+PLACES: Final = 2
 """The first of the fields of a `Part` that `pointers.cc` is given."""
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
@@ -39,8 +39,9 @@ class Part(NamedTuple):
 
     kind: int
     """The number of its dtypes."""
-    gradient: Any
-    """In the dtype in which it computes."""
+    tensors: tuple[Any, ...]
+    """They must live until the call is over. First the gradient, in a dtype that fits,
+    then all that are written to; or None."""
     size: int
     at_gradient: int
     at_weights: int
@@ -93,7 +94,7 @@ def is_watched() -> bool:
     There is no public way to know all of it. Without the private one the answer is no.
     """
     count = getattr(torch._C, "_len_torch_dispatch_stack", int)
-    return torch.compiler.is_compiling() or count() > 0
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or count() > 0
 
 
 def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Part | None:
@@ -110,6 +111,8 @@ def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Part | None
     if kind is None:
         return None
     number, wide = kind
+    if gradient.layout is not torch.strided:
+        return None
     if gradient.dtype is not wide:
         gradient = gradient.to(wide)
     if not gradient.is_contiguous():
@@ -122,7 +125,7 @@ def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Part | None
     try:
         return Part(
             number,
-            gradient,
+            (gradient, weights, v, m, a, average),
             size,
             _address(gradient, size, wide),
             _address(weights, size, weights.dtype),
@@ -150,7 +153,9 @@ def _address(x: Any, size: int, dtype: Any) -> int:
         and not x.is_inference()
         and not x.is_neg()
     ):
-        return int(x.data_ptr()) or id(x)  # an empty one is nowhere, but there
+        place = int(x.data_ptr())
+        if place or size == 0:
+            return place or id(x)  # an empty one has no place, but is there
     raise RuntimeError("No plain tensor")
 
 
@@ -158,19 +163,19 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
     """Take the step of variables of one kind in one call.
 
     Args:
-        parts: The variables. None may be there twice.
+        parts: The variables.
         decays: The weight decay of each, or None.
         step: What is the same for all.
 
     Returns:
-        Whether it was taken: not if there is no memory for it.
+        Whether it was taken: not if they overlap, or if there is no memory for it.
     """
     kind = parts[0].kind
     dtype, *_ = KINDS[kind]
     numbers = step.options
     rho, correction = _number(numbers.rho), 1.0
     if numbers.bias_correction and rho:
-        correction = -math.expm1((_number(step.draw.step) + 1) * math.log(rho))
+        correction = _correction(rho, _number(step.draw.step) + 1)
     scale = 1.0 if step.scale is None else _number(step.scale)
     draw, offset = 0, step.draw.offset
     if offset is not None:
@@ -200,7 +205,29 @@ def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
         *(ctypes.c_void_p(x.buffer_info()[0]) for x in (places, decay)),
         torch.get_num_threads(),
     )
+    if taken:
+        # As PyTorch's operations do: a graph that has kept what was says so.
+        _count_writes([x for part in parts for x in part.tensors[1:] if x is not None])
     return bool(taken)
+
+
+def _correction(rho: float, t: float) -> float:
+    """Return 1 - rho^t as tensors would: it is never an error."""
+    try:
+        return -math.expm1(t * math.log(rho))
+    except OverflowError:
+        return -math.inf
+    except ValueError:
+        return math.nan
+
+
+def _count_writes(tensors: list[Any]) -> None:
+    count = torch.autograd.graph.increment_version
+    try:
+        count(tensors)
+    except TypeError:  # earlier versions take one tensor
+        for x in tensors:
+            count(x)
 
 
 def norm(tensors: Sequence[Any]) -> float | None:
@@ -211,7 +238,8 @@ def norm(tensors: Sequence[Any]) -> float | None:
     if not (tensors and library()) or is_watched():
         return None
     [dtype, *others] = {x.dtype for x in tensors}
-    if others or dtype not in (torch.float32, torch.float64):
+    is_strided = all(x.layout is torch.strided for x in tensors)
+    if others or dtype not in (torch.float32, torch.float64) or not is_strided:
         return None
     tensors = [x.contiguous() for x in tensors]
     sizes = array("q", [x.numel() for x in tensors])
