@@ -273,6 +273,20 @@ def test_what_is_not_finite_does_what_it_does_in_the_rule(bad, centered):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@needs_kernel
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_weights_that_are_not_finite_stay_out_of_the_slots(decoupled):
+    rng = np.random.default_rng(0)
+    one = update_of((40,), "float32", "float32", rule.Options(), rng, decay=0.1)
+    one.variable.assign(np.where(np.arange(40) == 7, np.inf, 1.0))
+    expected = copied([one])
+    step = Step(rule.Options(), 0.01, Draw(None, 0), decoupled, native=True)
+    kernel.update([one], step)
+    plain.update(expected, step)
+    for got, want in zip(values([one]), values(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def stepped(jit_compile, learning_rate=0.01, **options):
     """Return weights and state after steps on variables of all sizes, and explain."""
     rng = np.random.default_rng(0)
