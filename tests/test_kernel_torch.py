@@ -409,6 +409,22 @@ def test_norm(dtype):
 
 
 @needs_kernel
+def test_a_norm_in_a_step_as_a_function_has_a_derivative():
+    found = []
+    for jit_compile in ("auto", False):
+        [weights], optimizer = made(
+            RMSprop, shapes=[(5,)], global_clipnorm=0.5, jit_compile=jit_compile
+        )
+        gradient = torch.arange(1.0, 6.0, requires_grad=True)
+        state = [v.value for v in optimizer.variables]
+        [new], _ = optimizer.stateless_apply(state, [gradient], [weights.value])
+        (new**2).sum().backward()
+        found.append(gradient.grad.numpy())
+    assert np.all(found[1] != 0)
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@needs_kernel
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_norm_that_is_not_finite_does_what_it_does_without(bad):
     found = []

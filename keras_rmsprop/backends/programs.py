@@ -281,13 +281,14 @@ def _trace(
     with tf.init_scope():
         function = tf.function(body, autograph=False, jit_compile=xla)
         concrete = function.get_concrete_function(*specs)
+        few = None if xla else short(concrete)
     return _Program(
         concrete,
         concrete.captured_inputs,
         devices.pop() if len(devices) == 1 else None,
         (variables, [v.constraint for v in variables], rate_variable),
         xla,
-        None if xla else short(concrete),
+        few,
     )
 
 

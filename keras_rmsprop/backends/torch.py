@@ -29,6 +29,7 @@ from keras_rmsprop.backends.plain import folds as folds
 from keras_rmsprop.backends.plain import has_slices as has_slices
 from keras_rmsprop.backends.plain import inside_xla as inside_xla
 from keras_rmsprop.backends.plain import is_eager as is_eager
+from keras_rmsprop.backends.plain import is_for_kernel as is_for_kernel
 from keras_rmsprop.backends.plain import is_slices as is_slices
 from keras_rmsprop.backends.plain import outside_functions as outside_functions
 from keras_rmsprop.kernel import torch as kernel
@@ -301,11 +302,6 @@ def scale_of_global_norm(
     if norm is None:
         return None
     return most / max(norm, most) + (norm - norm)
-
-
-def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
-    """Whether the kernel takes all of these updates: on PyTorch nobody asks."""
-    return False
 
 
 why_no_kernel = kernel.why_not

@@ -241,6 +241,8 @@ def norm(tensors: Sequence[Any]) -> float | None:
     is_strided = all(x.layout is torch.strided for x in tensors)
     if others or dtype not in (torch.float32, torch.float64) or not is_strided:
         return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None  # in a step as a function, somebody may ask for its derivative
     tensors = [x.contiguous() for x in tensors]
     sizes = array("q", [x.numel() for x in tensors])
     try:
