@@ -1,7 +1,7 @@
 """Compiling the kernel, and finding it again.
 
-There are two libraries: ops of TensorFlow, bound to its version, and a function of
-plain pointers. A library's name says for which version it is, and for which sources.
+There are two libraries: ops of TensorFlow, bound to its version, and functions of C
+that take pointers. The name of a library says for which version and sources it is.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Framework(NamedTuple):
     def tensorflow(cls) -> "Framework":
         """Return the TensorFlow that is installed."""
         try:
-            tf = import_module("tensorflow")  # who needs the other one may not have it
+            tf = import_module("tensorflow")  # only here: on PyTorch it may be missing
         except ImportError as error:
             raise RuntimeError(f"TensorFlow cannot be imported: {error}") from error
         flags = [
@@ -68,7 +68,7 @@ OPS = Library(
 POINTERS = Library(
     "pointers", ("blocks.cc", "step.cc", "search.cc", "pointers.cc"), Framework
 )
-"""For who has pointers, such as PyTorch."""
+"""For everyone who has pointers, such as PyTorch."""
 LIBRARIES = OPS, POINTERS
 
 
@@ -147,7 +147,7 @@ def build(library: Library, folder: Path | None = None) -> Path:
                 capture_output=True,
                 text=True,
             )
-        except (OSError, ValueError) as error:  # the latter of a quote that is open
+        except (OSError, ValueError) as error:  # ValueError: a quote is not closed
             raise RuntimeError(f"{command} cannot be run: {error}") from error
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().splitlines()[-20:]

@@ -1,4 +1,4 @@
-// The kernel as functions of C, for who has pointers to elements, and threads of its own.
+// The kernel as functions of C, which are given pointers. They start their own threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace keras_rmsprop {
 namespace {
 
 // Below this a thread takes longer to start than what it saves.
-constexpr int64_t kThreadElements = 1 << 17;
+constexpr int64_t kThreadElements = 1 << 19;
 
 // Does something for all pieces, on so many threads at most.
 template <typename Function>
