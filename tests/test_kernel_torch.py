@@ -101,7 +101,7 @@ class Asked(rule.Options if BACKEND == "torch" else tuple):
     share=st.sampled_from([None, 0.0, 0.7]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_is_the_rule(
     kind, shapes, rho, momentum, epsilon, flags, decay, decoupled, scale, share, seed
 ):
