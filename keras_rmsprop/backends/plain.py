@@ -172,9 +172,15 @@ def widened(gradient: Any) -> Any:
 
     In float16 norms overflow, and what was scaled up underflows.
     """
-    dtype = keras.backend.standardize_dtype(gradient.dtype)
-    wide = rule.wide(dtype)
-    return gradient if dtype == wide else ops.cast(gradient, wide)
+    wide = _wider(gradient.dtype)
+    return gradient if wide is None else ops.cast(gradient, wide)
+
+
+@functools.cache  # Keras takes longer to name a dtype than many operations do
+def _wider(dtype: Any) -> str | None:
+    """Return the dtype to widen this one to; None if it is wide."""
+    name = keras.backend.standardize_dtype(dtype)
+    return None if rule.wide(name) == name else rule.wide(name)
 
 
 def check(gradient: Any, variable: Any) -> None:
@@ -303,7 +309,9 @@ def as_taken(
     native: Sequence[Any] = (),
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Return gradients in float32 at least; see `tensorflow.as_taken`."""
-    return [g if g is None else widened(g) for g in grads], [None] * len(grads), []
+    if any(map(_wider, {g.dtype for g in grads if g is not None})):
+        grads = [g if g is None else widened(g) for g in grads]
+    return list(grads), [None] * len(grads), []
 
 
 def after(operations: Sequence[Any]) -> Any:

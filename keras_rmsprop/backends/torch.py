@@ -23,6 +23,7 @@ from keras_rmsprop.backends.plain import Runner as Runner
 from keras_rmsprop.backends.plain import Step, Update, Way
 from keras_rmsprop.backends.plain import after as after
 from keras_rmsprop.backends.plain import all_finite as all_finite
+from keras_rmsprop.backends.plain import as_taken as as_taken
 from keras_rmsprop.backends.plain import assign_everywhere as assign_everywhere
 from keras_rmsprop.backends.plain import clocks as clocks
 from keras_rmsprop.backends.plain import folds as folds
@@ -59,21 +60,6 @@ def check(gradient: Any, variable: Any) -> None:
     )
     if not fits:
         plain.check(gradient, variable)
-
-
-def as_taken(
-    grads: Sequence[Any],
-    variables: Sequence[Any],
-    clocks: Sequence[Any],
-    native: Sequence[Any] = (),
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return gradients in float32 at least; see `tensorflow.as_taken`."""
-    if all(g is None or g.dtype in _WIDE for g in grads):
-        return list(grads), [None] * len(grads), []
-    return plain.as_taken(grads, variables, clocks, native)
-
-
-_WIDE = torch.float32, torch.float64
 
 
 def update(

@@ -4,6 +4,7 @@ There are two libraries: ops of TensorFlow, bound to its version, and functions 
 that take pointers. The name of a library says for which version and sources it is.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -11,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -100,21 +101,35 @@ def compiler() -> str | None:
     return named or next(filter(shutil.which, COMPILERS), None)
 
 
+@contextlib.contextmanager
+def _whole(folder: Path, file: str) -> Iterator[Path]:
+    """Give a place for a file; when it is written, put it into the folder.
+
+    So nobody finds half a library.
+
+    Raises:
+        RuntimeError: The folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            yield Path(partial) / file
+            (Path(partial) / file).replace(folder / file)
+    except OSError as error:
+        raise RuntimeError(f"{folder} cannot be written to: {error}") from error
+
+
 def copy(path: Path, folder: Path) -> Path:
-    """Copy a library to a folder, so that nobody finds half of it; return where it is.
+    """Copy a library to a folder; return where it is.
 
     Raises:
         RuntimeError: It cannot be copied.
     """
     copied = folder / path.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if copied.exists() and copied.samefile(path):
-            return copied
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            return Path(shutil.copy(path, partial)).replace(copied)
-    except OSError as error:
-        raise RuntimeError(f"{folder} cannot be written to: {error}") from error
+    if not (copied.is_file() and copied.samefile(path)):
+        with _whole(folder, path.name) as place:
+            shutil.copy(path, place)
+    return copied
 
 
 def build(library: Library, folder: Path | None = None) -> Path:
@@ -134,11 +149,9 @@ def build(library: Library, folder: Path | None = None) -> Path:
     if command is None:
         raise RuntimeError("there is no C++ compiler; set CXX, or install g++")
     folder = cache() if folder is None else folder
-    framework = library.framework()
+    framework, file = library.framework(), name(library)
     sources = [str(HERE / source) for source in library.sources]
-    with tempfile.TemporaryDirectory() as partial:
-        file = name(library)
-        made = Path(partial) / file
+    with _whole(folder, file) as made:
         arguments = [*FLAGS, *framework.compile_flags, *sources, "-o", str(made)]
         try:
             subprocess.run(
@@ -152,4 +165,4 @@ def build(library: Library, folder: Path | None = None) -> Path:
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().splitlines()[-20:]
             raise RuntimeError("\n".join([f"{command} failed:", *last])) from error
-        return copy(made, folder)
+    return folder / file
