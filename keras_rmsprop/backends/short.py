@@ -78,6 +78,9 @@ def short(concrete: Any) -> Short | None:
             several = given if isinstance(given, list) else [given]
             if all(x.name in known for x in several):
                 values = [known[x.name] for x in several]
+                takes_group = operation.type in kernel.TAKE_GROUPS
+                if takes_group and [*{x.dtype for x in values}] == [tf.resource]:
+                    values = [kernel.group(values)]
                 fixed[name] = values if isinstance(given, list) else values[0]
             elif not all(x.name in places for x in several):
                 return None  # known and unknown ones in a list

@@ -20,7 +20,8 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 HEADERS = "processors.h", "blocks.h", "step.h", "rows.h", "search.h"
 FLAGS = (
-    *("-shared", "-fPIC", "-O3", "-Wall"),
+    # Warnings, of TensorFlow's headers, would hide errors.
+    *("-shared", "-fPIC", "-O3", "-w"),
     # So that loops are vectorised, and results stay those of IEEE arithmetic.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )

@@ -23,8 +23,8 @@ namespace tf = tensorflow;
 REGISTER_OP("KerasRmspropStep")
     .Doc("One step of RMSprop, of all variables of one dtype.")
     .Input("gradients: N * T")
-    .Input("weights: N * resource")
-    .Input("velocities: N * resource")
+    .Input("weights: NW * resource")  // here and below: so many, or a group
+    .Input("velocities: NV * resource")
     .Input("momenta: M * resource")
     .Input("average_gradients: A * resource")
     .Input("averages: E * resource")
@@ -36,6 +36,8 @@ REGISTER_OP("KerasRmspropStep")
     .Input("constants: double")
     .Input("decays: double")
     .Attr("N: int >= 1")
+    .Attr("NW: int >= 1")
+    .Attr("NV: int >= 1")
     .Attr("M: int >= 0")
     .Attr("A: int >= 0")
     .Attr("E: int >= 0")
@@ -105,15 +107,18 @@ REGISTER_OP("KerasRmspropScale")
 REGISTER_OP("KerasRmspropFollow")
     .Doc("The sums by which the search for a learning rate goes; see automatic.py.")
     .Input("gradients: N * T")
-    .Input("weights: N * resource")
-    .Input("first_weights: N * resource")
-    .Input("gradient_sums: N * resource")
+    .Input("weights: NW * resource")  // here and below: so many, or a group
+    .Input("first_weights: NF * resource")
+    .Input("gradient_sums: NS * resource")
     .Input("forgetting: T")
     .Input("weight: T")
     .Input("begins: bool")
     .Output("gains: double")
     .Output("lengths: double")
     .Attr("N: int >= 1")
+    .Attr("NW: int >= 1")
+    .Attr("NF: int >= 1")
+    .Attr("NS: int >= 1")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
     .Attr("samples: list(int)")  // run, pitch and stride of each
@@ -125,6 +130,13 @@ REGISTER_OP("KerasRmspropFollow")
       c->set_output(1, c->Vector(count));
       return absl::OkStatus();
     });
+
+REGISTER_OP("KerasRmspropGroup")
+    .Doc("Variables as one resource, which other ops need not look up.")
+    .Input("variables: N * resource")
+    .Output("group: resource")
+    .Attr("N: int >= 1")
+    .SetShapeFn(tf::shape_inference::ScalarShape);
 
 namespace {
 
@@ -162,6 +174,61 @@ void ForEach(tf::OpKernelContext* ctx, const std::vector<Piece>& pieces,
             });
 }
 
+// Variables, and their names.
+class Group : public tf::ResourceBase {
+ public:
+  // Returns the variables that handles name; or the group, if it is the handle of one.
+  static absl::StatusOr<tf::core::RefCountPtr<Group>> Of(
+      tf::OpKernelContext* ctx, const tf::OpInputList& handles) {
+    static const uint64_t group_type = tf::TypeIndex::Make<Group>().hash_code();
+    if (handles.size() == 1) {
+      const auto& handle = handles[0].scalar<tf::ResourceHandle>()();
+      if (handle.IsRefCounting() && handle.hash_code() == group_type) {
+        TF_ASSIGN_OR_RETURN(Group * group, handle.GetResource<Group>());
+        group->Ref();
+        return tf::core::RefCountPtr<Group>(group);
+      }
+    }
+    tf::core::RefCountPtr<Group> group(new Group);
+    for (const tf::Tensor& tensor : handles) {
+      const auto& handle = tensor.scalar<tf::ResourceHandle>()();
+      tf::core::RefCountPtr<tf::Var> variable;
+      TF_RETURN_IF_ERROR(tf::LookupResource(ctx, handle, &variable));
+      group->variables_.push_back(std::move(variable));
+      group->names_.push_back(handle.name());
+    }
+    return group;
+  }
+
+  std::string DebugString() const override {
+    return absl::StrCat(size(), " variables");
+  }
+
+  int size() const { return static_cast<int>(variables_.size()); }
+  tf::Var& variable(int i) const { return *variables_[i]; }
+  const std::string& name(int i) const { return names_[i]; }
+
+ private:
+  std::vector<tf::core::RefCountPtr<tf::Var>> variables_;
+  std::vector<std::string> names_;
+};
+
+class GroupOp : public tf::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(tf::OpKernelContext* ctx) override {
+    tf::OpInputList handles;
+    OP_REQUIRES_OK(ctx, ctx->input_list("variables", &handles));
+    auto group = Group::Of(ctx, handles);
+    OP_REQUIRES_OK(ctx, group.status());
+    tf::Tensor* output;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &output));
+    output->scalar<tf::ResourceHandle>()() = tf::ResourceHandle::MakeRefCountingHandle(
+        group->release(), ctx->device()->name());
+  }
+};
+
 // Variables of several kinds, one of each kind for each gradient, or none of a kind.
 class Variables {
  public:
@@ -171,26 +238,24 @@ class Variables {
     for (const char* kind : kinds) {
       tf::OpInputList handles;
       TF_RETURN_IF_ERROR(ctx->input_list(kind, &handles));
-      const bool may_be_none = first_.size() >= static_cast<size_t>(needed);
-      if (handles.size() != count && !(may_be_none && handles.size() == 0)) {
+      TF_ASSIGN_OR_RETURN(auto group, Group::Of(ctx, handles));
+      const bool may_be_none = kinds_.size() >= static_cast<size_t>(needed);
+      if (group->size() != count && !(may_be_none && group->size() == 0)) {
         return absl::InvalidArgumentError(absl::StrCat(
-            "There are ", count, " gradients and ", handles.size(), " ", kind, "."));
+            "There are ", count, " gradients and ", group->size(), " ", kind, "."));
       }
-      first_.push_back(handles.size() ? static_cast<int>(variables_.size()) : -1);
-      for (const tf::Tensor& tensor : handles) {
-        const auto& handle = tensor.scalar<tf::ResourceHandle>()();
-        tf::core::RefCountPtr<tf::Var> variable;
-        TF_RETURN_IF_ERROR(tf::LookupResource(ctx, handle, &variable));
-        variables_.push_back(std::move(variable));
-        names_.push_back(handle.name());
-      }
+      kinds_.push_back(std::move(group));
     }
     return absl::OkStatus();
   }
 
   // Locks all, in the order of their addresses: so no two steps wait for each other.
   absl::Status Lock() {
-    for (const auto& variable : variables_) mutexes_.push_back(variable->mu());
+    for (const auto& group : kinds_) {
+      for (int i = 0; i < group->size(); ++i) {
+        mutexes_.push_back(group->variable(i).mu());
+      }
+    }
     std::sort(mutexes_.begin(), mutexes_.end());
     if (std::adjacent_find(mutexes_.begin(), mutexes_.end()) != mutexes_.end()) {
       mutexes_.clear();
@@ -207,8 +272,8 @@ class Variables {
   Variables(const Variables&) = delete;
   Variables& operator=(const Variables&) = delete;
 
-  bool Has(int kind) const { return first_[kind] >= 0; }
-  tf::Tensor* Get(int kind, int i) { return variables_[first_[kind] + i]->tensor(); }
+  bool Has(int kind) const { return kinds_[kind]->size() > 0; }
+  tf::Tensor* Get(int kind, int i) { return kinds_[kind]->variable(i).tensor(); }
 
   // Where the elements of one are; null if there is none of that kind.
   template <typename T>
@@ -218,8 +283,8 @@ class Variables {
 
   absl::Status Check(int kind, int i, tf::DataType dtype,
                      const tf::TensorShape* shape) {
-    tf::Var& variable = *variables_[first_[kind] + i];
-    const std::string& name = names_[first_[kind] + i];
+    tf::Var& variable = kinds_[kind]->variable(i);
+    const std::string& name = kinds_[kind]->name(i);
     if (!variable.is_initialized) {
       return absl::FailedPreconditionError(
           absl::StrCat("Variable ", name, " is not initialized."));
@@ -239,17 +304,7 @@ class Variables {
   // Copies a locked variable's buffer if a reader still has it. In copy-on-read mode
   // readers have copies: they make them under the lock.
   absl::Status MakeSoleOwner(tf::OpKernelContext* ctx, int kind, int i) {
-    return MakeSoleOwner(ctx, Get(kind, i));
-  }
-  absl::Status MakeSoleOwnerOfAll(tf::OpKernelContext* ctx) {
-    for (const auto& variable : variables_) {
-      TF_RETURN_IF_ERROR(MakeSoleOwner(ctx, variable->tensor()));
-    }
-    return absl::OkStatus();
-  }
-
- private:
-  static absl::Status MakeSoleOwner(tf::OpKernelContext* ctx, tf::Tensor* tensor) {
+    tf::Tensor* tensor = Get(kind, i);
     if (tensor->RefCountIsOne()) return absl::OkStatus();
     tf::Tensor copy;
     tf::AllocatorAttributes attributes;
@@ -261,10 +316,17 @@ class Variables {
     *tensor = copy;
     return absl::OkStatus();
   }
+  absl::Status MakeSoleOwnerOfAll(tf::OpKernelContext* ctx) {
+    for (int kind = 0; kind < static_cast<int>(kinds_.size()); ++kind) {
+      for (int i = 0; i < kinds_[kind]->size(); ++i) {
+        TF_RETURN_IF_ERROR(MakeSoleOwner(ctx, kind, i));
+      }
+    }
+    return absl::OkStatus();
+  }
 
-  std::vector<tf::core::RefCountPtr<tf::Var>> variables_;
-  std::vector<std::string> names_;
-  std::vector<int> first_;  // of each kind; -1: there is none
+ private:
+  std::vector<tf::core::RefCountPtr<Group>> kinds_;
   std::vector<tf::mutex*> mutexes_;
 };
 
@@ -686,6 +748,8 @@ REGISTER_DISTINCT(double, int64_t);
       ScaleOp<T>)
 REGISTER_SQUARES(float);
 REGISTER_SQUARES(double);
+
+REGISTER_KERNEL_BUILDER(Name("KerasRmspropGroup").Device(tf::DEVICE_CPU), GroupOp);
 
 }  // namespace
 }  // namespace keras_rmsprop

@@ -13,6 +13,9 @@ from keras_rmsprop.codecs import Draw
 from keras_rmsprop.kernel import DTYPES, SLOTS, build, loaded
 from keras_rmsprop.sparse import inside_xla, native
 
+TAKE_GROUPS = "KerasRmspropStep", "KerasRmspropFollow"
+"""The ops that take a `group` instead of several variables."""
+
 
 def ops() -> Any:
     """Return the module of its ops, or None if there is none."""
@@ -63,6 +66,17 @@ def _are_here(variables: Sequence[Any]) -> bool:
         hasattr(v, "handle") and v.device.startswith(here) and "CPU" in v.device
         for v in variables
     )
+
+
+def group(handles: Sequence[Any]) -> Any:
+    """Return variables as one, which `keras_rmsprop_step` need not look up.
+
+    It is for eager calls alone: a function would not know which variables an op uses.
+
+    Args:
+        handles: The handles of the variables.
+    """
+    return ops().keras_rmsprop_group(variables=handles)
 
 
 def averages(one: Update, step: Step) -> bool:
