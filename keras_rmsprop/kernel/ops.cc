@@ -1,7 +1,10 @@
 // TensorFlow's side of the kernel: its variables, its locks and its threads.
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -141,7 +144,7 @@ REGISTER_OP("KerasRmspropGroup")
 namespace {
 
 constexpr int64_t kCyclesAnElement = 1;
-constexpr int64_t kCyclesAThread = 1 << 18;  // below, waking another takes longer
+constexpr int64_t kCyclesAThread = 1 << 17;  // with fewer, to wake it takes longer
 constexpr int64_t kCyclesARow = 400;  // more, as it is not in a cache
 
 // How many rows one thread does at a time.
@@ -155,23 +158,39 @@ std::vector<int64_t> SizesOf(const tf::OpInputList& tensors) {
   return sizes;
 }
 
-// Does something for all pieces, on TensorFlow's own threads.
+// Does something for all pieces, on TensorFlow's own threads. Each takes those of its
+// share, then what is left of others: nobody waits for a thread that wakes late. Shares
+// are in one piece, as threads that write side by side take lines from each other.
 template <typename Function>
 void ForEach(tf::OpKernelContext* ctx, const std::vector<Piece>& pieces,
-             Function function, int64_t cycles_each = kCyclesAnElement) {
-  if (pieces.empty()) return;
+             const Function& function, int64_t cycles_each = kCyclesAnElement) {
   int64_t size = 0;
   for (const Piece& piece : pieces) size += piece.size;
-  if (cycles_each * size < kCyclesAThread) {
-    for (size_t i = 0; i < pieces.size(); ++i) function(i, pieces[i]);
-    return;
-  }
   const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
-  tf::Shard(workers->num_threads, workers->workers, pieces.size(),
-            cycles_each * size / pieces.size() + 1,
-            [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) function(i, pieces[i]);
-            });
+  const int64_t wanted = std::min<int64_t>(
+      {workers->num_threads, tf::GetPerThreadMaxParallelism(),
+       cycles_each * size / kCyclesAThread});
+  const int64_t threads = std::max<int64_t>(wanted, 1), count = pieces.size();
+  struct Progress {
+    explicit Progress(int64_t threads) : next(threads) {}
+    std::vector<std::atomic<int64_t>> next;  // of each share
+    std::atomic<int64_t> done{0};
+  };
+  const auto progress = std::make_shared<Progress>(threads);
+  for (int64_t i = 0; i < threads; ++i) progress->next[i] = count * i / threads;
+  const auto take = [&function, &pieces, progress, threads, count](int64_t first) {
+    for (int64_t j = first; j < first + threads; ++j) {
+      const int64_t share = j % threads, end = count * (share + 1) / threads;
+      for (int64_t i; (i = progress->next[share]++) < end; ++progress->done) {
+        function(i, pieces[i]);
+      }
+    }
+  };
+  for (int64_t i = 1; i < threads; ++i) {
+    workers->workers->Schedule([take, i] { take(i); });
+  }
+  take(0);
+  while (progress->done < count) std::this_thread::yield();
 }
 
 // Variables, and their names.
