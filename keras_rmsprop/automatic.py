@@ -380,19 +380,15 @@ def find(
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Part]] = {}
-    in_kernel: list[Part] = []
-    others: list[Part] = []
-    for part in parts:
-        takes = kernel is not None and kernel.follows(part)
-        (in_kernel if takes else others).append(part)
-    _begin(others, is_first)
-    # End to end, parts of variables that are spread over devices would have to travel.
-    may_join = keras.distribution.distribution() is None
-    if in_kernel:
-        for gain, sum_ in kernel.follow(in_kernel, weight, is_first, FORGETTING):
+    if kernel is not None:
+        found, parts = kernel.follow(parts, weight, is_first, FORGETTING)
+        for gain, sum_ in found:
             gains.append(ops.cast(gain, "float32"))
             sums.append(ops.cast(sum_, "float32"))
-    for part in others:
+    _begin(parts, is_first)
+    # End to end, parts of variables that are spread over devices would have to travel.
+    may_join = keras.distribution.distribution() is None
+    for part in parts:
         stands_for = part.sample.stands_for
         if part.gradient is None:
             sums.append(stands_for * _silent(part, fold))

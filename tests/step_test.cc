@@ -162,7 +162,8 @@ void TestFollow(Sample sample, int64_t runs, bool begins) {
   auto first0 = std::make_unique<T[]>(size), sums0 = std::make_unique<T[]>(size);
   std::copy_n(first.get(), size, first0.get());
   std::copy_n(sums.get(), size, sums0.get());
-  Followed<T, W> part = {sample, g.get(), w.get(), first.get(), sums.get()};
+  Followed<T, W> part = {sample,  size,        all,       g.get(),
+                         w.get(), first.get(), sums.get()};
   long double gain = 0, length = 0;
   double found_gain = 0, found_length = 0;
   for (int64_t i = 0; i < size; ++i) {

@@ -116,8 +116,8 @@ REGISTER_OP("KerasRmspropFollow")
     .Input("forgetting: T")
     .Input("weight: T")
     .Input("begins: bool")
-    .Output("gains: double")
-    .Output("lengths: double")
+    .Output("gain: double")
+    .Output("length: double")
     .Attr("N: int >= 1")
     .Attr("NW: int >= 1")
     .Attr("NF: int >= 1")
@@ -127,10 +127,8 @@ REGISTER_OP("KerasRmspropFollow")
     .Attr("samples: list(int)")  // run, pitch and stride of each
     .SetIsStateful()
     .SetShapeFn([](tf::shape_inference::InferenceContext* c) {
-      int count;
-      TF_RETURN_IF_ERROR(c->GetAttr("N", &count));
-      c->set_output(0, c->Vector(count));
-      c->set_output(1, c->Vector(count));
+      c->set_output(0, c->Scalar());
+      c->set_output(1, c->Scalar());
       return absl::OkStatus();
     });
 
@@ -652,13 +650,12 @@ class FollowOp : public tf::OpKernel {
                     samples_.size() == 3 * static_cast<size_t>(count),
                 absl::InvalidArgumentError("There must be a weight, and a sample for "
                                            "each gradient."));
-    tf::Tensor *gains, *lengths;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {count}, &gains));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, {count}, &lengths));
+    tf::Tensor *gain, *length;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &gain));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, {}, &length));
 
     OP_REQUIRES_OK(ctx, variables.Lock());
     std::vector<Followed<T, Plain<W>>> parts(count);
-    std::vector<int64_t> sizes(count);
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, variables.Check(kWeights, i, tf::DataTypeToEnum<W>::v(),
                                           &gradients[i].shape()));
@@ -666,11 +663,13 @@ class FollowOp : public tf::OpKernel {
           ctx, variables.Check(kSums, i, tf::DataTypeToEnum<T>::v(), nullptr));
       OP_REQUIRES_OK(ctx, variables.Check(kFirst, i, tf::DataTypeToEnum<T>::v(),
                                           nullptr));
-      const Sample sample = {samples_[3 * i], samples_[3 * i + 1], samples_[3 * i + 2]};
-      sizes[i] = variables.Get(kSums, i)->NumElements();
+      auto& part = parts[i];
+      part.sample = {samples_[3 * i], samples_[3 * i + 1], samples_[3 * i + 2]};
+      part.looked_at = variables.Get(kSums, i)->NumElements();
+      part.elements = gradients[i].NumElements();
       OP_REQUIRES(ctx,
-                  sizes[i] == variables.Get(kFirst, i)->NumElements() &&
-                      Fits(sample, sizes[i], gradients[i].NumElements()),
+                  part.looked_at == variables.Get(kFirst, i)->NumElements() &&
+                      Fits(part.sample, part.looked_at, part.elements),
                   absl::InvalidArgumentError(absl::StrCat(
                       "Gradient ", i, " has not the elements that are looked at.")));
     }
@@ -678,23 +677,19 @@ class FollowOp : public tf::OpKernel {
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kSums, i));
       if (at_first) OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kFirst, i));
-      parts[i] = {
-          {samples_[3 * i], samples_[3 * i + 1], samples_[3 * i + 2]},
-          gradients[i].flat<T>().data(),
-          reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, i)),
-          variables.Data<T>(kFirst, i),
-          variables.Data<T>(kSums, i),
-      };
+      parts[i].gradient = gradients[i].flat<T>().data();
+      parts[i].weights =
+          reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, i));
+      parts[i].first_weights = variables.Data<T>(kFirst, i);
+      parts[i].gradient_sums = variables.Data<T>(kSums, i);
     }
-    const std::vector<Sums> sums = FollowAll(
-        parts, sizes, forgetting->flat<T>()(0), weight->flat<T>()(0), at_first,
+    const Sums sums = FollowAll(
+        parts, forgetting->flat<T>()(0), weight->flat<T>()(0), at_first,
         [&](const std::vector<Piece>& pieces, auto follow) {
           ForEach(ctx, pieces, follow);
         });
-    for (int i = 0; i < count; ++i) {
-      gains->flat<double>()(i) = sums[i].gain;
-      lengths->flat<double>()(i) = sums[i].length;
-    }
+    gain->scalar<double>()() = sums.gain;
+    length->scalar<double>()() = sums.length;
   }
 
  private:

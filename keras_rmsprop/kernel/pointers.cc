@@ -118,26 +118,25 @@ bool StepOf(const Request& request, int count, const Variable* variables,
 
 // A variable in the search: the elements that are looked at, and where all are.
 struct Searched {
-  int64_t size;
   Sample sample;
+  int64_t looked_at, elements;
   const void *gradient, *weights;
   void *first_weights, *gradient_sums;
 };
 
 template <typename T, typename W>
-std::vector<Sums> FollowOf(int count, const Searched* variables, double forgetting,
-                           double weight, bool begins, int threads) {
+Sums FollowOf(int count, const Searched* variables, double forgetting, double weight,
+              bool begins, int threads) {
   std::vector<Followed<T, W>> parts;
-  std::vector<int64_t> sizes;
   for (const Searched* one = variables; one < variables + count; ++one) {
-    parts.push_back({one->sample, static_cast<const T*>(one->gradient),
+    parts.push_back({one->sample, one->looked_at, one->elements,
+                     static_cast<const T*>(one->gradient),
                      static_cast<const W*>(one->weights),
                      static_cast<T*>(one->first_weights),
                      static_cast<T*>(one->gradient_sums)});
-    sizes.push_back(one->size);
   }
-  return FollowAll(parts, sizes, static_cast<T>(forgetting), static_cast<T>(weight),
-                   begins, [&](const std::vector<Piece>& pieces, auto follow) {
+  return FollowAll(parts, static_cast<T>(forgetting), static_cast<T>(weight), begins,
+                   [&](const std::vector<Piece>& pieces, auto follow) {
                      ForEach(pieces, threads, follow);
                    });
 }
@@ -180,18 +179,15 @@ bool keras_rmsprop_step(const Request* request, int kind, int count,
 }
 
 // Lets s of variables follow their gradients; see search.h. `kind` is the place of their
-// dtypes in `SEARCHES` of torch.py. Writes the sums of each, two numbers.
+// dtypes in `SEARCHES` of torch.py. Writes the sums of all, two numbers.
 void keras_rmsprop_follow(int kind, int count, const Searched* variables,
                           double forgetting, double weight, bool begins, int threads,
                           Sums* sums) {
-  using Function =
-      std::vector<Sums> (*)(int, const Searched*, double, double, bool, int);
+  using Function = Sums (*)(int, const Searched*, double, double, bool, int);
   const Function follows[] = {FollowOf<float, float>, FollowOf<float, Bfloat16>,
                               FollowOf<float, Half>, FollowOf<double, double>,
                               FollowOf<double, float>};
-  const auto found =
-      follows[kind](count, variables, forgetting, weight, begins, threads);
-  std::copy(found.begin(), found.end(), sums);
+  *sums = follows[kind](count, variables, forgetting, weight, begins, threads);
 }
 
 // Returns the norm of all tensors together, of float or of double.

@@ -21,6 +21,7 @@ struct Sample {
 template <typename T, typename W>
 struct Followed {
   Sample sample;
+  int64_t looked_at, elements;  // how many are looked at, of how many
   const T* gradient;
   const W* weights;
   T* first_weights;  // of the elements that are looked at
@@ -47,21 +48,26 @@ inline bool Fits(const Sample& sample, int64_t size, int64_t elements) {
   return (size / run - 1) * pitch + (run - 1) * stride < elements;
 }
 
-// Does so for all elements of variables that are looked at, so many of each. Returns the
-// sums of each. `for_each` is that of `StepAll`.
+// Does so for all elements of variables that are looked at. Returns the sums of all, in
+// which each of these elements stands for several of its variable. `for_each` is that of
+// `StepAll`.
 template <typename T, typename W, typename ForEach>
-std::vector<Sums> FollowAll(const std::vector<Followed<T, W>>& parts,
-                            const std::vector<int64_t>& sizes, T forgetting, T weight,
-                            bool begins, ForEach for_each) {
+Sums FollowAll(const std::vector<Followed<T, W>>& parts, T forgetting, T weight,
+               bool begins, ForEach for_each) {
+  std::vector<int64_t> sizes;
+  for (const auto& part : parts) sizes.push_back(part.looked_at);
   const std::vector<Piece> pieces = PiecesOf(sizes);
-  std::vector<Sums> of_pieces(pieces.size()), sums(parts.size());
+  std::vector<Sums> of_pieces(pieces.size());
   for_each(pieces, [&](int64_t i, const Piece& piece) {
     of_pieces[i] = Follow(parts[piece.variable], piece.start, piece.size, forgetting,
                           weight, begins);
   });
+  Sums sums;
   for (size_t i = 0; i < pieces.size(); ++i) {
-    sums[pieces[i].variable].gain += of_pieces[i].gain;
-    sums[pieces[i].variable].length += of_pieces[i].length;
+    const auto& part = parts[pieces[i].variable];
+    const double stands_for = static_cast<double>(part.elements) / part.looked_at;
+    sums.gain += stands_for * of_pieces[i].gain;
+    sums.length += stands_for * of_pieces[i].length;
   }
   return sums;
 }

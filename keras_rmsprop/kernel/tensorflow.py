@@ -184,8 +184,8 @@ def _vector(numbers: Sequence[Any]) -> Any:
     return tf.constant(numbers, "float64")
 
 
-def follows(part: Any) -> bool:
-    """Whether `follow` takes a variable of the search (`automatic.Part`)."""
+def _follows(part: Any) -> bool:
+    """Whether `follow` takes a variable of the search."""
     if ops() is None or part.gradient is None or part.rows is not None:
         return False
     variables = [native(x) for x in (part.variable, part.first, part.sums)]
@@ -198,20 +198,25 @@ def follows(part: Any) -> bool:
 
 def follow(
     parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
-) -> list[tuple[Any, Any]]:
+) -> tuple[list[tuple[Any, Any]], list[Any]]:
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
-        parts: The variables, each an `automatic.Part` that it `follows`.
+        parts: The variables, each an `automatic.Part`.
         weight: What a gradient is multiplied by.
         begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
 
     Returns:
         For each call that it took, two doubles: the sum of <g, x0 - x>, and of |s|.
+        And the parts that it has left alone.
     """
     places: dict[tuple[Any, Any, str], list[Any]] = {}
+    left = []
     for part in parts:
+        if not _follows(part):
+            left.append(part)
+            continue
         variable = native(part.variable)
         place = variable.dtype, part.gradient.dtype, variable.device
         places.setdefault(place, []).append(part)
@@ -228,9 +233,8 @@ def follow(
             W=of_weights.base_dtype,
             samples=[x for part in several for x in part.sample.places],
         )
-        stand_for = tf.constant([p.sample.stands_for for p in several], "float64")
-        found.append(tuple(tf.tensordot(stand_for, x, 1) for x in sums))
-    return found
+        found.append((sums.gain, sums.length))
+    return found, left
 
 
 def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:

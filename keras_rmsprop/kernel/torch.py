@@ -258,33 +258,33 @@ def norm(tensors: Sequence[Any]) -> float | None:
     return float(found)
 
 
-def follows(part: Any) -> bool:
-    """Whether `follow` takes a variable of the search (`automatic.Part`)."""
-    return _searched(part) is not None
-
-
 def follow(
     parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
-) -> list[tuple[float, float]]:
+) -> tuple[list[tuple[float, float]], list[Any]]:
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
-        parts: The variables, each an `automatic.Part` that it `follows`.
+        parts: The variables, each an `automatic.Part`.
         weight: What a gradient is multiplied by.
         begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
 
     Returns:
-        For each call that it took: the sum of <g, x0 - x>, and of |s|.
+        For each call that it took: the sum of <g, x0 - x>, and of |s|. And the parts
+        that it has left alone.
     """
-    kinds: dict[int, list[Any]] = {}
+    kinds: dict[int, list[tuple[int, ...]]] = {}
+    left = []
     for part in parts:
-        kind, *places = _searched(part) or ()
-        kinds.setdefault(kind, []).append((part.sample.stands_for, places))
+        searched = _searched(part)
+        if searched is None:
+            left.append(part)
+        else:
+            kinds.setdefault(searched[0], []).append(searched[1:])
     found = []
     for kind, several in kinds.items():
-        told = array("q", [x for _, places in several for x in places])
-        sums = array("d", bytes(2 * 8 * len(several)))
+        told = array("q", [x for places in several for x in places])
+        sums = array("d", [0.0, 0.0])
         library().keras_rmsprop_follow(
             kind,
             len(several),
@@ -295,11 +295,8 @@ def follow(
             torch.get_num_threads(),
             ctypes.c_void_p(sums.buffer_info()[0]),
         )
-        gain = length = 0.0
-        for (n, _), g, s in zip(several, sums[::2], sums[1::2], strict=True):
-            gain, length = gain + n * g, length + n * s
-        found.append((gain, length))
-    return found
+        found.append((sums[0], sums[1]))
+    return found, left
 
 
 def _searched(part: Any) -> tuple[int, ...] | None:
@@ -318,7 +315,7 @@ def _searched(part: Any) -> tuple[int, ...] | None:
         return None
     try:
         return (
-            *(number, size, run, pitch, stride),
+            *(number, run, pitch, stride, size, all_),
             _address(g, all_, sums.dtype),
             _address(weights, all_, weights.dtype),
             _address(first, size, sums.dtype),
