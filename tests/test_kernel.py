@@ -338,6 +338,46 @@ def calls(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def exact_roots():
+    """TensorFlow takes g / sqrt(x) in graphs as it is written."""
+    key = "arithmetic_optimization"
+    tf.config.optimizer.set_experimental_options({key: False})
+    yield
+    tf.config.optimizer.set_experimental_options({key: True})
+
+
+@needs_kernel
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"centered": True},
+        {"momentum": 0.9, "centered": True, "clipvalue": 0.5},
+        {"use_ema": True, "ema_overwrite_frequency": 3},
+    ],
+    ids=str,
+)
+def test_steps_are_the_built_ins_to_the_last_bit(options, in_graph, exact_roots):
+    ended = []
+    for made in (RMSprop, keras.optimizers.RMSprop):
+        rng = np.random.default_rng(0)
+        variables = [keras.Variable(rng.normal(size=n)) for n in ((7, 5), 3, 1)]
+        optimizer = made(0.01, **options)
+        optimizer.build(variables)
+        step = tf.function(optimizer.apply) if in_graph else optimizer.apply
+        for _ in range(5):
+            grads = [
+                tf.constant(rng.normal(size=v.shape), "float32") for v in variables
+            ]
+            step(grads)
+        ended.append([v.numpy() for v in [*variables, *optimizer.variables]])
+    for ours, theirs in zip(*ended, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @needs_kernel
 @pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
 def test_everywhere_but_inside_xla(how, calls):
