@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-HEADERS = "processors.h", "blocks.h", "step.h", "rows.h", "search.h"
+HEADERS = "processors.h", "blocks.h", "step.h", "rows.h", "search.h", "variables.h"
 FLAGS = (
     # Warnings, of TensorFlow's headers, would hide errors.
     *("-shared", "-fPIC", "-O3", "-w"),
