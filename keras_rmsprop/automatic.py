@@ -1,52 +1,22 @@
-r"""A learning rate found while training: how far the weights must travel, estimated.
+"""A learning rate that is found while training: its options, and what goes wrong."""
 
-It is the distance estimate of Prodigy, with RMSprop's steps. The weights $x$ began at
-$x_0$ and have gradients $g$. The distance is $d$, a factor on it is $f$ (a schedule's,
-say), and $b = \sqrt{0.999}$. Before the weights change, step $t = 1, 2, \dots$ does:
-
-$$\begin{aligned}
-  \lambda &= f d^2 / d_0 \\
-  r &\leftarrow b r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
-  s \leftarrow b s + \lambda g \\
-  d &\leftarrow \max(d_0,\; d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|)
-\end{aligned}$$
-
-If the way down the gradients leads back to where the weights began, the weights went
-too far, and $r$ is small. If it leads on, $r / \sum |s|$ says how far there is to go.
-The steps are those of RMSprop with the learning rate $f d$. The scale of the loss
-cancels.
-"""
-
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_rmsprop import checks
-from keras_rmsprop.folding import total
+from keras_rmsprop.estimate import Estimate, Part, find
+from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
 from keras_rmsprop.state import as_array
 
-if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop import sparse
-
-FORGETTING = 0.999**0.5
-"""b, the decay rate of the sums: they remember some 2000 steps."""
-EPSILON = 1e-30
-"""Used instead of the default 1e-7, beside which small gradients would not count."""
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """The rate must have grown after so many steps; a larger distance is too large."""
 LARGE_INITIAL = 1e-3
 """A larger initial rate may exceed the right one, which is then not found."""
-LASTING = 100
-"""For so many steps a distance found at the start lasts, before it fades."""
-MOST = 1e4
-"""No distance is larger: on a slope without end it would grow to infinity."""
-SAMPLED_ELEMENTS = 2**12
-"""From this size on, only a sample of a variable's elements is looked at."""
 INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
 COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
 LONGEST_STEP = 100.0
@@ -110,7 +80,7 @@ class AutoLearningRate:
         self.one_in = checks.integer("one_in", one_in, 1)
         self.factor = checks.learning_rate(factor)
 
-    def sample(self, shape: Sequence[int]) -> "Sample":
+    def sample(self, shape: Sequence[int]) -> Sample:
         """Return which elements of a variable with this shape are looked at."""
         return Sample(shape, self.one_in)
 
@@ -141,113 +111,11 @@ class AutoLearningRate:
         return all(getattr(self, name) == getattr(other, name) for name in same)
 
 
-class Estimate(NamedTuple):
-    """What is known so far: four numbers, kept in one variable."""
-
-    distance: Any
-    """d; the learning rate is this times the factor."""
-    gain: Any
-    """r."""
-    steps: Any
-    """t, the number of steps so far."""
-    path: Any
-    """The sum of the learning rates so far: how far a weight can have come."""
-
-
-class Part(NamedTuple):
-    """A variable in the estimate."""
-
-    variable: Any
-    gradient: Any
-    """A tensor of the variable's shape, or of its rows'; None: it has no step now."""
-    first: Any
-    """Keeps its first weights, of the elements that are looked at."""
-    sums: Any
-    """Keeps s, of the same elements."""
-    sample: "Sample"
-    """Which elements are looked at."""
-    rows: Any = None
-    """The rows of a table (`sparse.Rows`); None: it has no clock."""
-
-
 def asked_for(learning_rate: Any) -> AutoLearningRate | None:
     """Return how to find a learning rate; None if it is given."""
     if isinstance(learning_rate, str) and learning_rate == "auto":
         return AutoLearningRate()
     return learning_rate if isinstance(learning_rate, AutoLearningRate) else None
-
-
-class Sample:
-    """Which elements of a variable are looked at: all of a small one, else one in n.
-
-    The shorter side is thinned. So in a large table each row can be followed on its
-    own, and in a square kernel whole lines of memory are left out.
-
-    Args:
-        shape: The variable's shape.
-        one_in: n.
-
-    Attributes:
-        is_small: Whether all are looked at, whatever `one_in` is.
-        shape: The shape of these elements.
-        whole_rows: Whether they are all elements of some rows.
-        stands_for: How many elements of the variable one of these stands for.
-        places: Where they are: they come in runs. In memory a run has so many elements,
-            the next run begins so many elements later, and so does the next element.
-
-    Example:
-        >>> import numpy as np
-        >>> sample = Sample((2000, 5), 4)
-        >>> sample.of(np.arange(10_000).reshape(2000, 5))[:2]
-        array([[0, 4],
-               [5, 9]])
-        >>> sample.shape, sample.stands_for
-        ((2000, 2), 2.5)
-        >>> sample.places
-        (2, 5, 4)
-    """
-
-    def __init__(self, shape: Sequence[int], one_in: int) -> None:
-        size, self._last = math.prod(shape), shape[-1] if len(shape) else 1
-        rows = size // max(self._last, 1)
-        self.is_small = size < SAMPLED_ELEMENTS
-        self._step = 1 if self.is_small else one_in
-        self.whole_rows = 1 < self._step <= rows <= self._last
-        self.shape = tuple(shape)
-        if self.whole_rows:
-            self.shape = -(-rows // self._step), self._last
-        elif self._step > 1:
-            self.shape = *shape[:-1], -(-self._last // self._step)
-        self.stands_for = size / max(math.prod(self.shape), 1)
-        self.places = max(math.prod(self.shape), 1), max(size, 1), 1
-        if self.whole_rows:
-            self.places = self._last, self._step * self._last, 1
-        elif self._step > 1:
-            self.places = self.shape[-1], self._last, self._step
-
-    def of(self, x: Any) -> Any:
-        """Return these elements of a tensor of the variable's shape, or of its rows."""
-        if self.whole_rows:
-            return ops.reshape(x, (-1, self._last))[:: self._step]
-        return x if self._step == 1 else x[..., :: self._step]
-
-    def layout(self, whole: Any) -> Any:
-        """Return how to spread these elements over devices: like the variable's.
-
-        Args:
-            whole: The `keras.distribution.TensorLayout` of the variable. An axis of it
-                that does not divide the elements evenly is not used.
-        """
-        axes = whole.axes
-        if self.whole_rows:
-            axes = (axes[0] if len(axes) == 2 else None), axes[-1]
-        mesh = whole.device_mesh
-        parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
-        axes = [
-            axis if n % parts.get(axis, 1) == 0 else None
-            for axis, n in zip(axes, self.shape, strict=True)
-        ]
-        return keras.distribution.TensorLayout(axes, mesh)
 
 
 class Search:
@@ -348,176 +216,6 @@ class Search:
             free = [(v, x) for v, x in pairs if x is not None and v.constraint is None]
             way = farthest(free, self.options)
         return complaint(self.known(), self.options, way)
-
-
-def find(
-    parts: Sequence[Part],
-    kept: Any,
-    factor: Any,
-    options: AutoLearningRate,
-    *,
-    sign: int = 1,
-    fold: bool = False,
-    scale: Any = None,
-    kernel: Any = None,
-) -> Any:
-    """Update the estimate with this step's gradients; return the distance, a scalar.
-
-    Args:
-        parts: All variables, before the step.
-        kept: The variable that keeps the `Estimate`.
-        factor: f, a scalar.
-        options: How to look.
-        sign: -1 if the step goes up the gradient.
-        fold: Whether XLA compiles it; see `folding`.
-        scale: What gradients are to be multiplied by; None: 1.
-        kernel: Where there is one, the native kernel, which follows most variables.
-    """
-    old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
-    factor = ops.cast(factor, "float32")
-    weight = factor * old.distance**2 / options.initial
-    weight = weight if scale is None else weight * ops.cast(scale, "float32")
-    is_first = ops.equal(old.steps, 0)
-    gains, sums = [], []
-    small: dict[str, list[Part]] = {}
-    if kernel is not None:
-        found, parts = kernel.follow(parts, weight, is_first, FORGETTING)
-        for gain, sum_ in found:
-            gains.append(ops.cast(gain, "float32"))
-            sums.append(ops.cast(sum_, "float32"))
-    _begin(parts, is_first)
-    # End to end, parts of variables that are spread over devices would have to travel.
-    may_join = keras.distribution.distribution() is None
-    for part in parts:
-        stands_for = part.sample.stands_for
-        if part.gradient is None:
-            sums.append(stands_for * _silent(part, fold))
-        elif part.rows is None and part.sample.is_small and may_join:
-            small.setdefault(part.sums.dtype, []).append(part)
-        else:
-            follow = _follow if part.rows is None else _follow_rows
-            gain, sum_ = follow(part, weight, fold)
-            gains.append(stands_for * ops.cast(gain, "float32"))
-            sums.append(stands_for * ops.cast(sum_, "float32"))
-    for several in small.values():
-        gain, sum_ = _follow_end_to_end(several, weight)
-        gains.append(ops.cast(gain, "float32"))
-        sums.append(ops.cast(sum_, "float32"))
-    gain = FORGETTING * old.gain + sign * weight * sum(gains)
-    steps = old.steps + 1
-    fading = old.distance * ops.sqrt((old.steps + LASTING) / (steps + LASTING))
-    found = options.coefficient * gain / (sum(sums) + EPSILON)
-    distance = ops.maximum(ops.maximum(found, fading), options.initial)
-    distance = ops.minimum(distance, MOST)
-    if not math.isinf(options.growth):
-        distance = ops.minimum(distance, options.growth * old.distance)
-    path = old.path + factor * distance
-    kept.assign(ops.stack(Estimate(distance, gain, steps, path)))
-    return distance
-
-
-def _begin(parts: Sequence[Part], is_first: Any) -> None:
-    """Keep the first weights, if this is the first step.
-
-    Other weights may have been loaded since the optimizer was built.
-    """
-    if not parts:
-        return
-
-    def begin() -> None:
-        for part in parts:
-            weights = part.sample.of(ops.convert_to_tensor(part.variable))
-            part.first.assign(ops.cast(weights, part.first.dtype))
-
-    if keras.backend.backend() != "jax":
-        ops.cond(is_first, begin, lambda: None)
-        return
-    # There a branch has no side effects.
-    before = [ops.convert_to_tensor(part.first) for part in parts]
-    begin()
-    for part, first in zip(parts, before, strict=True):
-        part.first.assign(ops.where(is_first, ops.convert_to_tensor(part.first), first))
-
-
-def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
-    """Return <g, x0 - x> and the sum of |s| of a variable; keep s."""
-    dtype = part.sums.dtype
-    g, x = (
-        ops.cast(part.sample.of(ops.convert_to_tensor(tensor)), dtype)
-        for tensor in (part.gradient, part.variable)
-    )
-    new = FORGETTING * ops.convert_to_tensor(part.sums) + ops.cast(weight, dtype) * g
-    part.sums.assign(new)
-    way = ops.convert_to_tensor(part.first) - x
-    return total(g * way, fold=fold), total(ops.absolute(new), fold=fold)
-
-
-def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
-    """Do the same for small variables, where operations cost more than numbers."""
-    dtype = parts[0].sums.dtype
-
-    def shaped(x: Any, shape: Sequence[int]) -> Any:
-        # Most are vectors, and an operation that does nothing costs as much as others.
-        return x if len(x.shape) == len(shape) == 1 else ops.reshape(x, shape)
-
-    def end_to_end(tensors: Iterable[Any]) -> Any:
-        return ops.concatenate([shaped(ops.cast(x, dtype), (-1,)) for x in tensors])
-
-    g = end_to_end(part.gradient for part in parts)
-    x = end_to_end(ops.convert_to_tensor(part.variable) for part in parts)
-    first = end_to_end(ops.convert_to_tensor(part.first) for part in parts)
-    old = end_to_end(ops.convert_to_tensor(part.sums) for part in parts)
-    new = FORGETTING * old + ops.cast(weight, dtype) * g
-    ends = [*itertools.accumulate(math.prod(part.sums.shape) for part in parts)]
-    pieces = ops.split(new, ends[:-1]) if len(parts) > 1 else [new]
-    for part, piece in zip(parts, pieces, strict=True):
-        part.sums.assign(shaped(piece, part.sums.shape))
-    return ops.sum(g * (first - x)), ops.sum(ops.absolute(new))
-
-
-def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
-    """Do the same from the rows of a table that a step updates."""
-    clock, ids = part.rows
-
-    def seen(x: Any) -> Any:
-        return ops.cast(part.sample.of(x), part.sums.dtype)
-
-    before = _silent(part, fold)
-    g, x = seen(part.gradient), seen(sparse.read(part.variable, ids))
-    first = sparse.read(part.first, ids)
-    old = FORGETTING * sparse.faded(sparse.read(part.sums, ids), part.rows, FORGETTING)
-    new = old + ops.cast(weight, g.dtype) * g
-    sparse.write(part.sums, new, ids)
-    sum_ = ops.sum(ops.absolute(new))
-    if ids is not None:
-        sum_ += FORGETTING * ops.cast(before, g.dtype) - ops.sum(ops.absolute(old))
-    sum_ = ops.maximum(sum_, 0)  # rounding takes it below
-    clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
-    return ops.sum(g * (first - x)), sum_
-
-
-def _silent(part: Part, fold: bool) -> Any:
-    """Return the current sum of |s| of a variable; for a table, its clock knows it."""
-
-    def whole() -> Any:
-        sums = ops.absolute(ops.convert_to_tensor(part.sums))
-        return ops.cast(total(sums, fold=fold), "float32")
-
-    if part.rows is None:
-        return whole()
-    clock = part.rows.clock
-    return ops.cond(clock.updates > 0, lambda: ops.convert_to_tensor(clock.sum), whole)
-
-
-def catch_up(sums: Any, clock: Any) -> None:
-    """Bring the s of all rows of a table up to date, before its clock is reset.
-
-    Args:
-        sums: The variable that keeps s.
-        clock: The table's clock.
-    """
-    rows = sparse.Rows(clock)
-    sparse.write(sums, sparse.faded(sparse.read(sums, None), rows, FORGETTING), None)
 
 
 def farthest(pairs: Sequence[tuple[Any, Any]], options: AutoLearningRate) -> float:

@@ -14,6 +14,7 @@ from keras_rmsprop import (
     averages,
     checks,
     codecs,
+    estimate,
     options,
     rule,
     saving,
@@ -262,7 +263,7 @@ class RMSprop(keras.optimizers.Optimizer):
             learning_rate = auto.factor
             if not centered:  # the variance of the first gradients is 0
                 own.setdefault("bias_correction", True)
-                epsilon = automatic.EPSILON if epsilon == 1e-7 else epsilon
+                epsilon = estimate.EPSILON if epsilon == 1e-7 else epsilon
         own |= {"rho": rho, "momentum": momentum, "epsilon": epsilon}
         own = options.checked(own | {"centered": centered})
         learning_rate = checks.learning_rate(learning_rate)
@@ -802,10 +803,10 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _search_is_known(self) -> bool:
         """Whether the estimate is known now, and not in a function being traced."""
-        estimate = self._search.estimate
-        if estimate is None:
+        kept = self._search.estimate
+        if kept is None:
             return True
-        return backend.is_eager() and options.has_value(estimate[0])
+        return backend.is_eager() and options.has_value(kept[0])
 
     def _rate_of(self, distance: Any, factor: Any) -> Any:
         """Return the learning rate of a distance: with momentum, steps add up."""
@@ -1096,7 +1097,7 @@ class RMSprop(keras.optimizers.Optimizer):
         clock = self._clocks[i]
         if not backend.is_eager() or clock.is_behind():
             if self._search is not None:
-                automatic.catch_up(self._search.sums[i], clock)
+                estimate.catch_up(self._search.sums[i], clock)
             sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
         clock.mark_sums(True)  # what is written to the sums comes in another way
         table = self._averaged_by_rows().get(i)

@@ -81,7 +81,7 @@ class Clock(Ticks):
 
     Attributes:
         average: The clock of the average of the weights, or None.
-        sum: float32 scalar, the running sum of `automatic.py`; valid once there were
+        sum: float32 scalar, the running sum of `estimate.py`; valid once there were
             updates.
         summed: bool, one for each row: whether `gradient_accumulation_steps` may have
             summed gradients of the row; or None.

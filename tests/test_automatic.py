@@ -18,7 +18,7 @@ from small_models import (
 )
 from stepping import LOOP, WAYS, assert_close, python, tensor
 
-from keras_rmsprop import AutoLearningRate, RMSprop, automatic, reference
+from keras_rmsprop import AutoLearningRate, RMSprop, automatic, estimate, reference
 
 SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2)]
 FOUND = ("first_weight", "gradient_sum", "learning_rate_estimate")
@@ -211,7 +211,7 @@ def test_the_configuration_makes_an_equal_one():
     assert float(again.learning_rate) == 0.5
     assert again._search.options.growth == np.inf
     assert again.bias_correction
-    assert again.epsilon == automatic.EPSILON
+    assert again.epsilon == estimate.EPSILON
     assert RMSprop("auto", bias_correction=False, epsilon=1e-3).epsilon == 1e-3
     assert not RMSprop("auto", bias_correction=False).bias_correction
     assert RMSprop("auto", centered=True).epsilon == 1e-7
@@ -688,8 +688,8 @@ def test_a_rate_that_is_stuck_is_told_of():
         model.fit(x, y, batch_size=1, epochs=15, verbose=0)
     with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
         assert model.optimizer.found_learning_rate == pytest.approx(1e-5)
-    estimate = automatic.Estimate(0.03, 0.0, 100.0, 0.0)
-    words = automatic.complaint(estimate, AutoLearningRate(initial=0.03))
+    known = estimate.Estimate(0.03, 0.0, 100.0, 0.0)
+    words = automatic.complaint(known, AutoLearningRate(initial=0.03))
     assert "too large" in words
     assert "(initial=1e-05)" in words
 
@@ -704,7 +704,7 @@ def test_a_rate_that_runs_away_is_told_of():
     for _ in range(1000):
         optimizer.apply([[1.0]], [weight])  # a slope without end
     with pytest.warns(UserWarning, match="larger than weights should move"):
-        assert optimizer.found_learning_rate == automatic.MOST
+        assert optimizer.found_learning_rate == estimate.MOST
     assert np.isfinite(weight.numpy())
 
 

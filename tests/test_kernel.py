@@ -22,6 +22,7 @@ from keras_rmsprop.backends import plain
 from keras_rmsprop.backends import tensorflow as backend
 from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Blockwise, Draw
+from keras_rmsprop.estimate import Part, find
 from keras_rmsprop.kernel import DTYPES as TAKEN
 from keras_rmsprop.kernel import SWITCH, build
 from keras_rmsprop.kernel import tensorflow as kernel
@@ -779,7 +780,7 @@ def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, one_in, 
         sample = how.sample(shape)
         first, s = (tf.Variable(tf.zeros(sample.shape, sums)) for _ in "12")
         variable = tf.Variable(tf.cast(rng.normal(size=shape), weights))
-        return automatic.Part(variable, None, first, s, sample)
+        return Part(variable, None, first, s, sample)
 
     parts = [part_of(shape) for shape in shapes]
     others = [
@@ -800,10 +801,13 @@ def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, one_in, 
             if by:
                 left = by.follow(several, 0.0, tf.constant(False), 1.0)[1]
                 assert not left
-            automatic.find(several, estimate, 1.0, how, kernel=by)
+            find(several, estimate, 1.0, how, kernel=by)
             found.append([estimate, *(v for p in several for v in (p.first, p.sums))])
         for got, want in zip(*found, strict=True):
-            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-4, atol=1e-12)
+            # The elements of s may cancel out.
+            most = 0 if want is kept[1] else np.abs(want).max(initial=0)
+            atol = 1e-12 + 1e-5 * most
+            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-3, atol=atol)
         for part in parts:
             part.variable.assign_sub(
                 tf.cast(rng.normal(size=part.variable.shape), weights)
@@ -815,7 +819,7 @@ def test_the_search_refuses_elements_that_are_not_there():
     how = automatic.AutoLearningRate()
     sample = how.sample((5000,))
     variables = [tf.Variable(tf.zeros(n)) for n in (5000, *sample.shape, *sample.shape)]
-    part = automatic.Part(variables[0], tf.ones(5000), *variables[1:], sample)
+    part = Part(variables[0], tf.ones(5000), *variables[1:], sample)
     sample.places = sample.places[0], sample.places[1], sample.places[2] + 1
     with pytest.raises(tf.errors.InvalidArgumentError, match="looked at"):
         kernel.follow([part], 1.0, tf.constant(True), 0.9)

@@ -105,7 +105,7 @@ REGISTER_OP("KerasRmspropScale")
     .SetShapeFn(tf::shape_inference::ScalarShape);
 
 REGISTER_OP("KerasRmspropFollow")
-    .Doc("The sums by which the search for a learning rate goes; see automatic.py.")
+    .Doc("The sums by which the search for a learning rate goes; see estimate.py.")
     .Input("gradients: N * T")
     .Input("weights: NW * resource")  // here and below: so many, or a group
     .Input("first_weights: NF * resource")

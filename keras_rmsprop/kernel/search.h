@@ -1,5 +1,5 @@
 // The arithmetic of the search for a learning rate, on plain pointers; see
-// ../automatic.py. It knows nothing of TensorFlow.
+// ../estimate.py. It knows nothing of TensorFlow.
 
 #ifndef KERAS_RMSPROP_SEARCH_H_
 #define KERAS_RMSPROP_SEARCH_H_

@@ -264,7 +264,7 @@ def follow(
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
-        parts: The variables, each an `automatic.Part`.
+        parts: The variables, each an `estimate.Part`.
         weight: What a gradient is multiplied by.
         begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
