@@ -246,7 +246,7 @@ def test_the_most_programs_and_those_in_use_stay(toy, monkeypatch):
 
 
 def test_the_last_program_that_xla_compiles(toy, monkeypatch):
-    monkeypatch.setattr(backend, "XLA_PROGRAMS", 2)
+    monkeypatch.setattr(programs, "XLA_PROGRAMS", 2)
     for n in range(4):
         toy.xla = backend.is_xla_left()
         toy.run(settings=n)

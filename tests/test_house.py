@@ -98,6 +98,7 @@ def test_only_the_rooms_of_tensorflow_import_it():
         "transfer",  # to read checkpoints of TensorFlow 1
         "backends.layouts",
         "backends.programs",
+        "backends.runner",
         "backends.short",
         "backends.tensorflow",
         "kernel.tensorflow",

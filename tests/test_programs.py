@@ -13,7 +13,7 @@ import tensorflow as tf
 from stepping import arrays, assert_close, python, train
 
 from keras_rmsprop import RMSprop
-from keras_rmsprop.backends import programs, tensorflow
+from keras_rmsprop.backends import programs
 from keras_rmsprop.backends.tensorflow import XLA_IN_GRAPH_ELEMENTS
 
 pytestmark = pytest.mark.tensorflow("programs of eager steps")
@@ -466,7 +466,7 @@ class RMSpropOfOnes(RMSprop):
 def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
     monkeypatch,
 ):
-    monkeypatch.setattr(tensorflow, "XLA_PROGRAMS", 2)
+    monkeypatch.setattr(programs, "XLA_PROGRAMS", 2)
     large = (80, 64)
 
     def is_compiled(**options):

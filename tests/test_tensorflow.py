@@ -168,7 +168,7 @@ def test_which_steps_are_programs(monkeypatch):
         ask()
         assert not runner.has_program([None], large, "auto", lambda: True)
     assert found == [[False, False, True], [False, True, True], [False, False, False]]
-    monkeypatch.setattr(backend, "is_watched", lambda: True)
+    monkeypatch.setattr("keras_rmsprop.backends.runner.is_watched", lambda: True)
     ask()
     assert found == [[False, False, False]] * 3
 

@@ -170,6 +170,11 @@ class Programs:
             self._programs.popitem(last=False)
 
 
+def is_xla_left() -> bool:
+    """Whether XLA may compile one more program without being told to."""
+    return Programs.compiled < XLA_PROGRAMS
+
+
 def flattened(grads: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
     """Return the tensors in gradients, and what a trace holds of each as constants."""
     tensors: list[Any] = []
