@@ -28,7 +28,7 @@ FIRST_STEPS = 2
 """In how many rounds a model is made, and compiled, anew; but for the quick run."""
 MALLOC = {"TF_ENABLE_ONEDNN_OPTS": "0"}
 """TensorFlow's other allocator keeps what it once had."""
-LARGE_ROUNDS = 2
+LARGE_ROUNDS = 3
 """In how many rounds a set is measured for which every process starts anew."""
 PROCESS_BYTES = 1e9
 """About what a process takes before there is any variable."""
