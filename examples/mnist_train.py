@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     mnist_report.announce(digits)
     runs = []
-    with exact_roots():
+    with as_written():
         warm_up(digits)
         for name, optimizer in optimizers.items():
             print(f"\nTraining with {name}")
@@ -84,11 +84,12 @@ def make_optimizers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def exact_roots() -> Iterator[None]:
-    """Have TensorFlow take the built-in's g / sqrt(x) as it is written.
+def as_written() -> Iterator[None]:
+    """Have TensorFlow compute what the built-in says, in the order in which it says it.
 
-    In graphs it would multiply by an approximate 1 / sqrt(x). That is as good, but
-    losses would drift apart by its rounding, and hide any other difference.
+    In graphs, it would take g / sqrt(x) for g times an approximate 1 / sqrt(x), and
+    move the epsilon of v - a^2 + epsilon. That is as good, but losses would drift
+    apart by its rounding, and hide any other difference.
     """
     import keras
 
@@ -97,13 +98,14 @@ def exact_roots() -> Iterator[None]:
         return
     import tensorflow as tf
 
-    key = "arithmetic_optimization"
-    before = tf.config.optimizer.get_experimental_options().get(key, True)
-    tf.config.optimizer.set_experimental_options({key: False})
+    rewriters = "arithmetic_optimization", "constant_folding"
+    given = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options(dict.fromkeys(rewriters, False))
     try:
         yield
     finally:
-        tf.config.optimizer.set_experimental_options({key: before})
+        before = {name: given.get(name, True) for name in rewriters}
+        tf.config.optimizer.set_experimental_options(before)
 
 
 def network() -> Any:

@@ -462,6 +462,16 @@ class RMSpropOfOnes(RMSprop):
         return optimizer.explain()
 
 
+@pytest.mark.parametrize("options", [{"clipvalue": 0.5}, {"jit_compile": True}])
+def test_autograph_has_nothing_to_say(options, caplog):
+    weights = keras.Variable(tf.ones(XLA_IN_GRAPH_ELEMENTS))
+    optimizer = RMSprop(**options)
+    optimizer.build([weights])
+    with caplog.at_level("WARNING"):
+        tf.function(lambda g: optimizer.apply([g]))(tf.ones(weights.shape))
+    assert not caplog.text
+
+
 @pytest.mark.portable
 def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
     monkeypatch,

@@ -132,13 +132,14 @@ class Programs:
             xla: Returns whether XLA should compile it.
         """
         tensors, kinds = flattened(grads)
+        constraints = [v.constraint for v in variables]
         is_variable = isinstance(learning_rate, keras.Variable)
         if not is_variable:
             tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
         given = (
             id(learning_rate) if is_variable else getattr(learning_rate, "dtype", None),
             *map(id, variables),
-            *[None if (c := v.constraint) is None else _key_of(c) for v in variables],
+            *[c if c is None else _key_of(c) for c in constraints],
             *kinds,
         )
         key = (settings(), *given)
