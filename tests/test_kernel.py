@@ -288,10 +288,12 @@ def test_weights_that_are_not_finite_stay_out_of_the_slots(decoupled):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def stepped(jit_compile, learning_rate=0.01, **options):
-    """Return weights and state after steps on variables of all sizes, and explain."""
+OF_ALL_SIZES = (300, 40), (40,), (40, 3), (), (5000,)
+
+
+def stepped(jit_compile, learning_rate=0.01, shapes=OF_ALL_SIZES, **options):
+    """Return weights and state after steps on variables, and explain."""
     rng = np.random.default_rng(0)
-    shapes = [(300, 40), (40,), (40, 3), (), (5000,)]
     variables = [keras.Variable(rng.normal(size=s), dtype="float32") for s in shapes]
     optimizer = RMSprop(learning_rate, jit_compile=jit_compile, **options)
     for _ in range(4):
@@ -326,6 +328,25 @@ def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(options):
     assert "by the kernel" not in text
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "cautious": True},
+        {"global_clipnorm": 1.0, "skip_nonfinite": True},
+        {"learning_rate": "auto"},
+    ],
+    ids=str,
+)
+def test_threads_share_a_step(options):
+    shapes = (400_000,), (7,), (600, 800), ()
+    found, _ = stepped("auto", shapes=shapes, **options)
+    expected, _ = stepped(False, shapes=shapes, **options)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture

@@ -187,3 +187,20 @@ def test_everywhere_but_inside_xla(how, monkeypatch):
         step()
     assert bool(calls) == (not how.startswith("XLA"))
     assert "in one native call" in optimizer.explain()
+
+
+@needs_kernel
+def test_threads_share_the_rows():
+    found = []
+    for jit_compile in ("auto", False):
+        rng = np.random.default_rng(0)
+        table = keras.Variable(rng.normal(size=(5000, 64)))
+        optimizer = RMSprop(0.01, centered=True, jit_compile=jit_compile)
+        optimizer.build([table])
+        for _ in range(3):
+            ids, slices = rng.integers(0, 5000, 6000), rng.normal(size=(6000, 64))
+            slices = tf.constant(slices, "float32")
+            optimizer.apply([tf.IndexedSlices(slices, tf.constant(ids))])
+        found.append([v.numpy() for v in (table, *optimizer.variables)])
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
