@@ -362,7 +362,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def as_written():
-    """TensorFlow computes in graphs what they say, in the order in which they do."""
+    """TensorFlow computes graphs as they are written."""
     rewriters = "arithmetic_optimization", "constant_folding"
     tf.config.optimizer.set_experimental_options(dict.fromkeys(rewriters, False))
     yield
@@ -842,7 +842,7 @@ def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, one_in, 
             # The elements of s may cancel out.
             most = 0 if want is kept[1] else np.abs(want).max(initial=0)
             atol = 1e-12 + 1e-5 * most
-            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-3, atol=atol)
+            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-4, atol=atol)
         for part in parts:
             part.variable.assign_sub(
                 tf.cast(rng.normal(size=part.variable.shape), weights)

@@ -613,12 +613,12 @@ REGISTER_DISTINCT(float, int64_t);
 REGISTER_DISTINCT(double, int32_t);
 REGISTER_DISTINCT(double, int64_t);
 
-#define REGISTER_SQUARES(T)                                                         \
+#define REGISTER_SCALE(T)                                                         \
   REGISTER_KERNEL_BUILDER(                                                          \
       Name("KerasRmspropScale").Device(tf::DEVICE_CPU).TypeConstraint<T>("T"), \
       ScaleOp<T>)
-REGISTER_SQUARES(float);
-REGISTER_SQUARES(double);
+REGISTER_SCALE(float);
+REGISTER_SCALE(double);
 
 REGISTER_KERNEL_BUILDER(Name("KerasRmspropGroup").Device(tf::DEVICE_CPU), GroupOp);
 
