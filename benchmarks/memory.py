@@ -43,7 +43,7 @@ WITHIN = {"accuracy": 0.2, "loss": 0.01}
 """How far from float32 the mean of a test may be: points, or a share of the loss."""
 
 
-def ours(slot_dtype: str | None, momentum: float = 0.0) -> tuning.MakeOptimizer:
+def ours(slot_dtype: Any, momentum: float = 0.0) -> tuning.MakeOptimizer:
     """Return what makes this RMSprop with slots of a dtype."""
 
     def make(rate: float, steps: int) -> Any:

@@ -1,17 +1,20 @@
 """A learning rate that is found while training: its options, and what goes wrong."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_rmsprop import checks
-from keras_rmsprop.estimate import Estimate, Part, find
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.estimate import Estimate, Part, catch_up, find
+from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
 from keras_rmsprop.state import as_array
+from keras_rmsprop.tables import Tables
 
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """The rate must have grown after so many steps; a larger distance is too large."""
@@ -122,7 +125,7 @@ class Search:
     """The search for a learning rate: how it goes, and the variables that it needs.
 
     Args:
-        options: How to look.
+        optimizer: The optimizer; `_auto` says how to look, None: not at all.
 
     Attributes:
         options: The same.
@@ -131,72 +134,97 @@ class Search:
         estimate: Keeps the `Estimate`.
     """
 
-    def __init__(self, options: AutoLearningRate) -> None:
-        self.options = options
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.options: AutoLearningRate = optimizer._auto
         self.firsts: list[Any] = []
         self.sums: list[Any] = []
         self.estimate: Any = None
 
-    def build(
-        self, add_slots: Callable[[str], list[Any]], add: Callable[..., Any]
-    ) -> None:
-        """Make the variables.
+    def is_on(self) -> bool:
+        """Whether the optimizer was made with it."""
+        return self.options is not None
 
-        Args:
-            add_slots: Makes a slot of a kind for each of the model's variables.
-            add: Keras' `add_variable`.
-        """
-        self.firsts, self.sums = add_slots(FIRST_WEIGHT), add_slots(GRADIENT_SUM)
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the variables."""
+        if not self.is_on():
+            return
+        optimizer = self._optimizer
+        self.firsts = optimizer.add_optimizer_variables(variables, FIRST_WEIGHT)
+        self.sums = optimizer.add_optimizer_variables(variables, GRADIENT_SUM)
         begin = keras.initializers.Constant([self.options.initial, 0.0, 0.0, 0.0])
-        self.estimate = add((4,), begin, "float32", name=RATE_ESTIMATE)
+        self.estimate = optimizer.add_variable(
+            (4,), begin, "float32", name=RATE_ESTIMATE
+        )
 
-    def distance(
-        self,
-        variables: Sequence[Any],
-        gradients: Sequence[tuple[int, Any]],
-        rows: Callable[[int], Any],
-        factor: Any,
-        *,
-        sign: int,
-        fold: bool,
-        scale: Any = None,
-        kernel: Any = None,
+    def why_all_rows(self, variable: Any) -> str:
+        """Return why the search needs all rows of a table, or nothing."""
+        if self.is_on() and self.options.sample(variable.shape).whole_rows:
+            return "the learning rate is estimated from whole rows"
+        return ""
+
+    def rate(
+        self, parts: Sequence[Any], factor: Any, scale: Any = None, *, kernel: bool
     ) -> Any:
-        """Update the estimate of how far the weights must travel; see `find`.
+        """Update the estimate of how far the weights must travel; return the rate.
 
         Args:
-            variables: The model's variables.
-            gradients: The indices of those that have one in this step, and these.
-            rows: Returns the rows of a table that the step takes, by its index.
-            factor: See `find`.
-            sign: See `find`.
-            fold: See `find`.
+            parts: The variables that have a gradient in this step, an `update.Part`
+                each.
+            factor: The factor on the distance; see `find`.
             scale: See `find`.
-            kernel: See `find`.
+            kernel: Whether a native kernel may follow most variables.
         """
-        given: dict[int, Any] = {}
-        for i, gradient in gradients:
-            given[i] = gradient + given[i] if i in given else gradient
+        optimizer, options = self._optimizer, self.options
+        variables, tables = optimizer._trainable_variables, Tables(optimizer)
+        grads: dict[int, Any] = {}
+        ids = {}
+        for part in parts:
+            i, g = part.place, part.gradient
+            grads[i] = g + grads[i] if i in grads else g
+            ids[i] = part.ids
         quads = zip(
             range(len(variables)), variables, self.firsts, self.sums, strict=True
         )
-        options = self.options
-        parts = [
-            Part(v, given.get(i), first, sums, options.sample(v.shape), rows(i))
+        searched = [
+            Part(
+                v,
+                grads.get(i),
+                first,
+                sums,
+                options.sample(v.shape),
+                tables.rows_of(i, ids.get(i)),
+            )
             for i, v, first, sums in quads
             if first is not None
         ]
-        kept = self.estimate
-        return find(
-            parts,
-            kept,
+        distance = find(
+            searched,
+            self.estimate,
             factor,
             options,
-            sign=sign,
-            fold=fold,
+            sign=-1 if optimizer.maximize else 1,
+            fold=backend.folds(),
             scale=scale,
-            kernel=kernel,
+            kernel=backend.search_kernel(variables, kernel=kernel),
         )
+        return self.rate_of(distance, factor)
+
+    def catch_up(self, i: int) -> None:
+        """Bring s of all rows of a table up to date."""
+        clock = self._optimizer._clocks[i]
+        if self.is_on() and (not backend.is_eager() or clock.is_behind()):
+            catch_up(self.sums[i], clock)
+
+    def rate_of(self, distance: Any, factor: Any) -> Any:
+        """Return the learning rate of a distance: with momentum, steps add up."""
+        return ops.cast(factor, "float32") * distance * (1 - self._optimizer.momentum)
+
+    def is_known(self) -> bool:
+        """Whether the estimate is known now, and not in a function being traced."""
+        if self.estimate is None:
+            return True
+        return backend.is_eager() and has_value(self.estimate[0])
 
     def known(self) -> Estimate:
         """Return the estimate, as numbers."""

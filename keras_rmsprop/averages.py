@@ -7,13 +7,15 @@ average is read. A clock (`sparse.AverageTicks`) counts the updates.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
-from keras_rmsprop import rule
+from keras_rmsprop import options, rule
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.update import Part
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -199,3 +201,151 @@ def _as_int(iterations: Any) -> Any:
 def _only_if(condition: Any, do: Any) -> None:
     # One branch is empty: else XLA would copy what the other one writes.
     tf.cond(condition, do, lambda: None)
+
+
+class Averages:
+    """Updates the EMA of the weights after each step (`use_ema`).
+
+    Args:
+        optimizer: The optimizer. Keras makes the averages, `_weight_averages`.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def is_on(self) -> bool:
+        """Whether the option is on."""
+        return bool(self._optimizer.use_ema)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Do nothing: Keras makes the averages."""
+
+    def why_all_rows(self, variable: Any) -> str:
+        """Return why the averages of all rows must follow at each step, or nothing."""
+        optimizer = self._optimizer
+        if not optimizer.use_ema:
+            return ""
+        if optimizer.gradient_accumulation_steps:
+            return "`use_ema` averages at each call, `gradient_accumulation_steps` sums"
+        if options.is_tensor(optimizer.ema_momentum):
+            return "`ema_momentum` may change unseen"
+        is_lazy = optimizer.sparse_update == "lazy"
+        if not is_lazy and getattr(variable, "constraint", None) is not None:
+            return "`use_ema` averages what a constraint does to silent rows"
+        return ""
+
+    def momentum(self) -> Momentum:
+        """Return the decay rate."""
+        return Momentum(self._optimizer.ema_momentum, self._optimizer.ema_warmup)
+
+    def tables(self) -> dict[int, Table]:
+        """Return the tables in whose averages rows may wait, by their index."""
+        optimizer = self._optimizer
+        is_lazy = optimizer.sparse_update == "lazy"
+        if not self.is_on() or is_lazy or options.is_tensor(optimizer.ema_momentum):
+            return {}
+        return {
+            i: Table(
+                optimizer._trainable_variables[i],
+                optimizer._weight_averages[i],
+                optimizer._clocks[i].average,
+                self.momentum(),
+            )
+            for i in optimizer._clocks
+            if optimizer._clocks[i].average is not None
+        }
+
+    def share(self, own: frozenset[str]) -> Callable[[Any], Any] | None:
+        """Return the decay rate, for averages in the update itself; None: they wait.
+
+        Args:
+            own: The hooks that a subclass overrides.
+        """
+        if own or self._optimizer.gradient_accumulation_steps:
+            return None  # Keras averages at each call, also at those that only sum up
+        return functools.partial(self.momentum().at, self._optimizer.iterations)
+
+    def read(self, parts: Sequence[Part], own: frozenset[str]) -> dict[int, Any]:
+        """Return the averages of rows whose weights a step is about to change.
+
+        Args:
+            parts: The parts of the step.
+            own: The hooks that a subclass overrides: then all averages are dense.
+        """
+        tables = self.tables()
+        if own:
+            for table in tables.values():
+                table.catch_up()
+        if own or not tables:
+            return {}
+        updated = {part.place: part.ids for part in parts}
+        return before_step(tables, updated, self._optimizer.iterations)
+
+    def follow(
+        self, parts: Sequence[Part], before: Mapping[int, Any], done: Sequence[Any]
+    ) -> None:
+        """Let avg <- m avg + (1 - m) w; at first avg <- w.
+
+        Args:
+            parts: The parts of the step.
+            before: What `read` returned.
+            done: Averages that were updated with their weights.
+        """
+        optimizer, ids = self._optimizer, {id(average) for average in done}
+        follow(
+            optimizer._trainable_variables,
+            [None if id(x) in ids else x for x in optimizer._weight_averages],
+            {part.place: part.ids for part in parts if part.ids is not None},
+            optimizer.iterations,
+            self.momentum(),
+            self.tables(),
+            before,
+        )
+
+    def has_more_than(self, parts: Sequence[Part]) -> bool:
+        """Whether it does more after a step than to update the averages of parts."""
+        count = len(self._optimizer._trainable_variables)
+        return bool(self._optimizer.ema_overwrite_frequency) or len(parts) < count
+
+    def overwrite(self, state: Sequence[Any]) -> None:
+        """Give the weights the values of their averages at each n-th update.
+
+        Args:
+            state: The variables that this may change.
+        """
+        optimizer = self._optimizer
+        if n := optimizer.ema_overwrite_frequency:
+            variables = optimizer._trainable_variables
+            backend.either(
+                (optimizer.iterations + 1) % n == 0,
+                lambda: optimizer._overwrite_model_variables_with_average_value(
+                    variables
+                ),
+                lambda: None,
+                state,
+            )
+
+    def replace(self, variables: Sequence[Any]) -> None:
+        """Give trainable variables the values of their averages, where they have one.
+
+        Args:
+            variables: Variables of the model.
+        """
+        optimizer = self._optimizer
+        places = optimizer._trainable_variables_indices
+        known = [
+            v
+            for v in variables
+            if optimizer._var_key(v) in places and getattr(v, "trainable", True)
+        ]
+        indices = list(map(optimizer._get_variable_index, known))
+        for i, table in self.tables().items():
+            if i in indices:
+                table.catch_up()
+        replace(known, [optimizer._weight_averages[i] for i in indices])
+
+    def catch_up(self, i: int) -> None:
+        """Bring the averages of all rows of a table up to date."""
+        table = self.tables().get(i)
+        if table and (not backend.is_eager() or table.clock.is_behind()):
+            table.catch_up()

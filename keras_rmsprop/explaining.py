@@ -1,27 +1,79 @@
-"""Which way a step goes, in words."""
+"""What `RMSprop.explain` says: how each variable is updated, and why."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from keras_rmsprop.backends.plain import Way
+from keras_rmsprop import codecs, hooks
+from keras_rmsprop.automatic import Search
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.step import Steps
+from keras_rmsprop.update import Update, Way
 
 MOST_NAMES = 4
 """How many variables of each way are named."""
 
 
-def explained(steps: Mapping[str, Sequence[Way]], variables: Sequence[str]) -> str:
-    """Return a paragraph for each kind of step, with a line for each way in it.
+def explain(steps: Steps, paths: Sequence[str]) -> str:
+    """Return how each variable is updated.
+
+    Args:
+        steps: Takes the steps of an optimizer.
+        paths: The paths of its variables.
+    """
+    optimizer: Any = steps.optimizer
+    variables = optimizer._trainable_variables
+    names = [f"{p} {tuple(v.shape)}" for p, v in zip(paths, variables, strict=True)]
+    updates = steps.updates_of(variables)
+    kinds = backend.kinds_of_steps(steps, variables)
+    lines = explained(
+        {
+            text: [_way(update, steps, xla=xla) for update in updates]
+            for text, xla in kinds.items()
+        },
+        names,
+    )
+    text = "\n".join(lines)
+    if steps.jit_compile is not False and (why := backend.why_no_kernel()):
+        text += f"\nNo kernel: {why}."
+    if steps.has_blocks():
+        stored = [
+            Way(*codecs.explained(update.slots, optimizer._codec(update.variable)[1]))
+            for update in updates
+        ]
+        text += "\n" + "\n".join(explained({"State between steps:": stored}, names))
+    if steps.on(Search):
+        text += f"\nThe learning rate found is {optimizer.found_learning_rate:.3g}."
+    return text
+
+
+def _way(update: Update, steps: Steps, *, xla: bool) -> Way:
+    optimizer: Any = steps.optimizer
+    if optimizer._own() & hooks.UPDATE_STEP:
+        return Way("by its own `update_step`", "as Keras would")
+    if update.slots.velocity is None:
+        return Way("replaced by its gradient", "as of float8 training")
+    why = optimizer._why_all_rows(update.variable)
+    if update.rows is not None and why:
+        return Way("by all rows", f"sparse gradients, but {why}")
+    return backend.way(update, steps.constants(0.0), xla=xla)
+
+
+def explained(
+    steps: Mapping[str, Sequence[Way]], variables: Sequence[str]
+) -> list[str]:
+    r"""Return the lines for each kind of step: one for each way in it.
 
     Args:
         steps: For each kind of step, described in words, the way of each variable.
         variables: The names of the variables.
 
     Example:
-        >>> alone, together = Way("on its own", "large"), Way("end to end", "small")
-        >>> print(explained({"Eager:": [alone, together, together]}, "abc"))
+        >>> alone, together = Way("on its own", "large"), Way("concatenated", "small")
+        >>> print("\n".join(explained({"Eager:": [alone, together, together]}, "abc")))
         Eager:
           1 on its own (large): a
-          2 end to end (small): b, c
+          2 concatenated (small): b, c
     """
     lines = []
     for text, ways in steps.items():
@@ -35,4 +87,4 @@ def explained(steps: Mapping[str, Sequence[Way]], variables: Sequence[str]) -> s
             lines += textwrap.wrap(
                 line, 80, initial_indent="  ", subsequent_indent="    "
             )
-    return "\n".join(lines)
+    return lines

@@ -1,67 +1,38 @@
-"""The optimizer: its arguments, what it keeps, its step and its configuration."""
+"""The optimizer: its arguments, the variables that it makes, its doors of state.
+
+How it takes a step stands in `step.py`.
+"""
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from keras_rmsprop import (
     automatic,
-    averages,
     checks,
     codecs,
     estimate,
+    explaining,
+    hooks,
     options,
     rule,
     saving,
-    skipping,
 )
 from keras_rmsprop.alignment import Owner
+from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.backends import plain
-from keras_rmsprop.backends.plain import Request, Step, Update, Way
-from keras_rmsprop.explaining import explained
+from keras_rmsprop.forms import form, name_of
 from keras_rmsprop.restoring import Restorer
-from keras_rmsprop.slots import (
-    ACCUMULATOR,
-    FIRST_WEIGHT,
-    GRADIENT_SUM,
-    RATE_FACTOR,
-    WEIGHT_AVERAGE,
-    Keeper,
-    in_order_of,
-)
-from keras_rmsprop.state import State, as_array, copied, matched
-
-on_tensorflow = keras.backend.backend() == "tensorflow"
-if on_tensorflow:
-    from keras_rmsprop import sparse
-
-
-class _Now:
-    """What is set while a step is taken, or while a slot is made."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, Any] = {}
-        """The rows that a step takes of tables, by the index of the table."""
-        self.averages: dict[int, Any] = {}
-        """The averages of these rows before the step, by the index of the table."""
-        self.learning_rate: Any = None
-        """The learning rate, if it was given to the step."""
-        self.in_program = False
-        """Whether a program that holds the step and nothing else is being traced."""
-        self.may_scale = False
-        """Whether gradients that are to be scaled may be so in the update."""
-        self.scale: Any = None
-        """What the update is to multiply gradients by, or None."""
-        self.followed: list[Any] = []
-        """The averages of weights that followed them in the update."""
-        self.slot: tuple[str, Any, str, Sequence[int]] | None = None
-        """Kind, owner, dtype and shape of the slot that is being made."""
+from keras_rmsprop.slots import RATE_FACTOR, Keeper, in_order_of
+from keras_rmsprop.state import State, as_array, matched
+from keras_rmsprop.step import Steps
+from keras_rmsprop.tables import Tables
+from keras_rmsprop.update import Part
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
@@ -253,42 +224,48 @@ class RMSprop(keras.optimizers.Optimizer):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
-        **kwargs: Unpack[options.Dialect],
+        *,
+        epsilon_inside_sqrt: bool = True,
+        initial_accumulator_value: float = 0.0,
+        bias_correction: bool | None = None,
+        nesterov: bool = False,
+        lr_in_momentum: bool = True,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        cautious: bool = False,
+        slot_dtype: Literal["bfloat16", "float32", "float64", "uint8"] | None = None,
+        float32_slots: Sequence[str] = ("embeddings",),
+        ema_warmup: bool = False,
+        skip_nonfinite: bool = False,
+        sparse_update: Literal["exact", "lazy"] = "exact",
+        jit_compile: bool | Literal["auto"] = "auto",
+        **kwargs: Any,
     ) -> None:
-        given: dict[str, Any] = {**kwargs}
-        learning_rate = _one_of_both(learning_rate, given)
-        own = {name: given.pop(name) for name in options.DIALECT if name in given}
+        learning_rate = options.learning_rate_of(learning_rate, kwargs)
         auto = automatic.asked_for(learning_rate)
         if auto is not None:
             learning_rate = auto.factor
             if not centered:  # the variance of the first gradients is 0
-                own.setdefault("bias_correction", True)
+                bias_correction = True if bias_correction is None else bias_correction
                 epsilon = estimate.EPSILON if epsilon == 1e-7 else epsilon
-        own |= {"rho": rho, "momentum": momentum, "epsilon": epsilon}
-        own = options.checked(own | {"centered": centered})
+        bias_correction = (
+            bool(bias_correction) if bias_correction is None else bias_correction
+        )
+        given = locals()
+        own = options.checked(options.OPTIONS, given)
+        options.check_slots(own["slot_dtype"], own["centered"])
         learning_rate = checks.learning_rate(learning_rate)
         is_factor = auto is not None and isinstance(learning_rate, float)
         super().__init__(
             learning_rate=(lambda: 0.0) if is_factor else learning_rate,
             ema_overwrite_frequency=ema_overwrite_frequency,
             name=name,
-            **options.checked_of_keras(
-                {
-                    "weight_decay": weight_decay,
-                    "clipnorm": clipnorm,
-                    "clipvalue": clipvalue,
-                    "global_clipnorm": global_clipnorm,
-                    "use_ema": use_ema,
-                    "ema_momentum": ema_momentum,
-                    "loss_scale_factor": loss_scale_factor,
-                    "gradient_accumulation_steps": gradient_accumulation_steps,
-                }
-            ),
-            **given,
+            **options.checked(options.OF_KERAS, given),
+            **kwargs,
         )
         for option, value in own.items():
             setattr(self, option, value)
-        self._search: Any = None if auto is None else automatic.Search(auto)
+        self._auto = auto
         if is_factor:
             self._learning_rate: Any = super().add_variable(
                 (),
@@ -296,17 +273,12 @@ class RMSprop(keras.optimizers.Optimizer):
                 _dtype_of_factor(),
                 name=RATE_FACTOR,
             )
+        self._rate_in_force: Any = None
         self.skipped_steps: Any = 0
         self._keeper = Keeper()
-        self._now = _Now()
-        self._runner = backend.Runner()
-        self._clocks: Any = backend.clocks(
-            lambda: self._trainable_variables,
-            self._catch_up_all,
-            lambda: self.use_ema,
-            lambda: bool(vars(self).get("_accumulated_gradients")),
-        )
         self._offset: Any = None
+        self._clocks: Any = backend.clocks(self)
+        self._steps = Steps(self)
         self._restorer = Restorer(
             self._keeper,
             lambda: self._variables,
@@ -317,7 +289,12 @@ class RMSprop(keras.optimizers.Optimizer):
             lambda: vars(self).get("_self_update_uid"),
         )
 
-    # What it keeps for each variable of the model.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse to override what a step never calls."""
+        super().__init_subclass__(**kwargs)
+        hooks.refuse_others(cls)
+
+    # The variables that it makes.
 
     def build(self, variables: list[Any]) -> None:
         """Create the slots of `variables`: `velocity` and, where used, the others.
@@ -329,8 +306,7 @@ class RMSprop(keras.optimizers.Optimizer):
             variables: The variables that later steps may update.
         """
         if self.built:
-            known = self._trainable_variables_indices
-            if any(self._var_key(v) in known for v in variables):
+            if any(self._knows([v]) for v in variables):
                 self._check_variables_are_known(list(variables))
             return
         is_to_load = self._restorer.waits
@@ -346,20 +322,17 @@ class RMSprop(keras.optimizers.Optimizer):
         make = functools.partial(self.add_optimizer_variables, variables)
         value = float(self.initial_accumulator_value)
         # `Constant` has what it makes in memory twice.
-        start = keras.initializers.Constant(value) if value else "zeros"
-        self._velocities = make("velocity", start)
+        self._velocities = make(
+            "velocity", keras.initializers.Constant(value) if value else "zeros"
+        )
         has_momentum = options.is_on(self.momentum)
         self._momentums = make("momentum") if has_momentum else []
         self._average_gradients = make("average_gradient") if self.centered else []
-        if self._search is not None:
-            self._search.build(make, self.add_variable)
         for name, draw in codecs.named(self.slot_dtype).extra.items():
             drawn = keras.initializers.Constant(draw())
             self._offset = self.add_variable((), drawn, "int32", name=name)
-        if self.skip_nonfinite:
-            self.skipped_steps = self.add_variable(
-                (), "zeros", "int32", name="skipped_steps"
-            )
+        for feature in self._steps.features.values():
+            feature.build(variables)
 
     def add_variable_from_reference(
         self,
@@ -374,77 +347,64 @@ class RMSprop(keras.optimizers.Optimizer):
             name: The kind of slot, such as `velocity`; it is found again by that.
             initializer: What it starts with.
         """
-        dtype = keras.backend.standardize_dtype(reference_variable.dtype)
-        shape = reference_variable.shape
-        if name in rule.Slots._fields:
-            codec, _ = self._codec(reference_variable)
-            number = rule.Slots._fields.index(name)
-            if number:  # all slots of a variable are kept as its velocity is
-                i = self._get_variable_index(reference_variable)
-                codec = codecs.of(self._velocities[i])
-            initializer = codec.initializer(initializer, shape, number)
-            dtype, shape = codec.dtype(dtype), codec.shape(shape)
-        elif name == ACCUMULATOR:
-            # In bfloat16 a sum of 256 ones does not grow.
-            dtype = rule.wide(dtype)
-        if self._search is not None and name in (FIRST_WEIGHT, GRADIENT_SUM):
-            dtype = rule.wide(dtype)
-            shape = self._search.options.sample(shape).shape
-        self._now.slot = name or "var", reference_variable, dtype, shape
-        try:
-            return super().add_variable_from_reference(
-                reference_variable, name=name, initializer=initializer
-            )
-        finally:
-            self._now.slot = None
+        owner, kind, add = reference_variable, name or "var", super().add_variable
+        key, slots = self._var_key(owner), rule.Slots._fields
+        codec, _ = self._codec(owner)
+        if kind in slots[1:]:  # all slots of a variable are stored as its velocity is
+            codec = codecs.of(self._velocities[self._get_variable_index(owner)])
+        auto = self._auto or automatic.AutoLearningRate()
+        made = form(kind, owner, initializer, codec, auto.sample)
 
-    def _codec(self, variable: Any) -> tuple[codecs.Float, str]:
-        """Return how the slots of a variable of the model will be kept, and why."""
-        path = getattr(variable, "path", variable.name)
-        return codecs.chosen(self.slot_dtype, path, variable.shape, self.float32_slots)
+        def make() -> Any:
+            with backend.beside(owner, self):
+                return add(
+                    *(made.shape, made.initializer, made.dtype),
+                    layout=made.layout,
+                    name=name_of(kind, owner),
+                )
 
-    def _is_in_blocks(self, variable: Any) -> bool:
-        """Whether slots of a variable are kept, or will be, in no rows."""
-        i = self._trainable_variables_indices.get(self._var_key(variable))
-        is_there = self.built and i is not None
-        codec = codecs.of(self._velocities[i]) if is_there else self._codec(variable)[0]
-        return codec.in_blocks
+        return self._keeper.find_or_make(kind, key, owner, make, made.start)
 
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
     ) -> Any:
         """Add a variable to the optimizer; see `keras.optimizers.Optimizer`.
 
-        When the optimizer is built anew, as after layers were unfrozen, return the
+        When the optimizer is built again, as after layers were unfrozen, return the
         variable that exists.
         """
-        given: tuple[Any, Any, Any, Any] = kwargs.get("name"), None, dtype, shape
-        kind, owner, dtype, wanted = self._now.slot or given
-        if tuple(wanted) != tuple(shape):
-            if (layout := kwargs.get("layout")) is not None:
-                is_sample = kind in (FIRST_WEIGHT, GRADIENT_SUM)
-                kwargs["layout"] = (
-                    self._search.options.sample(shape).layout(layout)
-                    if is_sample
-                    # None would mean: as those have it whose paths look alike.
-                    else type(layout)([None] * len(wanted), layout.device_mesh)
-                )
-            shape = wanted
-        make = functools.partial(
-            super().add_variable, shape, initializer, dtype, **kwargs
+        add, initial = super().add_variable, keras.initializers.get(initializer)
+        return self._keeper.find_or_make(
+            str(kwargs.get("name")),
+            None,
+            None,
+            functools.partial(add, shape, initializer, dtype, **kwargs),
+            lambda: initial(shape, dtype),
         )
-        key = None if owner is None else self._var_key(owner)
-        initial = keras.initializers.get(initializer)
 
-        def start() -> Any:
-            # Copies: on JAX both would share one buffer, and give it away twice.
-            if kind == WEIGHT_AVERAGE:
-                return copied(owner)
-            if kind == FIRST_WEIGHT:
-                return self._search.options.sample(owner.shape).of(copied(owner))
-            return initial(shape, dtype)
+    def _codec(self, variable: Any) -> tuple[codecs.Float, str]:
+        """Return how the slots of a variable of the model will be stored, and why."""
+        path = getattr(variable, "path", variable.name)
+        return codecs.chosen(self.slot_dtype, path, variable.shape, self.float32_slots)
 
-        return self._keeper.find_or_make(str(kind), key, owner, make, start)
+    def _slots_of(self, i: int) -> rule.Slots:
+        return rule.Slots(
+            self._velocities[i],
+            self._momentums[i] if options.is_on(self.momentum) else None,
+            self._average_gradients[i] if self.centered else None,
+        )
+
+    def _build_for(self, variables: list[Any]) -> None:
+        """Build for variables, or for more of them; load the file that waits."""
+        if not self.built:
+            self.build(variables)
+        self._load_what_waits()
+        self._check_variables_are_known(variables)
+
+    def _knows(self, variables: Sequence[Any]) -> bool:
+        """Whether the optimizer is built for all of these variables."""
+        places = self._trainable_variables_indices
+        return self.built and all(self._var_key(v) in places for v in variables)
 
     def _check_variables_are_known(self, variables: list[Any]) -> None:
         known = self._trainable_variables_indices
@@ -489,7 +449,7 @@ class RMSprop(keras.optimizers.Optimizer):
         is_variable, _ = tracker.config["variables"]
         tracker.config["variables"] = is_variable, self._variables
 
-    # A step.
+    # A step. What a subclass may override, and calls with `super()`, is in `hooks.py`.
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Update the variables, one step down their gradients.
@@ -514,249 +474,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        grads = backend.as_gradients(grads, variables)
-        is_sparse = backend.has_slices(grads)
-        if not self.built or is_sparse:
-            self._prepare(grads, variables)
-        tables: set[int] = set()
-        if is_sparse or not backend.is_eager():
-            tables = self._tables_to_be(grads, variables)
-        request = Request(
-            jit_compile=self._jit_compile(),
-            attributes=vars(self),
-            also=self._also_baked_in,
-            learning_rate=lambda: self.learning_rate,
-            make_clocks=lambda: self._make_clocks(tables),
-            prepare=functools.partial(self._prepare, grads, variables),
-            is_for_kernel=lambda: self._is_for_kernel(variables),
-            in_blocks=self._has_blocks,
-        )
-        return self._runner.run(self._take, grads, variables, request)
-
-    def _is_for_kernel(self, variables: Sequence[Any]) -> bool:
-        """Whether a native kernel takes nearly all of a step of these variables.
-
-        What else there may be to do, XLA does faster than one operation after another.
-        """
-        others = (
-            *(self.clipnorm, self.clipvalue, self.loss_scale_factor),
-            self.gradient_accumulation_steps,
-            *(getattr(variable, "constraint", None) for variable in variables),
-        )
-        known = (
-            self.built
-            and {self._var_key(variable) for variable in variables}
-            <= self._trainable_variables_indices.keys()
-        )
-        does_more = self._has_own_step() or any(x is not None for x in others)
-        if self._jit_compile() != "auto" or does_more or not known:
-            return False
-        updates = [self._update_of(None, variable) for variable in variables]
-        return backend.is_for_kernel(updates, self._step(0.0))
-
-    def _has_blocks(self) -> bool:
-        """Whether slots of any variable are kept in blocks."""
-        count = len(self._velocities) if self.built else 0
-        return any(codecs.are_in_blocks(self._slots_of(i)) for i in range(count))
-
-    def _also_baked_in(self) -> tuple[Any, ...]:
-        """Return what a trace holds as constants besides the attributes of this."""
-        if not (self.use_ema and self.ema_overwrite_frequency):
-            return (*self._clocks,)
-        return *self._clocks, *map(_is_trainable, self._trainable_variables)
-
-    def _make_clocks(self, tables: Iterable[int]) -> None:
-        for i in sorted(tables):
-            self._clocks.make(i)
-
-    def _jit_compile(self) -> bool | str:
-        """Return the option; with "auto" a subclass' step runs as Keras runs it."""
-        own_step = self.jit_compile == "auto" and self._has_own_step()
-        return False if own_step else self.jit_compile
-
-    def _has_own_step(self) -> bool:
-        """Whether a subclass, or this instance, takes steps in its own way."""
-        return self._has_own(_STEP_METHODS)
-
-    def _has_own(self, methods: Mapping[str, Any]) -> bool:
-        """Whether a subclass, or this instance, has others than these methods."""
-        own, kind = vars(self), type(self)
-        return any(
-            name in own or getattr(kind, name) is not method
-            for name, method in methods.items()
-        )
-
-    def _prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """Check gradients; only then make slots for variables that have none."""
-        for gradient, variable in zip(grads, variables, strict=True):
-            backend.check(gradient, variable)
-        if not self.built:
-            self.build(list(variables))
-        self._load_what_waits()
-        self._check_variables_are_known(list(variables))
-        return self._variables
-
-    def _tables_to_be(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
-        """Return the tables that get a clock with this step, by their index.
-
-        A table that somebody's graph updates without a clock gets none later: that
-        graph would not know of it.
-        """
-        found = set()
-        for gradient, variable in zip(grads, variables, strict=True):
-            if not backend.is_slices(gradient):
-                continue
-            index = self._get_variable_index(variable)
-            if index not in self._clocks and self._rows_suffice(variable):
-                sparse.check_ids(gradient, variable)
-                found.add(index)
-        if not backend.is_eager():
-            places = self._trainable_variables_indices
-            with_clock = found.union(self._clocks)
-            for gradient, variable in zip(grads, variables, strict=True):
-                key = self._var_key(variable)
-                if gradient is not None and places.get(key) not in with_clock:
-                    self._clocks.refused.add(key)
-            if self.use_ema and self.ema_overwrite_frequency:
-                # Averages replace the weights of all, those without a gradient, too.
-                self._clocks.refused |= {
-                    key for key, place in places.items() if place not in with_clock
-                }
-        return found
-
-    def _rows_suffice(self, variable: Any) -> bool:
-        """Whether a step may leave out the rows of a table that have no gradient."""
-        return not self._why_all_rows(variable)
-
-    def _why_all_rows(self, variable: Any) -> str:
-        """Return why a step must not leave out rows without a gradient, or nothing."""
-        reasons = {
-            "`use_ema` averages at each call, `gradient_accumulation_steps` sums": (
-                self.use_ema and self.gradient_accumulation_steps
-            ),
-            "`update_step` is a subclass'": self._has_own_step(),
-            "`rho` may change unseen": options.is_tensor(self.rho),
-            "its slots are kept in blocks, not in rows": self._is_in_blocks(variable),
-            "the learning rate is found from whole rows": (
-                self._search is not None
-                and self._search.options.sample(variable.shape).whole_rows
-            ),
-            "`ema_momentum` may change unseen": (
-                self.use_ema and options.is_tensor(self.ema_momentum)
-            ),
-            "a graph updates the table densely": (
-                self._var_key(variable) in self._clocks.refused
-            ),
-        }
-        if self.sparse_update != "lazy":
-            reasons |= {
-                "`momentum` moves silent rows": options.is_on(self.momentum),
-                "`use_ema` averages what a constraint does to silent rows": (
-                    self.use_ema and getattr(variable, "constraint", None) is not None
-                ),
-                "`weight_decay` moves silent rows": self._decay_of(variable)
-                is not None,
-            }
-        return next((reason for reason, holds in reasons.items() if holds), "")
-
-    def _take(
-        self,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
-        learning_rate: Any = None,
-        in_program: bool = False,
-    ) -> None:
-        """Take a step as Keras does, with sparse gradients as those of their rows.
-
-        Args:
-            grads: A tensor, slices or None for each variable.
-            variables: The variables.
-            learning_rate: The learning rate, or None for the current one.
-            in_program: Whether this is traced for a program of its own.
-        """
-        self._prepare(grads, variables)
-        if self.skip_nonfinite and isinstance(self.skipped_steps, int):
-            raise ValueError(
-                "`skip_nonfinite` must be given when the optimizer is made, or before "
-                "it is built. Received: skip_nonfinite=True later"
-            )
-        clocks = self._clocks_in_step(grads, variables)
-        grads, rows, asserts = backend.as_taken(
-            grads, variables, clocks, self._native()
-        )
-        now = self._now
-        now.learning_rate, now.in_program = learning_rate, in_program
-        now.may_scale = self._scales_in_update()
-        now.rows = {
-            self._get_variable_index(v): ids
-            for v, ids in zip(variables, rows, strict=True)
-            if ids is not None
-        }
-        given = [g for g in grads if g is not None]
-        if self.gradient_accumulation_steps:
-            grads = list(map(self._summand, grads, variables))
-        apply = super().apply
-
-        def step() -> None:
-            if tables := self._averaged_by_rows():
-                indices = map(self._get_variable_index, variables)
-                updated = {
-                    i: now.rows.get(i)
-                    for i, g in zip(indices, grads, strict=True)
-                    if g is not None
-                }
-                now.averages = averages.before_step(tables, updated, self.iterations)
-            apply(grads, variables)
-
-        try:
-            # Nothing is written before all indices are known to be good.
-            with backend.after(asserts):
-                if not (self.skip_nonfinite and given):
-                    step()
-                    return
-                finite = backend.all_finite(given, self._native())
-                state = [*self._trainable_variables, *self._variables]
-                skipping.unless_bad(step, finite, state)
-                # Not in a branch: XLA leaves a condition alone only if one is empty.
-                self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
-        finally:
-            now.learning_rate, now.in_program = None, False
-            now.may_scale, now.scale = False, None
-            now.rows, now.averages, now.followed = {}, {}, []
-
-    def _summand(self, gradient: Any, variable: Any) -> Any:
-        """Return a gradient in the form that is summed up: for a table, its rows."""
-        i = self._get_variable_index(variable)
-        ids = self._now.rows.get(i)
-        if ids is None:
-            return gradient
-
-        def on_sum(rows: Any) -> None:
-            self._now.rows[i] = rows
-
-        return sparse.Summand(gradient, ids, self._clocks[i], on_sum)
-
-    def _clocks_in_step(
-        self, grads: Sequence[Any], variables: Sequence[Any]
-    ) -> list[Any]:
-        """Return the clock of each table of which a step takes the rows, else None."""
-        if not self._clocks:
-            return [None] * len(variables)
-        indices = [self._get_variable_index(v) for v in variables]
-        if self.gradient_accumulation_steps and backend.inside_xla():
-            return [None] * len(indices)  # which rows have sums is not known there
-        if self._has_own_step():
-            for i in {*indices} & {*self._clocks}:
-                self._catch_up(i)  # as such a step knows no clock
-        return [
-            self._clocks[i]
-            if backend.is_slices(gradient)
-            and i in self._clocks
-            and indices.count(i) == 1
-            and self._rows_suffice(variable)
-            else None
-            for gradient, variable, i in zip(grads, variables, indices, strict=True)
-        ]
+        return self._steps.run(backend.as_gradients(grads, variables), variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its slots by `rule.step`.
@@ -770,47 +488,43 @@ class RMSprop(keras.optimizers.Optimizer):
             variable: The variable.
             learning_rate: The learning rate, a scalar.
         """
-        if not self._has_own_step():
-            self._update([gradient], [variable], learning_rate)
-            return
-        # No rows, and through the methods that a subclass may have overridden.
-        one = self._update_of(gradient, variable)._replace(rows=None)
-        plain.update_one(one, self._step(learning_rate), self.assign, self.assign_sub)
-
-    # Keras' own of these would go through `tf.distribute` again, and know no rows.
+        self._steps.update_one(gradient, variable, learning_rate)
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], rate: Any
     ) -> None:
-        if self._search is not None:
-            indices = map(self._get_variable_index, trainable_variables)
-            distance = self._search.distance(
-                self._trainable_variables,
-                [*zip(indices, grads, strict=True)],
-                self._rows_of,
-                rate,
-                sign=-1 if self.maximize else 1,
-                fold=backend.folds(),
-                scale=self._now.scale,
-                kernel=backend.searching_kernel(self._native()),
-            )
-            rate = self._rate_of(distance, rate)
-        if self._has_own_step():
-            for gradient, variable in zip(grads, trainable_variables, strict=True):
-                self.update_step(gradient, variable, rate)
-        else:
-            self._update(grads, trainable_variables, rate)
+        parts = map(
+            Part,
+            map(self._get_variable_index, trainable_variables),
+            trainable_variables,
+            grads,
+        )
+        self._steps.update([*parts], rate)
 
-    def _search_is_known(self) -> bool:
-        """Whether the estimate is known now, and not in a function being traced."""
-        kept = self._search.estimate
-        if kept is None:
-            return True
-        return backend.is_eager() and options.has_value(kept[0])
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        if not backend.decay(self, variables):
+            super()._apply_weight_decay(variables)
 
-    def _rate_of(self, distance: Any, factor: Any) -> Any:
-        """Return the learning rate of a distance: with momentum, steps add up."""
-        return ops.cast(factor, "float32") * distance * (1 - self.momentum)
+    def _update_model_variables_moving_average(
+        self, trainable_variables: Sequence[Any]
+    ) -> None:
+        Averages(self).follow([], {}, [])
+
+    def _own(self) -> frozenset[str]:
+        """Return the hooks that a subclass, or this instance, overrides."""
+        return hooks.own(self, RMSprop)
+
+    def _why_all_rows(self, variable: Any) -> str:
+        """Return why a step must update all rows of a table; empty: it need not."""
+        whys = (f.why_all_rows(variable) for f in self._steps.features.values())
+        return next(filter(None, whys), "")
+
+    def _decay_of(self, variable: Any) -> Any:
+        """Return the weight decay that is a part of a variable's update, or None."""
+        is_own = self.decoupled_weight_decay and hooks.DECAY in self._own()
+        if is_own or not options.is_on(self.weight_decay):
+            return None
+        return self.weight_decay if self._use_weight_decay(variable) else None
 
     @property
     def found_learning_rate(self) -> Any:
@@ -820,189 +534,34 @@ class RMSprop(keras.optimizers.Optimizer):
         built: `learning_rate` times the distance that was found, times `1 - momentum`.
         It is None without `learning_rate="auto"`. A warning says if it seems wrong.
         """
-        if self._search is None:
+        search = self._search
+        if search is None:
             return None
         factor = self._get_current_learning_rate()
-        if not self._search_is_known():
-            return self._rate_of(self._search.estimate[0], factor)
-        self._warn(self._search.complaint())
-        return float(self._rate_of(self._search.known().distance, factor))
+        if not search.is_known():
+            return search.rate_of(search.estimate[0], factor)
+        self._warn(search.complaint())
+        return float(search.rate_of(search.known().distance, factor))
 
-    def _update(
-        self, grads: Sequence[Any], variables: Sequence[Any], rate: Any
-    ) -> None:
-        updates = list(map(self._update_of, grads, variables))
-        self._now.followed = backend.update(
-            updates, self._step(rate), in_program=self._now.in_program
-        )
-
-    def _update_of(self, gradient: Any, variable: Any) -> Update:
-        """Return what a step does to a variable."""
-        i = self._get_variable_index(variable)
-        slots, rows = self._slots_of(i), self._rows_of(i)
-        average = self._weight_averages[i] if self.use_ema else None
-        decay = self._decay_of(variable)
-        return Update(variable, gradient, slots, decay, rows, average)
-
-    def _rows_of(self, i: int) -> Any:
-        """Return the rows of a table that the step takes; None if it has no clock."""
-        if i not in self._clocks:
-            return None
-        return sparse.Rows(self._clocks[i], self._now.rows.get(i))
-
-    def _slots_of(self, i: int) -> rule.Slots:
-        return rule.Slots(
-            self._velocities[i],
-            self._momentums[i] if options.is_on(self.momentum) else None,
-            self._average_gradients[i] if self.centered else None,
-        )
-
-    def _decay_of(self, variable: Any) -> Any:
-        """Return the weight decay that is a part of a variable's update, or None."""
-        if not options.is_on(self.weight_decay) or self._decays_in_its_own_way():
-            return None
-        return self.weight_decay if self._use_weight_decay(variable) else None
-
-    def _decays_in_its_own_way(self) -> bool:
-        return self.decoupled_weight_decay and self._has_own(_DECAY_METHODS)
-
-    def _step(self, learning_rate: Any) -> Step:
-        """Return what is the same for all variables of a step."""
-        constants = (getattr(self, name) for name in rule.Options._fields)
-        return Step(
-            rule.Options(*constants),
-            learning_rate,
-            self._draw(),
-            self.decoupled_weight_decay,
-            scale=self._now.scale,
-            native=bool(self._native()),
-            share=self._share_in_update(),
-        )
-
-    def _share_in_update(self) -> Any:
-        """Return how averages follow in the update itself; None if they do not."""
-        if not self.use_ema or self.gradient_accumulation_steps:
-            return None  # Keras averages at each call, also at those that only sum up
-        if self._has_own_step() or self._has_own(_METHODS_OF_AVERAGES):
-            return None
-        return functools.partial(self._ema().at, self.iterations)
-
-    def _ema(self) -> averages.Momentum:
-        return averages.Momentum(self.ema_momentum, self.ema_warmup)
-
-    def _draw(self) -> codecs.Draw:
-        return codecs.Draw(self._offset, self.iterations)
-
-    def _apply_weight_decay(self, variables: list[Any]) -> None:
-        """Do nothing, as it is part of the update; for a subclass do as Keras does."""
-        if self._decays_in_its_own_way():
-            super()._apply_weight_decay(variables)
-
-    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
-        norm, global_norm = self.clipnorm, self.global_clipnorm
-        if on_tensorflow and (norm or global_norm) and backend.inside_xla():
-            return backend.clipped(grads, norm, global_norm)
-        if global_norm and not norm and self._now.may_scale:
-            self._now.scale = backend.scale_of_global_norm(
-                grads, global_norm, self._native()
-            )
-            if self._now.scale is not None:
-                return grads
-        return super()._clip_gradients(grads)
-
-    def _native(self) -> Sequence[Any]:
-        """Return variables where a native kernel may compute; none if none may."""
-        return [] if self._jit_compile() is False else self._trainable_variables
-
-    def _scales_in_update(self) -> bool:
-        """Whether nobody sees gradients between clipping and the update."""
-        return not self._has_own_step() and not self._has_own(_METHODS_IN_BETWEEN)
-
-    def _backend_increment_gradient_accumulators(
-        self, grads: Sequence[Any], acc_grads: Sequence[Any]
-    ) -> None:
-        places = {id(sums): i for i, sums in enumerate(self._accumulated_gradients)}
-        for gradient, sums in zip(grads, acc_grads, strict=True):
-            i = places[id(sums)]
-            if i in self._now.rows:
-                gradient.add_to(sums)
-                continue
-            sums.assign_add(gradient)
-            if i in self._clocks:
-                self._clocks[i].mark_sums(True)
-
-    def _backend_reset_gradient_accumulators(self) -> None:
-        if not self._clocks:
-            super()._backend_reset_gradient_accumulators()
-            return
-        for i, sums in enumerate(self._accumulated_gradients):
-            ids = self._now.rows.get(i)
-            if ids is None:
-                sums.assign(ops.zeros_like(sums))
-            else:
-                sparse.write(sums, ops.zeros_like(sparse.read(sums, ids)), ids)
-            if i in self._clocks:
-                self._clocks[i].mark_sums(False, ids)
-
-    def _update_model_variables_moving_average(
-        self, trainable_variables: Sequence[Any]
-    ) -> None:
-        followed = {id(average) for average in self._now.followed}
-        averages.follow(
-            trainable_variables,
-            [None if id(x) in followed else x for x in self._weight_averages],
-            self._now.rows,
-            self.iterations,
-            self._ema(),
-            self._averaged_by_rows(),
-            self._now.averages,
-        )
+    @property
+    def _search(self) -> automatic.Search | None:
+        return self._steps.on(automatic.Search)
 
     @property
     def _model_variables_moving_average(self) -> list[Any]:
         """The averages of the weights, under the name by which Keras reads them."""
         if backend.is_eager() and hasattr(self, "_weight_averages"):
             self._catch_up_all()
-        if keras.backend.backend() != "jax":
-            return self._weight_averages
-        # There Keras itself replaces weights by these, those of frozen layers, too.
-        pairs = zip(self._trainable_variables, self._weight_averages, strict=True)
-        return [average if _is_trainable(v) else v for v, average in pairs]
+        return self._weight_averages
 
     @_model_variables_moving_average.setter
     def _model_variables_moving_average(self, variables: list[Any]) -> None:
         self._weight_averages = variables
 
-    def _averaged_by_rows(self) -> dict[int, averages.Table]:
-        """Return the tables in whose averages silent rows may wait, by their index."""
-        is_lazy = self.sparse_update == "lazy"
-        if not self.use_ema or is_lazy or options.is_tensor(self.ema_momentum):
-            return {}
-        return {
-            i: averages.Table(
-                self._trainable_variables[i],
-                self._weight_averages[i],
-                self._clocks[i].average,
-                self._ema(),
-            )
-            for i in self._clocks
-            if self._clocks[i].average is not None
-        }
-
     def _overwrite_model_variables_with_average_value(
         self, trainable_variables: Sequence[Any]
     ) -> None:
-        places = self._trainable_variables_indices
-        known = [
-            v
-            for v in trainable_variables
-            if self._var_key(v) in places and _is_trainable(v)
-        ]
-        indices = list(map(self._get_variable_index, known))
-        for i, table in self._averaged_by_rows().items():
-            if i in indices:
-                table.catch_up()
-        averages.replace(known, [self._weight_averages[i] for i in indices])
+        Averages(self).replace(trainable_variables)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End a training, as `fit` does; see `keras.optimizers.Optimizer`.
@@ -1014,12 +573,12 @@ class RMSprop(keras.optimizers.Optimizer):
         # hide that of the step. There is no public way to know.
         if self.built and getattr(self._iterations, "_value", 0) is None:
             return
-        if self._search is not None and self.built and self._search_is_known():
+        if self._search is not None and self.built and self._search.is_known():
             self._warn(self._search.complaint(self._trainable_variables))
         super().finalize_variable_values(var_list)
 
     def explain(self) -> str:
-        """Say which way each variable's update goes, and why.
+        """Say how each variable is updated, and why.
 
         Raises:
             ValueError: The optimizer is not built.
@@ -1031,48 +590,14 @@ class RMSprop(keras.optimizers.Optimizer):
             >>> optimizer.build([keras.Variable([1.0, 2.0], name="bias")])
             >>> print(optimizer.explain())
             An eager step runs operation by operation:
-              1 end to end with others (small, so operations cost more than what they
+              1 concatenated with others (small, so operations cost more than what they
                 compute): bias (2,)
             In `fit` and in a `tf.function` a step is part of that graph:
-              1 end to end with others (small, so operations cost more than what they
+              1 concatenated with others (small, so operations cost more than what they
                 compute): bias (2,)
         """
         self._check_built()
-        variables = self._trainable_variables
-        updates = list(map(self._update_of, [None] * len(variables), variables))
-        jit_compile, step = self._jit_compile(), self._step(0.0)
-        steps: dict[str, list[Way]] = {}
-        kinds = backend.kinds_of_steps(
-            variables, jit_compile, self._is_for_kernel(variables), self._has_blocks()
-        )
-        for text, context in kinds.items():
-            steps[text] = [self._way(one, step, context) for one in updates]
-        shapes = [tuple(v.shape) for v in variables]
-        names = [f"{p} {s}" for p, s in zip(self._paths(), shapes, strict=True)]
-        text = explained(steps, names)
-        if jit_compile is not False and (why := backend.why_no_kernel()):
-            text += f"\nNo kernel: {why}."
-        slots = [self._slots_of(i) for i in range(len(variables))]
-        if self._has_blocks():
-            kept = [
-                codecs.explained(of_one, self._codec(variable)[1])
-                for of_one, variable in zip(slots, variables, strict=True)
-            ]
-            ways = [Way(*one) for one in kept]
-            text += "\n" + explained({"What a step leaves is kept as:": ways}, names)
-        if self._search is not None:
-            text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
-        return text
-
-    def _way(self, one: Update, step: Step, context: Mapping[str, bool]) -> Way:
-        if self._has_own_step():
-            return Way("by its own `update_step`", "as Keras would")
-        if one.slots.velocity is None:
-            return Way("replaced by its gradient", "as of float8 training")
-        why = self._why_all_rows(one.variable)
-        if one.rows is not None and why:
-            return Way("by all rows", f"sparse gradients, but {why}")
-        return backend.way(one, step, **context)
+        return explaining.explain(self._steps, self._paths())
 
     # Its state: every door leads through `variables` or `get_state`.
 
@@ -1093,16 +618,8 @@ class RMSprop(keras.optimizers.Optimizer):
             self._catch_up(i)
 
     def _catch_up(self, i: int) -> None:
-        """Bring the averages of all rows of a table up to date."""
-        clock = self._clocks[i]
-        if not backend.is_eager() or clock.is_behind():
-            if self._search is not None:
-                estimate.catch_up(self._search.sums[i], clock)
-            sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
-        clock.mark_sums(True)  # what is written to the sums comes in another way
-        table = self._averaged_by_rows().get(i)
-        if table and (not backend.is_eager() or table.clock.is_behind()):
-            table.catch_up()
+        """Bring all rows of a table up to date."""
+        self._steps.catch_up(i)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
@@ -1157,7 +674,7 @@ class RMSprop(keras.optimizers.Optimizer):
         for i in range(len(self._velocities)):
             slots = self._slots_of(i)
             if i in self._clocks:
-                slots = sparse.caught_up(slots, sparse.Rows(self._clocks[i]), self.rho)
+                slots = Tables(self).caught_up(i, slots)
             shape = self._trainable_variables[i].shape
             found.append(codecs.as_numbers(slots, shape).map(as_array))
         return State(int(as_array(self.iterations)), found, self._paths())
@@ -1223,7 +740,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         auto = automatic.asked_for(learning_rate)
         if auto is not None:
-            if self._search is None or not self._search.options.looks_like(auto):
+            if self._auto is None or not self._auto.looks_like(auto):
                 raise ValueError(
                     "How a learning rate is found must be said when the optimizer is "
                     f"made. Received: learning_rate={learning_rate!r}"
@@ -1233,56 +750,32 @@ class RMSprop(keras.optimizers.Optimizer):
         inherited.fset(self, checks.learning_rate(learning_rate))
 
     def _get_current_learning_rate(self) -> Any:
-        if self._now.learning_rate is not None:
-            return self._now.learning_rate
+        if self._rate_in_force is not None:
+            return self._rate_in_force
         return checks.learning_rate(super()._get_current_learning_rate())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; programs that hold another value are not used any more."""
-        if name in _OF_SILENT_ROWS and backend.is_eager() and "_clocks" in vars(self):
-            self._catch_up_all()  # silent rows have followed the old one so far
+        if name in _OF_ROWS and backend.is_eager() and "_clocks" in vars(self):
+            self._catch_up_all()  # waiting rows have followed the old one so far
         super().__setattr__(name, value)
         is_property = isinstance(getattr(type(self), name, None), property)
-        if not is_property and "_runner" in vars(self):
-            self._runner.forget_settings()
+        if not is_property and "_steps" in vars(self):
+            self._steps.forget_attributes()
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments to make an equal optimizer with, without its state."""
         config = super().get_config()
         config |= {name: getattr(self, name) for name in options.OPTIONS}
-        if self._search is not None:
-            auto = keras.saving.serialize_keras_object(self._search.options)
+        if self._auto is not None:
+            auto = keras.saving.serialize_keras_object(self._auto)
             auto["config"]["factor"] = config["learning_rate"]
             config["learning_rate"] = auto
         return {k: float(x) if options.is_tensor(x) else x for k, x in config.items()}
 
 
-_STEP_METHODS = {
-    name: getattr(RMSprop, name)
-    for name in ("update_step", "assign", "assign_add", "assign_sub")
-}
-"""The methods that a subclass overrides to take steps in its own way."""
-
-_METHODS_IN_BETWEEN = {
-    name: getattr(RMSprop, name)
-    for name in ("_clip_gradients", "_apply_weight_decay", "_backend_update_step")
-}
-"""Methods that would see gradients which are yet to be scaled."""
-
-_DECAY_METHODS = {"_apply_weight_decay": RMSprop._apply_weight_decay}
-"""The method that a subclass overrides to decay weights in its own way."""
-
-_METHODS_OF_AVERAGES = {
-    name: getattr(RMSprop, name)
-    for name in ("_update_model_variables_moving_average", "_backend_apply_gradients")
-}
-"""Methods that would see averages which have followed already."""
-
-_OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
-"""The options that decide how silent rows are brought up to date."""
-
-_signature = options.signature(RMSprop.__init__)
-RMSprop.__init__.__signature__ = _signature  # type: ignore[attr-defined]
+_OF_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
+"""The options that decide how rows without a gradient are brought up to date."""
 
 
 def _dtype_of_factor() -> str:
@@ -1291,28 +784,6 @@ def _dtype_of_factor() -> str:
     It compares no names, but it refuses to load one dtype into another.
     """
     rates = str(keras.config.floatx())
-    if not on_tensorflow:
+    if keras.backend.backend() != "tensorflow":
         return rates
     return "float32" if rates == "float64" else "float64"
-
-
-def _is_trainable(variable: Any) -> bool:
-    return getattr(variable, "trainable", True)
-
-
-def _one_of_both(learning_rate: Any, given: dict[str, Any]) -> Any:
-    """Return the learning rate; take its deprecated spelling out of the arguments."""
-    if "lr" not in given:
-        return learning_rate
-    lr = given.pop("lr")
-    if learning_rate != 0.001:
-        raise ValueError(
-            "`lr` is the deprecated spelling of `learning_rate`: give one of them. "
-            f"Received: learning_rate={learning_rate}, lr={lr}"
-        )
-    warnings.warn(
-        "The `lr` argument is deprecated, use `learning_rate` instead.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return lr

@@ -1,26 +1,18 @@
-"""The options of `RMSprop` that Keras' own optimizers do not all have: a row each.
+"""The options of `RMSprop`: a row each, with its check.
 
-A row says the option's type, its default and what it must be. The constructor, the
-configuration and `explain` read this table; the formula is in `rule.py`.
+The constructor and the configuration read this table; the formula is in `rule.py`.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 
 from keras_rmsprop import checks
 
 Check = Callable[[str, Any], Any]
-
-
-class Option(NamedTuple):
-    """The default and the check of an option."""
-
-    default: Any
-    check: Check
-    """Takes the option's name and what was received; returns what to keep."""
+"""Takes an option's name and what was received; returns what to keep."""
 
 
 def number(allowed: checks.Range) -> Check:
@@ -49,45 +41,34 @@ def one_of(*choices: Any) -> Check:
     return check
 
 
-class Numbers(TypedDict, total=False):
-    """The built-in RMSprop's own options, which may be given by position."""
-
-    rho: Annotated[float, Option(0.9, number(checks.SHARE))]
-    momentum: Annotated[float, Option(0.0, number(checks.SHARE))]
-    epsilon: Annotated[float, Option(1e-7, number(checks.POSITIVE))]
-    centered: Annotated[bool, Option(False, checks.flag)]
-
-
-class Dialect(TypedDict, total=False):
-    """The options that the built-in does not have; given by name."""
-
-    epsilon_inside_sqrt: Annotated[bool, Option(True, checks.flag)]
-    initial_accumulator_value: Annotated[
-        float, Option(0.0, number(checks.NOT_NEGATIVE))
-    ]
-    bias_correction: Annotated[bool, Option(False, checks.flag)]
-    nesterov: Annotated[bool, Option(False, checks.flag)]
-    lr_in_momentum: Annotated[bool, Option(True, checks.flag)]
-    decoupled_weight_decay: Annotated[bool, Option(True, checks.flag)]
-    maximize: Annotated[bool, Option(False, checks.flag)]
-    cautious: Annotated[bool, Option(False, checks.flag)]
-    slot_dtype: Annotated[
-        str | None,
-        Option(None, one_of(None, "bfloat16", "float32", "float64", "uint8")),
-    ]
-    float32_slots: Annotated[Sequence[str], Option(("embeddings",), checks.names)]
-    ema_warmup: Annotated[bool, Option(False, checks.flag)]
-    skip_nonfinite: Annotated[bool, Option(False, checks.flag)]
-    sparse_update: Annotated[str, Option("exact", one_of("exact", "lazy"))]
-    jit_compile: Annotated[bool | str, Option("auto", one_of("auto", True, False))]
-
-
 def optional(check: Check) -> Check:
     """Return the check of an option that may be None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
-KERAS: dict[str, Check] = {
+OPTIONS: dict[str, Check] = {
+    "rho": number(checks.SHARE),
+    "momentum": number(checks.SHARE),
+    "epsilon": number(checks.POSITIVE),
+    "centered": checks.flag,
+    "epsilon_inside_sqrt": checks.flag,
+    "initial_accumulator_value": number(checks.NOT_NEGATIVE),
+    "bias_correction": checks.flag,
+    "nesterov": checks.flag,
+    "lr_in_momentum": checks.flag,
+    "decoupled_weight_decay": checks.flag,
+    "maximize": checks.flag,
+    "cautious": checks.flag,
+    "slot_dtype": one_of(None, "bfloat16", "float32", "float64", "uint8"),
+    "float32_slots": checks.names,
+    "ema_warmup": checks.flag,
+    "skip_nonfinite": checks.flag,
+    "sparse_update": one_of("exact", "lazy"),
+    "jit_compile": one_of("auto", True, False),
+}
+"""The options that `RMSprop` keeps, and puts into its configuration."""
+
+OF_KERAS: dict[str, Check] = {
     "weight_decay": optional(number(checks.NOT_NEGATIVE)),
     "clipnorm": optional(number(checks.NOT_NEGATIVE)),
     "clipvalue": optional(number(checks.NOT_NEGATIVE)),
@@ -99,39 +80,21 @@ KERAS: dict[str, Check] = {
         value and checks.integer(name, value, 2)
     ),
 }
-"""Options of every Keras optimizer. Keras keeps their defaults and configuration."""
+"""Options of every Keras optimizer, which Keras keeps."""
 
 
-def _rows(table: type) -> dict[str, Option]:
-    hints = get_type_hints(table, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items()}
-
-
-DIALECT = _rows(Dialect)
-OPTIONS = _rows(Numbers) | DIALECT
-
-
-def checked_of_keras(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of every Keras optimizer, checked."""
-    return {name: KERAS[name](name, value) for name, value in given.items()}
-
-
-def checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options: those given, checked, and the defaults of the others.
+def checked(table: Mapping[str, Check], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a table, checked.
 
     Args:
-        given: Options by name.
+        table: The options.
+        given: Arguments by name, others too.
 
     Raises:
         ValueError: One is out of its range.
         TypeError: One is not of its type.
     """
-    options = {
-        name: option.check(name, given.get(name, option.default))
-        for name, option in OPTIONS.items()
-    }
-    check_slots(options["slot_dtype"], options["centered"])
-    return options
+    return {name: check(name, given[name]) for name, check in table.items()}
 
 
 def check_slots(slot_dtype: str | None, centered: bool) -> None:
@@ -147,26 +110,26 @@ def check_slots(slot_dtype: str | None, centered: bool) -> None:
         )
 
 
-def signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Return a function's signature with the rows of `Dialect` for its `**kwargs`."""
-    plain = inspect.signature(function)
-    hints = get_type_hints(Dialect)
-    parameters = [*plain.parameters.values()]
-    return plain.replace(
-        parameters=[
-            *parameters[:-1],
-            *(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=option.default,
-                    annotation=hints[name],
-                )
-                for name, option in DIALECT.items()
-            ),
-            parameters[-1],
-        ]
+def learning_rate_of(learning_rate: Any, others: dict[str, Any]) -> Any:
+    """Return the learning rate; take its deprecated spelling out of other arguments.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if "lr" not in others:
+        return learning_rate
+    lr = others.pop("lr")
+    if learning_rate != 0.001:
+        raise ValueError(
+            "`lr` is the deprecated spelling of `learning_rate`: give one of them. "
+            f"Received: learning_rate={learning_rate}, lr={lr}"
+        )
+    warnings.warn(
+        "The `lr` argument is deprecated, use `learning_rate` instead.",
+        DeprecationWarning,
+        stacklevel=4,
     )
+    return lr
 
 
 def is_tensor(value: Any) -> bool:

@@ -160,7 +160,7 @@ class Restorer:
         for i in self._clocks:
             self._clocks[i].reset()
         for (kind, path), value in plan.clocks.items():
-            if backend.HAS_ROWS and path in paths:
+            if backend.has_rows and path in paths:
                 clock = self._clocks.make(paths.index(path))
                 getattr(clock, kind.removeprefix("clock_")).assign(value)
 

@@ -1,9 +1,8 @@
-"""Steps that change nothing where a gradient is not finite."""
+"""Steps that change nothing where a gradient is not finite (`skip_nonfinite`)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_rmsprop.folding import folded
@@ -22,20 +21,63 @@ def all_finite(gradients: Sequence[Any], *, fold: bool = False) -> Any:
     return ops.all(ops.stack([ops.all(part) for part in parts]))
 
 
-def unless_bad(step: Callable[[], None], finite: Any, state: Sequence[Any]) -> None:
-    """Take a step if `finite` is true.
+class Skipping:
+    """Wraps a step: it happens only if all gradients are finite.
 
     Args:
-        step: Takes the step.
-        finite: A bool scalar.
-        state: The variables that the step may change.
+        optimizer: The optimizer, which has the counter `skipped_steps`.
     """
-    if keras.backend.backend() != "jax":
-        ops.cond(finite, step, lambda: None)
-        return
-    # There a branch has no side effects: take the step, and undo it.
-    before = [ops.copy(variable) for variable in state]
-    step()
-    after = [ops.copy(variable) for variable in state]
-    for variable, old, new in zip(state, before, after, strict=True):
-        variable.assign(ops.where(finite, new, old))
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def is_on(self) -> bool:
+        """Whether the option is on.
+
+        Raises:
+            ValueError: It was switched on when there was no counter any more.
+        """
+        optimizer = self._optimizer
+        if optimizer.skip_nonfinite and isinstance(optimizer.skipped_steps, int):
+            raise ValueError(
+                "`skip_nonfinite` must be given when the optimizer is made, or before "
+                "it is built. Received: skip_nonfinite=True later"
+            )
+        return bool(optimizer.skip_nonfinite)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the counter."""
+        if self._optimizer.skip_nonfinite:
+            self._optimizer.skipped_steps = self._optimizer.add_variable(
+                (), "zeros", "int32", name="skipped_steps"
+            )
+
+    def why_all_rows(self, variable: Any) -> str:
+        """Return nothing: rows suffice."""
+        return ""
+
+    def catch_up(self, i: int) -> None:
+        """Do nothing: it has nothing of a table."""
+
+    def take(
+        self,
+        step: Callable[[], None],
+        finite: Any,
+        either: Callable[..., None],
+        state: Sequence[Any],
+    ) -> None:
+        """Take the step if all is finite, else count it as skipped.
+
+        Args:
+            step: Takes it.
+            finite: A bool scalar.
+            either: `Backend.either`.
+            state: The variables that the step may change.
+        """
+        either(finite, step, _nothing, state)
+        # Not in a branch: XLA leaves a condition alone only if one is empty.
+        self._optimizer.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -13,7 +13,8 @@ Imported only on the TensorFlow backend.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -122,10 +123,10 @@ def _beside(table: Any) -> Iterator[None]:
 
     A checkpoint may be restored anywhere.
     """
-    strategy = getattr(native(table), "distribute_strategy", None)
+    strategy = getattr(unwrapped(table), "distribute_strategy", None)
     strategy = strategy or tf.distribute.get_strategy()
     beside = strategy.extended.colocate_vars_with
-    with tf.init_scope(), strategy.scope(), beside(native(table)):
+    with tf.init_scope(), strategy.scope(), beside(unwrapped(table)):
         yield
 
 
@@ -135,24 +136,23 @@ class Clocks(tf.Module):
     Checkpoints find a clock by that index. Keras does not count it among the
     optimizer's variables, which thus stay those of the built-in.
 
+    Args:
+        optimizer: The optimizer, an object whose `_trainable_variables`, `use_ema`,
+            `_accumulated_gradients` and `_catch_up_all` are read.
+
     Attributes:
         refused: Something that stands for each table that must not get a clock.
     """
 
-    def __init__(
-        self,
-        tables: Callable[[], Sequence[Any]],
-        catch_up_all: Callable[[], None],
-        have_averages: Callable[[], bool] = lambda: False,
-        have_sums: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, optimizer: Any) -> None:
         super().__init__()
         self.refused: set[Any] = set()
-        self._tables = tables
-        self._catch_up_all = catch_up_all
-        self._have_averages = have_averages
-        self._have_sums = have_sums
+        self._reference = weakref.ref(optimizer)
         self._being_made = False
+
+    @property
+    def _optimizer(self) -> Any:
+        return self._reference()
 
     def __contains__(self, index: int) -> bool:
         return f"table_{index}" in vars(self)
@@ -163,10 +163,11 @@ class Clocks(tf.Module):
     def make(self, index: int) -> Clock:
         """Return the clock of this table; make one if it has none."""
         if index not in self:
+            optimizer = self._optimizer
             clock = Clock(
-                self._tables()[index],
-                has_average=self._have_averages(),
-                has_sums=self._have_sums(),
+                optimizer._trainable_variables[index],
+                has_average=optimizer.use_ema,
+                has_sums=bool(vars(optimizer).get("_accumulated_gradients")),
             )
             self._put(index, clock)
         return self[index]
@@ -194,14 +195,14 @@ class Clocks(tf.Module):
     def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
         # A checkpoint that is written asks for what to write, and says that it does.
         if save_type == "checkpoint" and tf.executing_eagerly():
-            self._catch_up_all()
+            self._optimizer._catch_up_all()
         given = () if save_type is None else (save_type,)
         return super()._trackable_children(*given, **kwargs)
 
     def _lookup_dependency(self, name: str, *args: Any) -> Any:
         # This is how a checkpoint finds what to restore; it finds new clocks, too.
         is_clock = name.startswith("table_") and not self._being_made
-        if is_clock and self._tables():
+        if is_clock and self._optimizer._trainable_variables:
             return self.make(int(name.removeprefix("table_")))
         return super()._lookup_dependency(name, *args)
 
@@ -214,48 +215,27 @@ class Rows(NamedTuple):
     """The distinct indices of the rows, or None: all rows."""
 
 
-class Summand:
-    """The gradients of some rows of a table, as a part of sums over several steps.
-
-    Keras divides it, and at last adds the sums so far: that gives the sums of all rows
-    that have one.
+def with_sums(values: Any, ids: Any, clock: Clock, sums: Any) -> tuple[Any, Any]:
+    """Return the sums of all rows that have some, with new values added, and the rows.
 
     Args:
-        values: The gradients, a row each.
+        values: Gradients of some rows.
         ids: The rows' indices, distinct.
         clock: The table's clock, which knows the rows that have sums.
-        on_sum: Function that is told the indices of these rows.
+        sums: Keeps the sums of all rows.
     """
+    clock.mark_sums(True, ids)
+    rows = tf.cast(tf.where(tf.convert_to_tensor(clock.summed))[:, 0], ids.dtype)
+    if 0 in values.shape[1:]:
+        return read(sums, rows), rows
+    places = tf.searchsorted(rows, ids)[:, None]
+    return tf.tensor_scatter_nd_add(read(sums, rows), places, values), rows
 
-    def __init__(
-        self, values: Any, ids: Any, clock: Clock, on_sum: Callable[[Any], None]
-    ) -> None:
-        self.values = values
-        self._rest = ids, clock, on_sum
 
-    def __truediv__(self, divisor: Any) -> "Summand":
-        return Summand(self.values / divisor, *self._rest)
-
-    def __mul__(self, factor: Any) -> "Summand":
-        return Summand(self.values * factor, *self._rest)
-
-    __rmul__ = __mul__
-
-    def __add__(self, sums: Any) -> Any:
-        ids, clock, on_sum = self._rest
-        clock.mark_sums(True, ids)
-        rows = tf.cast(tf.where(tf.convert_to_tensor(clock.summed))[:, 0], ids.dtype)
-        on_sum(rows)
-        if 0 in self.values.shape[1:]:
-            return read(sums, rows)
-        places = tf.searchsorted(rows, ids)[:, None]
-        return tf.tensor_scatter_nd_add(read(sums, rows), places, self.values)
-
-    def add_to(self, sums: Any) -> None:
-        """Add the gradients to the sums, in place."""
-        ids, clock, _ = self._rest
-        clock.mark_sums(True, ids)
-        subtract(sums, -self.values, ids)
+def add_to_sums(values: Any, ids: Any, clock: Clock, sums: Any) -> None:
+    """Add gradients of some rows to their sums, in place; see `with_sums`."""
+    clock.mark_sums(True, ids)
+    subtract(sums, -values, ids)
 
 
 def check_ids(gradient: tf.IndexedSlices, variable: Any) -> Any:
@@ -417,13 +397,13 @@ def mean(values: Any, *, ids: Any, variable: Any) -> Any:
 
 def read(variable: Any, ids: Any) -> Any:
     """Return some rows of a variable without reading the others; None: all."""
-    variable = native(variable)
+    variable = unwrapped(variable)
     return tf.convert_to_tensor(variable) if ids is None else tf.gather(variable, ids)
 
 
 def write(variable: Any, values: Any, ids: Any) -> None:
     """Set some rows of a variable in place; None: all."""
-    variable = native(variable)
+    variable = unwrapped(variable)
     if ids is None:
         variable.assign(values)
     else:
@@ -438,7 +418,7 @@ def subtract(variable: Any, values: Any, ids: Any) -> None:
     write(variable, old - tf.cast(values, old.dtype), ids)
 
 
-def native(variable: Any) -> Any:
+def unwrapped(variable: Any) -> Any:
     """Return the TensorFlow variable inside a Keras variable, or the one given."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 

@@ -6,15 +6,15 @@ import pytest
 import tensorflow as tf
 
 from keras_rmsprop import rule
-from keras_rmsprop.backends import layouts, plain, programs
-from keras_rmsprop.backends import tensorflow as backend
-from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.backends import layouts, programs
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.update import Constants, Update, update_in_turn
 
 pytestmark = pytest.mark.tensorflow("its backend beside that of the others")
 
-SHAPES = [(3, 4), (7,), (), (layouts.END_TO_END_ELEMENTS + 1,), (2048, 8)]
+SHAPES = [(3, 4), (7,), (), (layouts.SMALL_ELEMENTS + 1,), (2048, 8)]
 
 
 def updates(decays=(None,), dtype="float32"):
@@ -48,11 +48,11 @@ OPTIONS = rule.Options(momentum=0.9, nesterov=True)
 @pytest.mark.parametrize("options", [OPTIONS, OPTIONS._replace(cautious=True)])
 def test_both_backends_agree(xla, decoupled, options):
     def step():
-        return Step(options, 0.1, Draw(None, count), decoupled)
+        return Constants(options, 0.1, Draw(None, count), decoupled)
 
     count = tf.Variable(3)
     one, other = updates((None, 0.5)), updates((None, 0.5))
-    plain.update(one, step())
+    update_in_turn(one, step(), in_one_program=False)
 
     def run():
         backend.update(other, step(), in_program=True)
@@ -67,7 +67,11 @@ def test_the_plain_step_in_numpy():
     w, g, (v, m, a) = one.variable.numpy(), one.gradient.numpy(), one.slots
     v, a = 0.9 * v + 0.1 * g**2, 0.9 * a + 0.1 * g
     m = 0.9 * m + 0.2 * g / np.sqrt(v - a**2 + 1e-7)
-    plain.update([one], Step(rule.Options(momentum=0.9), 0.2, Draw(None, 0)))
+    update_in_turn(
+        [one],
+        Constants(rule.Options(momentum=0.9), 0.2, Draw(None, 0)),
+        in_one_program=False,
+    )
     expected = [w - m - 0.2 * 0.5 * w, v, m, a]
     for got, want in zip(values([one]), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -75,51 +79,21 @@ def test_the_plain_step_in_numpy():
 
 def test_ways():
     count = tf.Variable(0)
-    step = Step(OPTIONS, 0.1, Draw(None, count))
+    step = Constants(OPTIONS, 0.1, Draw(None, count))
     small, _, _, large, thin = updates()
-    eager = [backend.way(one, step, in_program=True) for one in (small, large, thin)]
+    eager = [backend.way(one, step) for one in (small, large, thin)]
     assert [way.name for way in eager] == [
-        "end to end with others",
+        "concatenated with others",
         "on its own",
         "on its own",
     ]
-    ways = []
-
-    @tf.function(jit_compile=True)
-    def inside():
-        for in_program in (False, True):
-            ways.append(backend.way(thin, step, in_program=in_program).name)
-
-    inside()
-    assert ways == ["on its own", "on one axis"]
-    cautious = Step(OPTIONS._replace(cautious=True), 0.1, Draw(None, count))
+    cautious = Constants(OPTIONS._replace(cautious=True), 0.1, Draw(None, count))
     assert backend.way(small, cautious).name == "on its own"
-    assert backend.way(small._replace(rows=()), step).name == backend.ROWS
-
-
-@pytest.mark.parametrize(
-    ("shape", "short"),
-    [
-        ((2**14,), False),
-        ((), False),
-        ((2**13, 2), True),
-        ((2**12, 2), False),
-        ((2**14, 1), False),
-        ((2**13 - 1, 2), False),
-        ((2**9, 32), False),
-        ((2**9, 33), True),
-        ((2**9, 127), True),
-        ((2**9, 129), False),
-        ((2**14, 3, 1), False),
-        ((2, 2**13, 5), True),
-    ],
-)
-def test_short_axes(shape, short):
-    assert layouts.has_short_axis(tf.zeros(shape)) is short
+    assert backend.way(small._replace(rows=()), step).name == "by rows"
 
 
 class Toy:
-    """A step that counts how often it is traced and how often it runs plainly."""
+    """Takes a step; counts how often it is traced and how often it runs plainly."""
 
     def __init__(self):
         self.weight = keras.Variable([1.0, 2.0])
@@ -127,8 +101,14 @@ class Toy:
         self.traces = self.plain = 0
         self.programs = programs.Programs()
         self.xla = False
+        self.settings = 0
+        self.learning_rate = 0.5
 
-    def step(self, grads, variables, rate, in_program):
+    @property
+    def jit_compile(self):
+        return True if self.xla else "auto"
+
+    def take(self, grads, variables, rate=None, in_program=False):
         self.traces += in_program
         self.plain += not in_program
         for g, variable in zip(grads, variables, strict=True):
@@ -136,16 +116,26 @@ class Toy:
                 g = tf.convert_to_tensor(g)
                 variable.assign_sub(self.scale * rate * g)
 
+    def prepare(self, grads, variables):
+        return [self.weight]
+
+    def attributes(self):
+        return {"settings": self.settings}
+
+    def also_constant(self):
+        return ()
+
+    def is_for_kernel(self, variables):
+        return False
+
+    def has_blocks(self):
+        return False
+
     def run(self, *grads, settings=0, rate=0.5):
-        self.programs.run(
-            self.step,
-            [*grads] or [tf.ones(2)],
-            [self.weight] * (len(grads) or 1),
-            settings=lambda: settings,
-            learning_rate=rate,
-            prepare=lambda: [self.weight],
-            xla=lambda: self.xla,
-        )
+        self.settings, self.learning_rate = settings, rate
+        self.programs.forget_attributes()
+        grads = [*grads] or [tf.ones(2)]
+        self.programs.run(self, grads, [self.weight] * len(grads))
         return self.weight.numpy()
 
 
@@ -248,7 +238,7 @@ def test_the_most_programs_and_those_in_use_stay(toy, monkeypatch):
 def test_the_last_program_that_xla_compiles(toy, monkeypatch):
     monkeypatch.setattr(programs, "XLA_PROGRAMS", 2)
     for n in range(4):
-        toy.xla = backend.is_xla_left()
+        toy.xla = programs.is_xla_left()
         toy.run(settings=n)
     assert [program.xla for program in kept(toy)] == [True, True, False, False]
     for program in kept(toy):
@@ -262,13 +252,13 @@ def test_rows_are_not_compiled(toy):
     rows = tf.IndexedSlices(tf.constant([2.0, 4.0]), tf.constant([0, 1]), [2])
     assert programs.has_slices([None, tf.ones(2), rows])
     assert not programs.has_slices([None, tf.ones(2)])
-    step = toy.step
+    take = toy.take
 
-    def scattered(grads, *others):
+    def scattered(grads, *others, **options):
         dense = tf.math.unsorted_segment_sum(grads[0].values, grads[0].indices, 2)
-        step([dense], *others)
+        take([dense], *others, **options)
 
-    toy.step = scattered
+    toy.take = scattered
     np.testing.assert_allclose(toy.run(rows), [2, 3])
     fewer = tf.IndexedSlices(tf.constant([2.0]), tf.constant([1]))
     np.testing.assert_allclose(toy.run(fewer), [2, 2])
@@ -338,7 +328,8 @@ def test_norms_are_taken_in_parts_that_xla_runs_in_parallel():
     g = tf.random.normal([64, 16], seed=1)
     for given in ((1.0, None), (None, 1.0)):
         function = tf.function(
-            lambda g, given=given: backend.clipped([g, None], *given)[0]
+            lambda g, given=given: backend.clipped_by_norm([g], *given)[0],
+            jit_compile=True,
         )
         (norm,) = {x for x in given if x}
         np.testing.assert_allclose(function(g), g / tf.norm(g) * norm, rtol=1e-5)

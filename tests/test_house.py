@@ -66,22 +66,26 @@ def test_imports_run_one_way():
         ("codecs", {"bits", "blockwise", "rule"}),
         ("options", {"checks"}),
         ("alignment", set()),
+        ("update", {"codecs", "rule"}),
+        ("hooks", {"update"}),
         ("skipping", {"folding"}),
-        ("explaining", {"backends.plain"}),
-        ("backends.plain", {"codecs", "rule", "skipping"}),
+        ("backends.base", {"rule", "skipping", "update"}),
         ("kernel.build", set()),
         ("kernel.__init__", {"kernel.build"}),
         (
             "kernel.torch",
-            {"kernel.__init__", "kernel.build", "backends.plain", "blockwise", "rule"},
+            {"kernel.__init__", "kernel.build", "blockwise", "rule", "update"},
         ),
     ],
 )
 def test_the_lower_rooms_know_little(name, allowed):
     used = ARROWS[f"keras_rmsprop.{name}"]
-    assert used <= {f"keras_rmsprop.{n}" for n in allowed} | {
-        "keras_rmsprop.backends.__init__"
-    }
+    assert used <= {f"keras_rmsprop.{n}" for n in allowed}
+
+
+def test_the_kernel_knows_no_backend():
+    of_kernel = [name for name in ARROWS if name.startswith("keras_rmsprop.kernel.")]
+    assert not [name for name in of_kernel if "backends" in " ".join(ARROWS[name])]
 
 
 def test_only_the_rooms_of_tensorflow_import_it():
@@ -98,11 +102,56 @@ def test_only_the_rooms_of_tensorflow_import_it():
         "transfer",  # to read checkpoints of TensorFlow 1
         "backends.layouts",
         "backends.programs",
-        "backends.runner",
-        "backends.short",
+        "backends.replay",
         "backends.tensorflow",
         "kernel.tensorflow",
     }
+
+
+MOST_LINES, MOST_LINES_OF_CODE = 450, 300
+
+
+def lines_of_code(source):
+    """Return how many lines have code: no comment, docstring or blank."""
+    skipped = set()
+    for node in ast.walk(ast.parse(source)):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text and isinstance(node.value.value, str):
+            skipped |= {*range(node.lineno, node.end_lineno + 1)}
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and n not in skipped
+        for n, line in enumerate(source.splitlines(), 1)
+    )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_can_be_read_at_once(name):
+    source = MODULES[name].read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    assert lines_of_code(source) <= MOST_LINES_OF_CODE
+
+
+def test_no_method_of_the_optimizer_leaves_something_for_another():
+    """But in `__init__`, `build` and property setters."""
+    [optimizer] = [
+        node
+        for node in TREES["keras_rmsprop.optimizer"].body
+        if isinstance(node, ast.ClassDef)
+    ]
+    for method in optimizer.body:
+        if not isinstance(method, ast.FunctionDef):
+            continue
+        is_setter = any(
+            isinstance(d, ast.Attribute) and d.attr == "setter"
+            for d in method.decorator_list
+        )
+        if method.name not in ("__init__", "build", "_build") and not is_setter:
+            assert not attributes_of_self(method, ast.Store), method.name
+    text = MODULES["keras_rmsprop.step"].read_text()
+    [steps] = [n for n in ast.parse(text).body if getattr(n, "name", "") == "Steps"]
+    for method in steps.body:
+        if isinstance(method, ast.FunctionDef) and method.name != "__init__":
+            assert not attributes_of_self(method, ast.Store), method.name
 
 
 def test_product_code_does_not_import_the_oracle():

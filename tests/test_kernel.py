@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 from stepping import python
 
 from keras_rmsprop import RMSprop, automatic, rule
-from keras_rmsprop.backends import plain
-from keras_rmsprop.backends import tensorflow as backend
-from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Blockwise, Draw
 from keras_rmsprop.estimate import Part, find
 from keras_rmsprop.kernel import DTYPES as TAKEN
 from keras_rmsprop.kernel import SWITCH, build
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.update import Constants, Update, update_in_turn
 
 pytestmark = pytest.mark.tensorflow("the native kernel")
 
@@ -121,7 +120,7 @@ def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, share, se
     )
     expected = copied(updates)
     scale = None if scale is None else tf.constant(scale, "float64")
-    step = Step(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
+    step = Constants(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
     assert not any(kernel.why_not_for(one, step) for one in updates)
     old = [rng.normal(size=shape) for shape in shapes]
     averages = [tf.Variable(x, dtype=weights) for x in old]
@@ -135,7 +134,7 @@ def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, share, se
     if weights != slots or share is None:
         updates = [one._replace(average=None) for one in updates]
     kernel.update(updates, step)
-    plain.update(expected, step)
+    update_in_turn(expected, step, in_one_program=False)
     for one, x in zip(updates, old, strict=True):
         if one.average is not None:
             want = share * x + (1 - share) * one.variable.numpy()
@@ -157,10 +156,10 @@ def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
     updates = [one._replace(slots=centered(one.slots)) for one in updates]
     expected = copied(updates)
     draw = Draw(tf.constant(12345), tf.constant(70_000, "int64"))
-    step = Step(options, 0.01, draw, native=True)
+    step = Constants(options, 0.01, draw, kernel=True)
     assert not any(kernel.why_not_for(one, step) for one in updates)
     kernel.update(updates, step)
-    plain.update(expected, step)
+    update_in_turn(expected, step, in_one_program=False)
     for got, want in zip(values(updates), values(expected), strict=True):
         # Where arithmetic is off by a bit, it may be rounded to the other side.
         assert np.mean(got == want) > 0.999
@@ -207,7 +206,7 @@ def test_slots_in_bytes_get_the_same_codes(weights, sizes, options, decay, share
         ]
         updates.append(one._replace(slots=Slots(*coded)))
     expected = copied(updates)
-    step = Step(options, 0.01, draw, native=True)
+    step = Constants(options, 0.01, draw, kernel=True)
     assert not any(kernel.why_not_for(one, step) for one in updates)
     averages = [tf.Variable(rng.normal(size=shape), dtype=weights) for shape in sizes]
     if share is not None and weights == "float32":
@@ -221,7 +220,7 @@ def test_slots_in_bytes_get_the_same_codes(weights, sizes, options, decay, share
             np.testing.assert_allclose(one.average.numpy(), want, rtol=1e-5, atol=1e-6)
     else:
         kernel.update(updates, step)
-    plain.update(expected, step)
+    update_in_turn(expected, step, in_one_program=False)
     rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 1e-5)
     for mine, theirs in zip(updates, expected, strict=True):
         got, want = (tf.cast(x.variable, "float64").numpy() for x in (mine, theirs))
@@ -244,8 +243,8 @@ def test_numbers_may_be_tensors():
     options = rule.Options(momentum=0.9)
     updates = [update_of((5,), "float32", "float32", options, rng, decay=0.1)]
     expected = copied(updates)
-    step = Step(options, 0.01, Draw(None, 0), native=True)
-    plain.update(expected, step)
+    step = Constants(options, 0.01, Draw(None, 0), kernel=True)
+    update_in_turn(expected, step, in_one_program=False)
     options = rule.Options(rho=tf.constant(0.9), momentum=tf.constant(0.9))
     rate = keras.Variable(0.01)
     updates = [updates[0]._replace(decay=tf.constant(0.1))]
@@ -267,9 +266,9 @@ def test_what_is_not_finite_does_what_it_does_in_the_rule(bad, centered):
     gradient[7] = bad
     one = one._replace(gradient=tf.constant(gradient))
     expected = copied([one])
-    step = Step(options, 0.01, Draw(None, 0), native=True)
+    step = Constants(options, 0.01, Draw(None, 0), kernel=True)
     kernel.update([one], step)
-    plain.update(expected, step)
+    update_in_turn(expected, step, in_one_program=False)
     for got, want in zip(values([one]), values(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -281,9 +280,9 @@ def test_weights_that_are_not_finite_stay_out_of_the_slots(decoupled):
     one = update_of((40,), "float32", "float32", rule.Options(), rng, decay=0.1)
     one.variable.assign(np.where(np.arange(40) == 7, np.inf, 1.0))
     expected = copied([one])
-    step = Step(rule.Options(), 0.01, Draw(None, 0), decoupled, native=True)
+    step = Constants(rule.Options(), 0.01, Draw(None, 0), decoupled, kernel=True)
     kernel.update([one], step)
-    plain.update(expected, step)
+    update_in_turn(expected, step, in_one_program=False)
     for got, want in zip(values([one]), values(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -323,9 +322,9 @@ def stepped(jit_compile, learning_rate=0.01, shapes=OF_ALL_SIZES, **options):
 )
 def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(options):
     found, text = stepped("auto", **options)
-    assert "by the kernel" in text
+    assert "native kernel" in text
     expected, text = stepped(False, **options)
-    assert "by the kernel" not in text
+    assert "native kernel" not in text
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
@@ -468,8 +467,8 @@ def test_what_it_leaves_to_the_rule(options, why):
     optimizer = RMSprop(**options)
     variable = keras.Variable(np.ones(5))
     optimizer.build([variable])
-    [one] = [optimizer._update_of(None, variable)]
-    assert why in kernel.why_not_for(one, optimizer._step(0.1))
+    [one] = optimizer._steps.updates_of([variable])
+    assert why in kernel.why_not_for(one, optimizer._steps.constants(0.1))
     optimizer.apply([tf.ones(5)])
 
 
@@ -507,7 +506,7 @@ def variables_of_step(shape=(4,)):
 
 def call(weights, velocity, gradient):
     one = Update(weights, gradient, Slots(velocity))
-    step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+    step = Constants(rule.Options(), 0.01, Draw(None, 0), kernel=True)
     kernel.update([one], step)
 
 
@@ -550,7 +549,7 @@ def test_after_a_scatter():
 def test_a_variable_of_another_shape_is_named_and_nothing_is_changed(which):
     good, bad = variables_of_step(), variables_of_step()
     bad[which] = tf.Variable(tf.ones(5), name="of_five", shape=[None])
-    step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+    step = Constants(rule.Options(), 0.01, Draw(None, 0), kernel=True)
     updates = [Update(w, tf.ones(4), Slots(v)) for w, v in (good, bad)]
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"shape \[4\]"):
         kernel.update(updates, step)
@@ -561,7 +560,7 @@ def test_a_variable_of_another_shape_is_named_and_nothing_is_changed(which):
 @needs_kernel
 def test_a_variable_that_is_there_twice_is_refused():
     weights, velocity = variables_of_step()
-    step = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+    step = Constants(rule.Options(), 0.01, Draw(None, 0), kernel=True)
     one = Update(weights, tf.ones(4), Slots(velocity))
     for updates in ([one, one], [one._replace(slots=Slots(weights))]):
         with pytest.raises(tf.errors.InvalidArgumentError, match="given twice"):
@@ -633,7 +632,7 @@ def test_two_optimizers_in_two_threads():
 def test_two_steps_of_the_same_variables_in_two_threads():
     # Of two that lock in another order, each would soon wait for the other.
     pairs = [variables_of_step((5,)) for _ in range(20)]
-    step = Step(rule.Options(rho=0.0), 0.5, Draw(None, 0), native=True)
+    step = Constants(rule.Options(rho=0.0), 0.5, Draw(None, 0), kernel=True)
     ones = [Update(w, tf.ones(5), Slots(v)) for w, v in pairs]
     steps = [
         tf.function(functools.partial(kernel.update, updates, step))
@@ -710,7 +709,6 @@ def test_gradients_are_scaled_before_whoever_looks_at_them():
     plain.build([keras.Variable(np.ones(4))])
     [clipped] = plain._clip_gradients([3 * tf.ones(4)])
     np.testing.assert_allclose(clipped, [0.5] * 4, rtol=1e-6)
-    assert plain._step(0.1).scale is None
 
 
 @needs_kernel
@@ -886,13 +884,14 @@ def test_scale(shapes, dtype, seed):
 def test_a_global_norm_that_is_not_finite(bad):
     gradient = np.ones(9001, "float32")
     gradient[9000] = bad
-    here = [tf.Variable(0.0)]
-    scale = backend.scale_of_global_norm([tf.constant(gradient), None], 0.5, here)
+    scale = backend.scale_of_global_norm([tf.constant(gradient)], 0.5, kernel=True)
     if bad == 3e38:  # Keras' own norm overflows; this one is a double
         assert float(scale) < 1e-38
     else:
         assert np.isnan(scale)
-    assert bool(backend.all_finite([tf.constant(gradient)], here)) == (bad == 3e38)
+    assert bool(backend.all_finite([tf.constant(gradient)], kernel=True)) == (
+        bad == 3e38
+    )
 
 
 # Getting it, or doing without.
@@ -910,7 +909,7 @@ def test_without_it_all_works_and_explain_says_why():
     """
     out = python(program, KERAS_RMSPROP_KERNEL="0")
     assert float(out.split()[0]) == pytest.approx(1 - 0.01 / 0.1**0.5, rel=1e-5)
-    assert "by the kernel" not in out
+    assert "native kernel" not in out
     assert "No kernel: KERAS_RMSPROP_KERNEL is 0" in out
 
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from test_kernel import DTYPES, copied, needs_kernel, update_of, values
 
 from keras_rmsprop import RMSprop, rule
-from keras_rmsprop.backends import tensorflow as backend
-from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import Clock, Rows
+from keras_rmsprop.update import Constants, Update
 
 pytestmark = pytest.mark.tensorflow("the native kernel")
 
@@ -70,10 +70,10 @@ def test_is_the_portable_way(
         x._replace(rows=Rows(clock_of(x.variable, last), ids)) for x in (one, expected)
     )
     scale = None if scale is None else tf.constant(scale, "float64")
-    step = Step(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
+    step = Constants(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
     assert kernel.why_not_for(one, step) == ""
     kernel.update_rows(one, step)
-    backend.update([expected], step._replace(native=False))
+    backend.update([expected], step._replace(kernel=False), in_program=False)
     # What lies between two numbers of 16 bits may be rounded to either.
     rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 2e-6)
     rtol = 1e-13 if dtypes == ("float64", "float64") else rtol
@@ -93,7 +93,7 @@ def table_update(ids, **changed):
     return one._replace(**changed)
 
 
-STEP = Step(rule.Options(), 0.01, Draw(None, 0), native=True)
+STEP = Constants(rule.Options(), 0.01, Draw(None, 0), kernel=True)
 
 
 @needs_kernel

@@ -17,12 +17,11 @@ if BACKEND == "torch":
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from keras_rmsprop import RMSprop, rule
-    from keras_rmsprop.backends import plain
-    from keras_rmsprop.backends import torch as backend
-    from keras_rmsprop.backends.plain import Step, Update
+    from keras_rmsprop.backends import torch as torch_backend
     from keras_rmsprop.codecs import Blockwise, Draw
     from keras_rmsprop.kernel import torch as kernel
     from keras_rmsprop.rule import Slots
+    from keras_rmsprop.update import Constants, Update, update_in_turn
 
     needs_kernel = pytest.mark.skipif(not kernel.library(), reason=kernel.why_not())
     KINDS = kernel.KINDS
@@ -108,16 +107,16 @@ def test_is_the_rule(
         update_of(shape, kind, options, centered, rng, decay, draw) for shape in shapes
     ]
     expected = copied(updates)
-    step = Step(options, 0.01, draw, decoupled, scale, native=True)
+    step = Constants(options, 0.01, draw, decoupled, scale, kernel=True)
     followed, old = [], [rng.normal(size=shape) for shape in shapes]
     averages = [keras.Variable(x, dtype=kind[1]) for x in old]
     if share is not None:
         step = step._replace(share=lambda dtype: share)
         both = zip(updates, averages, strict=True)
         updates = [one._replace(average=average) for one, average in both]
-    followed, others = backend._update_by_kernel(updates, step)
+    followed, others = torch_backend._update_by_kernel(updates, step)
     assert not others
-    plain.update(expected, step)
+    update_in_turn(expected, step, in_one_program=False)
     follow = share is not None and kind[0] == kind[1]
     assert list(map(id, followed)) == list(map(id, averages if follow else []))
     for one, average, x in zip(updates, averages, old, strict=True):
@@ -444,7 +443,7 @@ def test_a_norm_that_is_not_finite_does_what_it_does_without(bad):
 def test_explains():
     _, optimizer = made(RMSprop)
     text = " ".join(optimizer.explain().split())
-    assert "6 by the kernel (one native call takes the step of all of them)" in text
+    assert "6 native kernel (all of them in one call)" in text
 
 
 def test_without_it_all_works_and_explain_says_why():
@@ -459,5 +458,5 @@ def test_without_it_all_works_and_explain_says_why():
     """
     out = python(program, KERAS_RMSPROP_KERNEL="0")
     assert float(out.split()[0]) == pytest.approx(1 - 0.01 / 0.1**0.5, rel=1e-5)
-    assert "by the kernel" not in out
+    assert "native kernel" not in out
     assert "No kernel: KERAS_RMSPROP_KERNEL is 0" in out

@@ -8,25 +8,25 @@ from stepping import assert_close
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.backends import layouts
-from keras_rmsprop.backends.tensorflow import XLA_EAGER_ELEMENTS
+from keras_rmsprop.backends.programs import XLA_EAGER_ELEMENTS
 from keras_rmsprop.rule import Slots
 
 pytestmark = [pytest.mark.portable, pytest.mark.tensorflow("XLA programs")]
 
-SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (layouts.END_TO_END_ELEMENTS + 1,)]
+SHAPES = [(3, 4), (7,), (), (1, 5), (2, 3, 2), (layouts.SMALL_ELEMENTS + 1,)]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The number of variables in each call of `update_end_to_end`."""
+    """The number of variables in each call of `update_concatenated`."""
     calls = []
-    update = layouts.update_end_to_end
+    update = layouts.update_concatenated
 
     def counted(gradients, variables, *args):
         calls.append(len(variables))
         update(gradients, variables, *args)
 
-    monkeypatch.setattr(layouts, "update_end_to_end", counted)
+    monkeypatch.setattr(layouts, "update_concatenated", counted)
     return calls
 
 
@@ -133,7 +133,7 @@ def test_eager_steps_of_small_variables_are_not_compiled(shape, jit_compile, xla
         keras.Variable(tf.ones(shape)),
     )
     optimizer.apply([tf.ones(shape)], [variable])
-    (program,) = optimizer._runner._programs._programs.values()
+    (program,) = optimizer._steps.programs._programs.values()
     attributes = program.concrete.function_def.attr
     assert attributes["_XlaMustCompile"].b is xla
 
@@ -199,7 +199,7 @@ KINDS = [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
 def test_end_to_end_each_gets_its_own_numbers(kinds, shapes):
     several = numbered(shapes, kinds)
     expected = expected_of(several)
-    layouts.update_end_to_end(*zip(*several, strict=True), toy)
+    layouts.update_concatenated(*zip(*several, strict=True), toy)
     for got, want in zip(values_of(several), expected, strict=True):
         for x, y in zip(got, want, strict=True):
             assert x.shape == y.shape
@@ -228,15 +228,15 @@ def test_the_first_step_on_one_axis():
 
 
 def test_the_largest_that_is_small():
-    assert layouts.is_small(tf.zeros([4, layouts.END_TO_END_ELEMENTS // 4]))
-    assert not layouts.is_small(tf.zeros([layouts.END_TO_END_ELEMENTS + 1]))
+    assert layouts.is_small(tf.zeros([4, layouts.SMALL_ELEMENTS // 4]))
+    assert not layouts.is_small(tf.zeros([layouts.SMALL_ELEMENTS + 1]))
 
 
 def test_vectors_are_not_reshaped():
     # An operation on a small variable costs more than what it computes.
     @tf.function
     def update():
-        layouts.update_end_to_end(*zip(*several, strict=True), toy)
+        layouts.update_concatenated(*zip(*several, strict=True), toy)
 
     several = numbered([(3,), (2,)], (1, 0, 0))
     kinds = [op.type for op in update.get_concrete_function().graph.get_operations()]

@@ -354,7 +354,7 @@ def test_sparse_gradients_count_as_dense():
         sparse.apply([slices])
         dense.apply([tf.math.unsorted_segment_sum(values, slices.indices, 80)])
     np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
-    assert "kept in blocks" in sparse._why_all_rows(a)
+    assert "stored in blocks" in sparse._why_all_rows(a)
 
 
 def test_changed_and_unfrozen():
@@ -423,7 +423,7 @@ def test_without_the_kernel_one_variable_at_a_time(way):
     if way == "tf.function":
         graph = apply.get_concrete_function(g).graph
     else:
-        [program] = optimizer._runner._programs._programs.values()
+        [program] = optimizer._steps.programs._programs.values()
         assert not program.xla
         graph = program.concrete.graph
     calls = [op for op in graph.get_operations() if "PartitionedCall" in op.type]

@@ -1,18 +1,18 @@
 """The step of any backend, one variable after the other, beside the reference."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
 
 from keras_rmsprop import reference, rule
-from keras_rmsprop.backends import plain
-from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.backends.base import Backend, widened
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.update import Constants, Update, update_in_turn, update_one
 
 pytestmark = pytest.mark.float64
+
+portable = Backend()
 
 
 def variable(x, dtype="float64", **options):
@@ -40,11 +40,13 @@ def test_steps_as_in_the_reference(decay, decoupled, options):
     weights, slots = variable(w), Slots(variable([0.0] * 5), variable([0.0] * 5))
     formula = rule.Options(rho=0.75, epsilon=0.01, **options)
     # A rate that float32 does not have, in a variable that does.
-    step = Step(formula, variable(0.1), Draw(None, count), decoupled)
+    step = Constants(formula, variable(0.1), Draw(None, count), decoupled)
     for _ in range(3):
         g = rng.normal(size=5)
         gradient = keras.ops.convert_to_tensor(g)
-        plain.update([Update(weights, gradient, slots, decay)], step)
+        update_in_turn(
+            [Update(weights, gradient, slots, decay)], step, in_one_program=False
+        )
         w = reference.step(
             w,
             g,
@@ -78,10 +80,10 @@ def test_a_step_is_computed_in_the_widest_dtype(of_weights, kept, computed):
     one = Update(weights, gradient, Slots(slot))
     assert one.dtype == computed
     rate = variable(0.5, "float32")
-    step = Step(rule.Options(rho=0.0), rate, Draw(0, 0))
-    taken, new = step.taken(gradient, weights, one.slots, dtype=one.dtype, decay=0.5)
+    step = Constants(rule.Options(rho=0.0), rate, Draw(0, 0))
+    taken, new = step.change(gradient, weights, one.slots, dtype=one.dtype, decay=0.5)
     assert dtype_of(taken) == dtype_of(new.velocity) == computed
-    plain.update_one(one, step)
+    update_one(one, step)
     assert (dtype_of(weights), dtype_of(slot)) == (of_weights, kept)
     np.testing.assert_allclose(np.asarray(weights.numpy(), float), [0.5], rtol=1e-5)
 
@@ -95,22 +97,22 @@ def test_the_mean_is_handed_on():
 
     options = rule.Options(momentum=0.5, cautious=True)
     # The count is read for the bias correction alone.
-    step = Step(options, variable(0.5), Draw(None, step=None))
+    step = Constants(options, variable(0.5), Draw(None, step=None))
     x = keras.ops.ones(2, "float64")
-    step.taken(x, None, Slots(x, x), dtype="float64", mean=mean)
+    step.change(x, None, Slots(x, x), dtype="float64", mean=mean)
     assert len(asked) == 1
 
 
 def test_constants_that_are_tensors_are_cast():
     options = rule.Options(rho=keras.ops.convert_to_tensor(0.5, "float32"), epsilon=0.0)
     x = keras.ops.ones(2, "float64")
-    step = Step(options, variable(0.5), Draw(None, 0))
-    taken, new = step.taken(x, None, Slots(x * 3), dtype="float64")
+    step = Constants(options, variable(0.5), Draw(None, 0))
+    taken, new = step.change(x, None, Slots(x * 3), dtype="float64")
     np.testing.assert_allclose(new.velocity, [2.0] * 2, rtol=1e-12)
     np.testing.assert_allclose(taken, [0.5 / 2**0.5] * 2, rtol=1e-12)
     decay = keras.ops.convert_to_tensor(1.0, "float32")
-    step = Step(options, 1.0, Draw(None, 0), decoupled_weight_decay=False)
-    taken, new = step.taken(x, x * 2, Slots(x * 3), dtype="float64", decay=decay)
+    step = Constants(options, 1.0, Draw(None, 0), decoupled_weight_decay=False)
+    taken, new = step.change(x, x * 2, Slots(x * 3), dtype="float64", decay=decay)
     # The gradient is 1 + 1 * 2, so v is 1.5 + 4.5.
     np.testing.assert_allclose(new.velocity, [6.0] * 2, rtol=1e-12)
     np.testing.assert_allclose(taken, [3 / 6**0.5] * 2, rtol=1e-12)
@@ -119,9 +121,9 @@ def test_constants_that_are_tensors_are_cast():
 def test_assigned_by_functions_that_are_given():
     weights, slots = variable([1.0]), Slots(variable([0.0]), None, variable([0.0]))
     one = Update(weights, keras.ops.ones(1, "float64"), slots)
-    step = Step(rule.Options(rho=0.0), variable(0.5), Draw(None, 0))
+    step = Constants(rule.Options(rho=0.0), variable(0.5), Draw(None, 0))
     set_to, taken = [], []
-    plain.update_one(
+    update_one(
         one, step, lambda *args: set_to.append(args), lambda *args: taken.append(args)
     )
     assert [slot for slot, _ in set_to] == [slots.velocity, slots.average_gradient]
@@ -134,27 +136,27 @@ def test_assigned_by_functions_that_are_given():
 
 @pytest.mark.parametrize("given", [[1.0], (1.0,), np.ones(1), 1, 1.0, np.float32(1)])
 def test_numbers_become_gradients(given):
-    gradient = plain.as_gradient(given, variable([1.0], "float16"))
+    gradient = portable.as_gradient(given, variable([1.0], "float16"))
     assert keras.ops.is_tensor(gradient)
     assert dtype_of(gradient) == "float16"
 
 
 def test_what_is_a_tensor_or_none_stays_as_it_is():
     for given in (None, keras.ops.ones(1)):
-        assert plain.as_gradient(given, variable([1.0])) is given
+        assert portable.as_gradient(given, variable([1.0])) is given
     with pytest.raises((TypeError, ValueError)):
-        plain.as_gradient("a", variable([1.0]))
+        portable.as_gradient("a", variable([1.0]))
 
 
 def test_a_gradient_of_no_floating_dtype_is_refused():
     for dtype in ("int32", "bool"):
         with pytest.raises(TypeError, match=f"Received: {dtype} for variable 'w'"):
-            plain.check(keras.ops.ones(1, dtype), variable([1.0], name="w"))
-    imaginary = plain.as_gradient(np.array([1j]), variable([1.0]))
+            portable.check(keras.ops.ones(1, dtype), variable([1.0], name="w"))
+    imaginary = portable.as_gradient(np.array([1j]), variable([1.0]))
     with pytest.raises(TypeError, match="Received: complex128"):
-        plain.check(imaginary, variable([1.0]))
+        portable.check(imaginary, variable([1.0]))
     with pytest.raises(TypeError, match="come with variables"):
-        plain.check(keras.ops.ones(1), keras.ops.ones(1))
+        portable.check(keras.ops.ones(1), keras.ops.ones(1))
 
 
 @pytest.fixture(params=["float32", "float16"])
@@ -167,12 +169,13 @@ def floatx(request):
 @pytest.mark.usefixtures("floatx")
 def test_gradients_are_widened_where_they_are_narrow():
     for narrow in ("float16", "bfloat16"):
-        wide = plain.widened(keras.ops.ones(1, narrow))
+        wide = widened(keras.ops.ones(1, narrow))
         assert dtype_of(wide) == "float32"
     for dtype in ("float32", "float64"):
         gradient = keras.ops.ones(1, dtype)
-        assert plain.widened(gradient) is gradient
-    grads, rows, asserts = plain.as_taken([None, keras.ops.ones(1, "float16")], [], [])
+        assert widened(gradient) is gradient
+    given = [None, keras.ops.ones(1, "float16")]
+    grads, rows, asserts = portable.widened(given, [], {}, kernel=False)
     assert grads[0] is None
     assert dtype_of(grads[1]) == "float32"
     assert (rows, asserts) == ([None, None], [])
@@ -180,10 +183,10 @@ def test_gradients_are_widened_where_they_are_narrow():
 
 def test_a_gradient_of_another_shape_is_refused():
     weights = variable([1.0, 2.0], name="w")
-    plain.check(keras.ops.ones(2), weights)
-    plain.check(None, weights)
+    portable.check(keras.ops.ones(2), weights)
+    portable.check(None, weights)
     with pytest.raises(ValueError, match="gradient") as e:
-        plain.check(keras.ops.ones((2, 1)), weights)
+        portable.check(keras.ops.ones((2, 1)), weights)
     assert str(e.value) == (
         "A gradient must have the shape of its variable. Received: "
         "shape (2, 1) for variable 'w' of shape (2,)"
@@ -191,36 +194,55 @@ def test_a_gradient_of_another_shape_is_refused():
 
 
 def test_what_only_tensorflow_has_is_not_here():
-    clocks = plain.clocks(lambda: [], lambda: None)
+    clocks = portable.clocks(None)
     assert (len(clocks), len(clocks.refused)) == (0, 0)
-    assert plain.outside_functions is contextlib.nullcontext
-    with plain.after([1]) as nothing:
-        assert nothing is None
+    for context in (
+        portable.outside_functions(),
+        portable.named("my opt"),
+        portable.beside(None, None),
+        portable.after([1]),
+    ):
+        with context as nothing:
+            assert nothing is None
     gradient = keras.ops.ones(1)
-    assert plain.is_for_kernel([], None) is False
-    assert plain.why_no_kernel() == ""
-    assert plain.scale_of_global_norm([gradient], 1.0, []) is None
-    assert plain.all_finite([gradient], [])
-    assert not plain.all_finite([gradient, gradient / 0], [])
-    assert plain.has_slices([gradient]) is False
-    assert plain.is_slices(gradient) is False
-    assert plain.is_eager() is True
-    way = plain.way(Update(None, None, Slots(None)), None)
+    assert portable.is_for_kernel([], None) is False
+    assert portable.has_kernel([]) is False
+    assert portable.why_no_kernel() == ""
+    assert portable.scale_of_global_norm([gradient], 1.0, kernel=True) is None
+    assert portable.clipped_by_norm([gradient], 1.0, None) is None
+    assert portable.all_finite([gradient], kernel=True)
+    assert not portable.all_finite([gradient, gradient / 0], kernel=True)
+    assert portable.has_slices([gradient]) is False
+    assert portable.is_slices(gradient) is False
+    assert portable.is_eager() is True
+    way = portable.way(Update(None, None, Slots(None)), None)
     assert way == ("on its own", "operation by operation")
-    kinds = plain.kinds_of_steps([], True, False)
-    assert kinds == {"A step is part of what Keras' backend makes of it:": {}}
+    kinds = portable.kinds_of_steps(None, [])
+    assert kinds == {"A step is part of what Keras' backend makes of it:": True}
 
 
 @pytest.mark.parametrize("name", ["jax", "tensorflow"])
 def test_jax_compiles_with_xla(name, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: name)
-    assert plain.inside_xla() is (name == "jax")
+    assert portable.inside_xla() is (name == "jax")
 
 
-def test_a_step_runs_here_and_now():
+def test_a_step_is_taken_stage_by_stage():
     calls = []
-    runner = plain.Runner()
-    runner.forget_settings()
+
+    class Steps:
+        def take(self, *args):
+            calls.append(args)
+
     grads, variables = [1], [2]
-    runner.run(lambda *args: calls.append(args), grads, variables, None)
+    portable.run(Steps(), grads, variables)
     assert calls == [(grads, variables)]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_either(holds):
+    x, y = variable([1.0]), variable([2.0])
+    condition = keras.ops.convert_to_tensor(holds)
+    portable.either(condition, lambda: x.assign([3.0]), lambda: y.assign([4.0]), [x, y])
+    expected = ([3.0], [2.0]) if holds else ([1.0], [4.0])
+    assert (x.numpy().tolist(), y.numpy().tolist()) == expected

@@ -168,7 +168,7 @@ def test_the_number_of_programs_is_bounded(monkeypatch):
     for n in range(5):
         optimizer.epsilon = 1.0 + n
         optimizer.apply(gradient([1.0]))
-    assert len(optimizer._runner._programs._programs) == 3
+    assert len(optimizer._steps.programs._programs) == 3
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
     def is_compiled(**options):
         optimizer = RMSprop(**options)
         optimizer.apply([tf.ones(large)], [keras.Variable(tf.ones(large))])
-        (program,) = optimizer._runner._programs._programs.values()
+        (program,) = optimizer._steps.programs._programs.values()
         return program.concrete.function_def.attr["_XlaMustCompile"].b
 
     assert [is_compiled() for _ in range(3)] == [True, True, False]

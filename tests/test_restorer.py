@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from keras_rmsprop.backends.plain import NoClocks
 
 from keras_rmsprop.alignment import Owner
-from keras_rmsprop.backends.plain import NoClocks
 from keras_rmsprop.restoring import Restorer
 from keras_rmsprop.slots import Keeper
 

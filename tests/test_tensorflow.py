@@ -6,12 +6,12 @@ import pytest
 import tensorflow as tf
 
 from keras_rmsprop import rule
-from keras_rmsprop.backends import layouts
-from keras_rmsprop.backends import tensorflow as backend
-from keras_rmsprop.backends.plain import Step, Update
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.backends import layouts, programs
 from keras_rmsprop.backends.programs import Programs
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.update import Constants, Update
 
 pytestmark = pytest.mark.tensorflow("how its backend takes a step")
 
@@ -139,16 +139,29 @@ def variables(*sizes):
 
 
 def test_sizes_from_which_xla_is_worth_it():
-    eager, graph = backend.XLA_EAGER_ELEMENTS, backend.XLA_IN_GRAPH_ELEMENTS
-    assert not backend.is_worth_xla(variables(eager, 1))
-    assert backend.is_worth_xla(variables(1, eager + 1))
-    assert not backend.is_large(variables(graph - 1, 1))
-    assert backend.is_large(variables(1, graph))
+    eager, graph = programs.XLA_EAGER_ELEMENTS, programs.XLA_IN_GRAPH_ELEMENTS
+    assert not programs.is_worth_xla(variables(eager, 1))
+    assert programs.is_worth_xla(variables(1, eager + 1))
+    assert not programs.is_large(variables(graph - 1, 1))
+    assert programs.is_large(variables(1, graph))
+
+
+class Asked:
+    """Stands for the `Steps` of an optimizer."""
+
+    def __init__(self, jit_compile, for_kernel=False):
+        self.jit_compile, self.for_kernel = jit_compile, for_kernel
+
+    def is_for_kernel(self, variables):
+        return self.for_kernel
+
+    def has_blocks(self):
+        return False
 
 
 def test_which_steps_are_programs(monkeypatch):
-    runner, small = backend.Runner(), variables(1)
-    large = variables(backend.XLA_IN_GRAPH_ELEMENTS)
+    runner, small = Programs(), variables(1)
+    large = variables(programs.XLA_IN_GRAPH_ELEMENTS)
     slices = [rows(zeros(1), tf.constant([0]))]
     found = []
 
@@ -157,7 +170,7 @@ def test_which_steps_are_programs(monkeypatch):
         for grads, weights in (([zeros(1)], small), ([None], large), (slices, large)):
             found.append(
                 [
-                    runner.has_program(grads, weights, x, lambda: False)
+                    runner.has_program(Asked(x), grads, weights)
                     for x in (False, "auto", True)
                 ]
             )
@@ -166,9 +179,9 @@ def test_which_steps_are_programs(monkeypatch):
     assert found == [[False, True, True]] * 3
     with tf.Graph().as_default():
         ask()
-        assert not runner.has_program([None], large, "auto", lambda: True)
+        assert not runner.has_program(Asked("auto", True), [None], large)
     assert found == [[False, False, True], [False, True, True], [False, False, False]]
-    monkeypatch.setattr("keras_rmsprop.backends.runner.is_watched", lambda: True)
+    monkeypatch.setattr(programs, "is_watched", lambda: True)
     ask()
     assert found == [[False, False, False]] * 3
 
@@ -176,9 +189,7 @@ def test_which_steps_are_programs(monkeypatch):
 def test_functions_that_run_eagerly_are_no_programs():
     tf.config.run_functions_eagerly(True)
     try:
-        assert not backend.Runner().has_program(
-            [zeros(1)], variables(1), True, lambda: False
-        )
+        assert not Programs().has_program(Asked(True), [zeros(1)], variables(1))
     finally:
         tf.config.run_functions_eagerly(False)
 
@@ -186,17 +197,15 @@ def test_functions_that_run_eagerly_are_no_programs():
 def test_debugging_tools_are_seen():
     from tensorflow.python.eager import context
 
-    assert backend.is_watched() is False
+    assert programs.is_watched() is False
     context.context().add_op_callback(watching := lambda *_, **__: None)
     try:
-        assert backend.is_watched() is True
+        assert programs.is_watched() is True
     finally:
         context.context().remove_op_callback(watching)
 
 
 XLA = "XLA makes one loop of its operations"
-IN_GRAPH = {"in_program": False, "xla": False}
-IN_PROGRAM = {"in_program": True, "xla": True}
 
 
 @pytest.mark.parametrize(
@@ -244,24 +253,25 @@ IN_PROGRAM = {"in_program": True, "xla": True}
 )
 def test_kinds_of_steps(size, jit_compile, compiled, eager, graph, monkeypatch):
     monkeypatch.setattr(Programs, "compiled", compiled)
-    kinds = backend.kinds_of_steps(variables(size), jit_compile, False)
-    in_eager = IN_PROGRAM if "compiled by XLA" in eager else IN_GRAPH
-    in_fit = IN_PROGRAM if "compiled by XLA" in graph else IN_GRAPH
+    kinds = backend.kinds_of_steps(Asked(jit_compile), variables(size))
     assert kinds == {
-        f"An eager step {eager}": in_eager,
-        f"In `fit` and in a `tf.function` a step is {graph}": in_fit,
+        f"An eager step {eager}": "compiled by XLA" in eager,
+        f"In `fit` and in a `tf.function` a step is {graph}": (
+            "compiled by XLA" in graph
+        ),
     }
 
 
 def test_kinds_of_steps_with_a_kernel():
-    kinds = backend.kinds_of_steps(variables(2**20), "auto", True)
-    assert kinds == {
-        "An eager step is one program without XLA:": IN_GRAPH,
-        "In `fit` and in a `tf.function` a step is part of that graph:": IN_GRAPH,
+    large = variables(2**20)
+    assert backend.kinds_of_steps(Asked("auto", True), large) == {
+        "An eager step is one program without XLA:": False,
+        "In `fit` and in a `tf.function` a step is part of that graph:": False,
     }
     for jit_compile in (True, False):
-        plain = backend.kinds_of_steps(variables(2**20), jit_compile, False)
-        assert backend.kinds_of_steps(variables(2**20), jit_compile, True) == plain
+        without, with_kernel = (Asked(jit_compile, x) for x in (False, True))
+        kinds = backend.kinds_of_steps(without, large)
+        assert backend.kinds_of_steps(with_kernel, large) == kinds
 
 
 def one(*shape, kept="float32", **options):
@@ -270,7 +280,7 @@ def one(*shape, kept="float32", **options):
 
 
 def step(**options):
-    return Step(rule.Options(**options), 0.5, Draw(None, 0))
+    return Constants(rule.Options(**options), 0.5, Draw(None, 0))
 
 
 @pytest.mark.parametrize(
@@ -283,13 +293,6 @@ def step(**options):
             "by rows",
             "sparse gradients: the rows of the batch",
         ),
-        (
-            one(2**13, 3),
-            {},
-            {"xla": True, "in_program": True},
-            "on one axis",
-            "its last axis is short, and XLA vectorises no other",
-        ),
         *(
             (
                 one(*shape),
@@ -300,12 +303,12 @@ def step(**options):
             )
             for shape, given in (
                 ((2**13, 3), {"xla": True}),
-                ((2,), {"xla": True, "in_program": True}),
+                ((2,), {"xla": True}),
             )
         ),
         *(
             (one(2**13, 3), {}, given, "on its own", "more than 1024 elements")
-            for given in ({}, {"xla": False, "in_program": True})
+            for given in ({}, {"xla": False})
         ),
         (
             one(2),
@@ -325,7 +328,7 @@ def step(**options):
             one(2),
             {},
             {},
-            "end to end with others",
+            "concatenated with others",
             "small, so operations cost more than what they compute",
         ),
     ],
@@ -334,40 +337,44 @@ def test_ways_and_reasons(update, options, given, name, why):
     assert backend.way(update, step(**options), **given) == (name, why)
 
 
+@tf.function(jit_compile=True)
+def clipped(grads, norm, global_norm):
+    return backend.clipped_by_norm(grads, norm, global_norm)
+
+
 def test_norms_as_numpy_has_them():
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(4, 5)), rng.normal(size=3), 0.01 * rng.normal(size=2)]
-    grads = [tf.constant(arrays[0]), None, *map(tf.constant, arrays[1:])]
+    grads = [*map(tf.constant, arrays)]
     norms = [np.sqrt((a**2).sum()) for a in arrays]
-    each = backend.clipped(grads, 0.5, None)
-    assert each[1] is None
+    assert backend.clipped_by_norm(grads, 0.5, None) is None  # but under XLA
+    each = clipped(grads, 0.5, None)
     of_all = np.sqrt(sum(n**2 for n in norms))
     for most in (0.5, 100.0):
-        together = backend.clipped(grads, None, most)
-        assert together[1] is None
+        together = clipped(grads, None, most)
         scale = min(1.0, most / of_all)
-        for got, want in zip([together[0], *together[2:]], arrays, strict=True):
+        for got, want in zip(together, arrays, strict=True):
             np.testing.assert_allclose(got, scale * want, rtol=1e-12)
-    for got, want, norm in zip([each[0], *each[2:]], arrays, norms, strict=True):
+    for got, want, norm in zip(each, arrays, norms, strict=True):
         np.testing.assert_allclose(got, want * min(1.0, 0.5 / norm), rtol=1e-12)
 
 
 def test_an_infinite_norm_of_all_makes_nan_and_of_one_nothing():
     grads = [tf.constant([np.inf, 1.0]), tf.constant([1.0])]
-    assert all(np.isnan(g).all() for g in backend.clipped(grads, None, 1.0))
+    assert all(np.isnan(g).all() for g in clipped(grads, None, 1.0))
     huge = [tf.constant([1e30, 1.0])]
-    np.testing.assert_array_equal(backend.clipped(huge, 1.0, None)[0], [0.0, 0.0])
+    np.testing.assert_array_equal(clipped(huge, 1.0, None)[0], [0.0, 0.0])
 
 
 class Clock:
     """Stands for that of a table."""
 
 
-def test_gradients_as_they_are_taken():
+def test_gradients_are_tensors_in_float32_at_least():
     slices = rows(tf.ones([3, 3], "float16"), tf.constant([3, 1, 3]))
     grads = [None, tf.ones([4, 3], "float16"), slices, slices]
-    tensors, kept, asserts = backend.as_taken(
-        grads, [WEIGHTS] * 4, [None, None, None, Clock()]
+    tensors, kept, asserts = backend.widened(
+        grads, [WEIGHTS] * 4, {3: Clock()}, kernel=False
     )
     assert tensors[0] is None
     assert [t.dtype.name for t in tensors[1:]] == ["float32"] * 3
@@ -379,27 +386,31 @@ def test_gradients_as_they_are_taken():
     np.testing.assert_array_equal(tensors[3], dense[[3, 1]])
     assert len(asserts) == 2
     with pytest.raises(ValueError, match="argument"):
-        backend.as_taken(grads, [WEIGHTS], [None])
+        backend.widened(grads, [WEIGHTS], {}, kernel=False)
 
 
 def test_what_is_the_same_for_all_is_done_once(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        layouts, "update_end_to_end", lambda g, v, s, step: calls.append(len(v))
+        layouts, "update_concatenated", lambda g, v, s, step: calls.append(len(v))
     )
     decay = tf.constant(0.5)
     several = [one(2), one(3), one(2, decay=0.5), one(4, decay=0.5), one(2, decay=0.25)]
-    backend.update(several, step())
+    backend.update(several, step(), in_program=False)
     assert calls == [2, 2]
     calls.clear()
     several = [one(2, decay=decay), one(3, decay=decay), one(2, decay=decay + 0)]
-    backend.update(several, step())
+    backend.update(several, step(), in_program=False)
     assert calls == [2]
     calls.clear()
-    backend.update([one(2), one(2, kept="float64"), one(3, kept="float64")], step())
+    backend.update(
+        [one(2), one(2, kept="float64"), one(3, kept="float64")],
+        step(),
+        in_program=False,
+    )
     assert calls == [2]
     calls.clear()
-    backend.update([several[0], several[1], several[0]], step())
+    backend.update([several[0], several[1], several[0]], step(), in_program=False)
     assert calls == []
 
 

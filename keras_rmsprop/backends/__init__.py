@@ -1,19 +1,17 @@
-"""What runs a step: one module per backend, each with the functions of `plain.py`."""
-
-from types import ModuleType
+"""What runs a step: an object for each backend of Keras, of the class in `base.py`."""
 
 import keras
 
-current: ModuleType
+from keras_rmsprop.backends.base import Backend
+
+current: Backend
 if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop.backends import tensorflow
+    from keras_rmsprop.backends.tensorflow import TensorFlow
 
-    current = tensorflow
+    current = TensorFlow()
 elif keras.backend.backend() == "torch":
-    from keras_rmsprop.backends import torch
+    from keras_rmsprop.backends.torch import Torch
 
-    current = torch
+    current = Torch()
 else:
-    from keras_rmsprop.backends import plain
-
-    current = plain
+    current = Backend()

@@ -1,21 +1,24 @@
-"""A whole step - unscale, clip, decay, update, average - as one traced program.
+"""A whole step as one traced program, and when it is one.
 
-The program is the plain step, traced: there is no second way to do a step. Whatever a
+The program is `Steps.take`, traced: there is no second way to do a step. Whatever a
 trace holds as a constant is in its key: the attributes of the optimizer, all of them,
 as `Settings` numbers them, and what the step is given.
 """
 
 import functools
 import itertools
+import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_rmsprop.backends.short import Short, short
+from keras_rmsprop.backends.base import Stepper
+from keras_rmsprop.backends.replay import Replay, replayed
+from keras_rmsprop.sparse import unwrapped
 
 MOST_PROGRAMS = 64
 """How many programs an optimizer keeps: an option that changes at every step would
@@ -27,9 +30,10 @@ XLA_PROGRAMS = 16
 """How many programs of a process XLA compiles unless it is told to. TensorFlow never
 frees what XLA compiled, some 3 to 5 MB each; what comes later runs without XLA."""
 
-Step = Callable[[Sequence[Any], Sequence[Any], Any, bool], None]
-"""Takes a step, given the gradients, the variables, the learning rate, and whether it
-is traced for a program."""
+XLA_IN_GRAPH_ELEMENTS = 2**20
+"""From this size on, XLA makes a variable's update faster in a graph without XLA."""
+XLA_EAGER_ELEMENTS = 2**12
+"""If no variable is larger, launching XLA takes as long as the step does."""
 
 
 class Settings:
@@ -106,62 +110,89 @@ class Programs:
 
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
+        self._settings = Settings()
+        self._number: int | None = None
 
-    def run(
-        self,
-        step: Step,
-        grads: list[Any],
-        variables: Sequence[Any],
-        *,
-        settings: Callable[[], Hashable],
-        learning_rate: Any,
-        prepare: Callable[[], Sequence[Any]],
-        xla: Callable[[], bool],
-    ) -> None:
-        """Take the step as one program; trace it first where it is worth it.
+    def forget_attributes(self) -> None:
+        """Say that an attribute of the optimizer was assigned."""
+        self._number = None
+
+    def run(self, stepper: Stepper, grads: list[Any], variables: Sequence[Any]) -> None:
+        """Take the step as one program, where that is faster; else stage by stage.
 
         Args:
-            step: The plain step.
+            stepper: Takes the step.
             grads: A tensor, slices or None for each variable.
             variables: The model's variables.
-            settings: Returns something that is equal where all is equal that a trace
-                of `step` holds as constants, besides what is given here.
-            learning_rate: A Keras variable, which is read inside the program; or
-                the value of the moment of anything else, which goes in as an argument.
-            prepare: Called before a trace; returns the optimizer's variables.
-            xla: Returns whether XLA should compile it.
         """
+        if not self.has_program(stepper, grads, variables):
+            stepper.take(grads, variables)
+            return
+        # A variable is read inside the program. The value of anything else goes in.
+        rate = stepper.learning_rate
+        is_variable = isinstance(rate, keras.Variable)
         tensors, kinds = flattened(grads)
-        constraints = [v.constraint for v in variables]
-        is_variable = isinstance(learning_rate, keras.Variable)
         if not is_variable:
-            tensors.append(tf.convert_to_tensor(learning_rate, dtype_hint=tf.float32))
+            tensors.append(tf.convert_to_tensor(rate, dtype_hint=tf.float32))
+        constraints = [v.constraint for v in variables]
         given = (
-            id(learning_rate) if is_variable else getattr(learning_rate, "dtype", None),
+            id(rate) if is_variable else getattr(rate, "dtype", None),
             *map(id, variables),
             *[c if c is None else _key_of(c) for c in constraints],
             *kinds,
         )
-        key = (settings(), *given)
+        key = (*self._key(stepper), *given)
         program = self._programs.get(key)
         if program is None:
             if len(self._programs) >= EAGER_TRACES and key not in self._programs:
                 self._keep(key, None)
-                step(grads, variables, learning_rate, False)
+                stepper.take(grads, variables, rate)
                 return
-            traced = _trace(
-                step,
-                learning_rate if is_variable else None,
+            state = stepper.prepare(grads, variables)
+            program = _trace(
+                stepper,
+                rate if is_variable else None,
                 grads,
                 variables,
                 tensors,
-                prepare(),
-                xla=xla(),
+                state,
+                xla=self._is_for_xla(stepper, variables),
             )
-            Programs.compiled += traced.xla
-            program, key = traced, (settings(), *given)  # tracing may set attributes
+            Programs.compiled += program.xla
+            key = (*self._key(stepper), *given)  # tracing may set attributes
         self._keep(key, program)
         program(tensors)
+
+    def has_program(
+        self, stepper: Stepper, grads: Sequence[Any], variables: Sequence[Any]
+    ) -> bool:
+        """Whether a step taken now should be a program of its own."""
+        compiled = stepper.jit_compile
+        if compiled is False or tf.config.functions_run_eagerly() or is_watched():
+            return False
+        if tf.executing_eagerly():
+            return True
+        # In a graph only XLA gains, and XLA would compile for each number of rows.
+        return not (has_slices(grads) or stepper.has_blocks()) and (
+            compiled is True
+            or (is_large(variables) and not stepper.is_for_kernel(variables))
+        )
+
+    def _is_for_xla(self, stepper: Stepper, variables: Sequence[Any]) -> bool:
+        """Whether XLA should compile a program."""
+        if stepper.has_blocks():
+            return False
+        return stepper.jit_compile is True or (
+            is_worth_xla(variables)
+            and is_xla_left()
+            and not stepper.is_for_kernel(variables)
+        )
+
+    def _key(self, stepper: Stepper) -> tuple[Hashable, ...]:
+        """Return something equal where all is equal that a trace holds as constants."""
+        if self._number is None:
+            self._number = self._settings.number(stepper.attributes())
+        return self._number, *stepper.also_constant()
 
     def _keep(self, key: Hashable, program: "_Program | None") -> None:
         """Note a program, or that it was asked for, as the most recent one."""
@@ -169,6 +200,61 @@ class Programs:
         self._programs.move_to_end(key)
         if len(self._programs) > MOST_PROGRAMS:
             self._programs.popitem(last=False)
+
+
+def is_worth_xla(variables: Sequence[Any]) -> bool:
+    """Whether XLA is faster for an eager step of these variables."""
+    return any(math.prod(v.shape) > XLA_EAGER_ELEMENTS for v in variables)
+
+
+def is_large(variables: Sequence[Any]) -> bool:
+    """Whether XLA is faster for the step of these variables in another's graph."""
+    return any(math.prod(v.shape) >= XLA_IN_GRAPH_ELEMENTS for v in variables)
+
+
+def is_watched() -> bool:
+    """Whether TensorFlow's debugging tools look at each operation, which XLA hides.
+
+    There is no public way to know. Without the private one the answer is no.
+    """
+    try:
+        from tensorflow.python.eager import context
+
+        return bool(context.context().op_callbacks)
+    except (ImportError, AttributeError):
+        return False
+
+
+def on_all_replicas(
+    stepper: Stepper,
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    tables: Iterable[int],
+) -> None:
+    """Sum the gradients over the replicas; then each steps with its own copies.
+
+    For sparse gradients only the rows travel. Every replica then has the same sums, and
+    applies them to its own copies: no further communication.
+    """
+    distribute = tf.__internal__.distribute
+    strategy = tf.distribute.get_strategy()
+    replica = tf.distribute.get_replica_context()
+    given = [g for g in grads if g is not None]
+    if replica and given:
+        summed = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, given))
+        grads = [g if g is None else next(summed) for g in grads]
+    if not replica:
+        stepper.make_clocks(tables)
+    # Replicas that cannot meet, as XLA compiles them apart, make no counter: then the
+    # sum of slices becomes dense.
+    elif has_slices(grads) and not distribute.strategy_supports_no_merge_call():
+        replica.merge_call(lambda _: stepper.make_clocks(tables))
+    strategy.extended.update(
+        unwrapped(variables[0]),
+        lambda _, *grads: stepper.take(grads, variables),
+        args=tuple(grads),
+        group=False,
+    )
 
 
 def is_xla_left() -> bool:
@@ -224,14 +310,14 @@ class _Program(NamedTuple):
     """The objects whose ids are its key: while it lives, no other gets these ids."""
     xla: bool
     """Whether XLA compiles it."""
-    short: Short | None
+    replay: Replay | None
     """Its operations, if they are so few that they are faster alone."""
 
     def __call__(self, tensors: list[Any]) -> None:
         """Run the step on the gradients (and the learning rate)."""
         with tf.device(self.device):
-            if self.short is not None and tf.executing_eagerly():
-                self.short(tensors)
+            if self.replay is not None and tf.executing_eagerly():
+                self.replay(tensors)
             elif not self._call_inner(tensors):
                 self.concrete(*tensors)
 
@@ -249,7 +335,7 @@ class _Program(NamedTuple):
 
 
 def _trace(
-    step: Step,
+    stepper: Stepper,
     rate_variable: Any,
     grads: Sequence[Any],
     variables: Sequence[Any],
@@ -282,12 +368,13 @@ def _trace(
                 traced.append(tf.IndexedSlices(next(arguments), next(arguments)))
             else:
                 traced.append(g if g is None else next(arguments))
-        step(traced, variables, next(arguments, rate_variable), True)
+        rate = next(arguments, rate_variable)
+        stepper.take(traced, variables, rate, in_program=True)
 
     with tf.init_scope():
         function = tf.function(body, autograph=False, jit_compile=xla)
         concrete = function.get_concrete_function(*specs)
-        few = None if xla else short(concrete)
+        few = None if xla else replayed(concrete)
     return _Program(
         concrete,
         concrete.captured_inputs,

@@ -1,473 +1,444 @@
-"""How a step is taken on TensorFlow: by the kernel, by rows, end to end, on its own."""
+"""How a step is taken on TensorFlow: by the kernel, by rows, concatenated, or alone."""
 
 import functools
-import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, final
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_rmsprop import codecs, skipping, sparse
-from keras_rmsprop.backends import layouts, plain
-from keras_rmsprop.backends.plain import Step, Taken, Update, Way
-from keras_rmsprop.backends.programs import XLA_PROGRAMS, Programs, is_xla_left
-from keras_rmsprop.backends.programs import has_slices as has_slices
-from keras_rmsprop.backends.programs import is_slices as is_slices
-from keras_rmsprop.backends.runner import (
+from keras_rmsprop.backends import layouts, programs
+from keras_rmsprop.backends.base import Backend, Context, Gradients, Stepper, check_fits
+from keras_rmsprop.backends.programs import (
     XLA_EAGER_ELEMENTS,
-    XLA_IN_GRAPH_ELEMENTS,
+    XLA_PROGRAMS,
+    Programs,
     is_large,
     is_watched,
     is_worth_xla,
+    is_xla_left,
 )
-from keras_rmsprop.backends.runner import Runner as Runner
 from keras_rmsprop.folding import folded
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
-from keras_rmsprop.sparse import inside_xla as inside_xla
-from keras_rmsprop.sparse import native, widened
+from keras_rmsprop.sparse import inside_xla, unwrapped, widened
+from keras_rmsprop.update import (
+    Change,
+    Constants,
+    Update,
+    Way,
+    same,
+    update_one,
+)
 
-folds = inside_xla
-"""Whether to reduce in parts, see `folding`."""
-
-HAS_ROWS = True
-"""Whether a step may update only some rows of a table, with a clock."""
-
-outside_functions = tf.init_scope
-clocks = sparse.Clocks
-
-
-def as_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """Return gradients as tensors or as slices of tensors, None as it is."""
-    return [
-        g if isinstance(g, tf.Tensor) else as_gradient(g, v)
-        for g, v in zip(grads, variables, strict=True)
-    ]
+ROWS, KERNEL, IN_TURN = "by rows", "native kernel", "one after the other"
+CONCATENATED, ALONE = "concatenated with others", "on its own"
 
 
-def as_gradient(gradient: Any, variable: Any) -> Any:
-    """Return one gradient, as `as_gradients` does."""
-    if isinstance(gradient, tf.Tensor) or gradient is None:
-        return gradient
-    if isinstance(gradient, tf.IndexedSlices):
-        values = as_gradient(gradient.values, variable)
-        others = (gradient.indices, gradient.dense_shape)
-        return tf.IndexedSlices(
-            values, *(None if x is None else tf.convert_to_tensor(x) for x in others)
-        )
-    if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
-        return tf.constant(gradient)  # to be refused; a cast would take the real part
-    return tf.convert_to_tensor(keras.ops.convert_to_tensor(gradient, variable.dtype))
+@final
+class TensorFlow(Backend):
+    """Takes steps as programs, and updates tables by rows."""
 
+    has_rows: ClassVar[bool] = True
 
-def check(gradient: Any, variable: Any) -> None:
-    """Fail if a gradient does not fit its variable by its shape or dtype."""
-    if gradient is None:
-        return
-    if not isinstance(variable, keras.Variable | tf.Variable):
-        raise TypeError(
-            f"Gradients must come with variables. Received: {type(variable).__name__}"
-        )
-    name, shape = variable.name, tuple(variable.shape)
-    if not gradient.dtype.is_floating:
-        raise TypeError(
-            "A gradient must be of floating point numbers. "
-            f"Received: {gradient.dtype.name} for variable {name!r}"
-        )
-    if not gradient.shape.is_compatible_with(shape):
-        raise ValueError(
-            "A gradient must have the shape of its variable. Received: "
-            f"shape {tuple(gradient.shape)} for variable {name!r} of shape {shape}"
-        )
-    if not isinstance(gradient, tf.IndexedSlices):
-        return
-    values, ids = gradient.values, gradient.indices
-    if (
-        ids.dtype not in (tf.int32, tf.int64)
-        or not ids.shape.is_compatible_with([None])
-        or not values.shape.is_compatible_with([*ids.shape[:1], *shape[1:]])
-        or not shape
-    ):
-        raise ValueError(
-            "A sparse gradient must have int32 or int64 indices, and for each a row as "
-            f"wide as the variable's. Received: {ids.dtype.name} indices of shape "
-            f"{tuple(ids.shape)} and values of shape {tuple(values.shape)} for "
-            f"variable {name!r} of shape {shape}"
-        )
+    def outside_functions(self) -> Context:
+        """See `Backend`."""
+        return tf.init_scope()
 
+    def beside(self, variable: Any, optimizer: Any) -> Context:
+        """See `Backend`."""
+        strategy = optimizer._distribution_strategy
+        return strategy.extended.colocate_vars_with(unwrapped(variable))
 
-def update(
-    updates: Sequence[Update], step: Step, *, in_program: bool = False
-) -> list[Any]:
-    """Take the step of all variables.
+    def named(self, name: str) -> Context:
+        """See `Backend`. TensorFlow takes some characters only."""
+        return tf.name_scope(re.sub(r"^[^A-Za-z0-9.]+|[^A-Za-z0-9_.\\/>-]", "_", name))
 
-    Args:
-        updates: What to do to each.
-        step: What is the same for all.
-        in_program: Whether this is traced for a program that holds nothing else.
+    def is_eager(self) -> bool:
+        """See `Backend`."""
+        return bool(tf.executing_eagerly())
 
-    Returns:
-        The averages that have followed their weights.
-    """
-    followed: list[Any] = []
-    together: dict[Hashable, list[Update]] = {}
-    by_kernel: dict[Hashable, list[Update]] = {}
-    in_turn: list[Update] = []
-    one_each = len({id(native(one.variable)) for one in updates}) == len(updates)
-    for one in updates:
-        one = one._replace(variable=native(one.variable), slots=one.slots.map(native))
-        kind = way(one, step, in_program=in_program).name
-        if kind == ROWS:
-            _update_rows(one, step)
-        elif kind == KERNEL and one_each:
-            average = one.average if kernel.averages(one, step) else None
-            if average is not None:
-                followed.append(average)
-            one = one._replace(average=None if average is None else native(average))
-            dtypes = one.variable.dtype, one.dtype, one.slots.velocity.dtype
-            place = *dtypes, one.variable.device, average is None
-            by_kernel.setdefault(place, []).append(one)
-        elif kind == IN_TURN:
-            in_turn.append(one)
-        elif kind == ONE_AXIS:
-            layouts.update_on_one_axis(
-                one.gradient,
-                one.variable,
-                one.slots,
-                functools.partial(_kept, one, step),
-                step.draw.step >= 0,
-            )
-        elif kind == END_TO_END and one_each:
-            key = one.variable.dtype, one.slots.velocity.dtype, plain.same(one.decay)
-            together.setdefault(key, []).append(one)
-        else:
-            plain.update_one(one, step)
-    _update_in_turn(in_turn, step, in_program=in_program)
-    for several in by_kernel.values():
-        kernel.update(several, step)
-    for several in together.values():
-        if len(several) == 1:
-            plain.update_one(several[0], step)
-        else:
-            layouts.update_end_to_end(
-                [one.gradient for one in several],
-                [one.variable for one in several],
-                [one.slots for one in several],
-                functools.partial(_kept, several[0], step),
-            )
-    return followed
+    def inside_xla(self) -> bool:
+        """See `Backend`."""
+        return inside_xla()
 
+    def folds(self) -> bool:
+        """See `Backend`."""
+        return inside_xla()
 
-def _update_in_turn(updates: Sequence[Update], step: Step, *, in_program: bool) -> None:
-    """Update variables one after the other, so that only one is decoded at a time.
+    # Gradients.
 
-    Where XLA may be used, each is an XLA program of its own, the same for the same
-    shapes: in one program XLA decodes all slots first.
-    """
-    if inside_xla():
-        plain.update_in_turn(updates, step, in_one_program=True)
-        return
-    programs: dict[Hashable, Any] = {}
-    done: list[Any] = []
-    may_nest = step.native and not (
-        tf.executing_eagerly() or tf.distribute.has_strategy()
-    )
-    for one in updates:
-        places = one.variable, *one.slots
-        kinds = (x if x is None else (x.shape, x.dtype) for x in places)
-        key = *kinds, one.gradient.dtype, plain.same(one.decay)
-        is_worth_it = (
-            in_program or math.prod(one.variable.shape) >= XLA_IN_GRAPH_ELEMENTS
-        )
-        with tf.control_dependencies(done):
-            if may_nest and is_worth_it and (key in programs or is_xla_left()):
-                if key not in programs:
-                    programs[key] = _program_of(one, step)
-                    Programs.compiled += 1
-                done = [programs[key](one.gradient, one.variable, tuple(one.slots))]
-            else:
-                plain.update_one(one, step)
-                done = [] if tf.executing_eagerly() else [one.variable.read_value()]
-
-
-def _program_of(one: Update, step: Step) -> Callable[..., Any]:
-    """Return an XLA program that updates a variable like this one."""
-
-    def update(gradient: Any, variable: Any, slots: Sequence[Any]) -> Any:
-        places = {"variable": variable, "slots": Slots(*slots)}
-        plain.update_one(one._replace(gradient=gradient, **places), step)
-        return tf.constant(True)
-
-    return tf.function(update, autograph=False, jit_compile=True)
-
-
-ROWS, ONE_AXIS = "by rows", "on one axis"
-END_TO_END, ALONE = "end to end with others", "on its own"
-KERNEL, IN_TURN = "by the kernel", "one after the other"
-
-
-def way(
-    one: Update, step: Step, *, in_program: bool = False, xla: bool | None = None
-) -> Way:
-    """Say how `update` updates a variable, and why.
-
-    Args:
-        one: The update.
-        step: The step.
-        in_program: See `update`.
-        xla: Whether XLA compiles it; None: look.
-    """
-    xla = inside_xla() if xla is None else xla
-    by_kernel = _is_kernel(one, step, xla)
-    if one.rows is not None:
-        how = ", in one native call" if by_kernel else ""
-        return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
-    if by_kernel:
-        return Way(KERNEL, "one native call takes the step of all of them")
-    if codecs.are_in_blocks(one.slots):
-        return Way(IN_TURN, "its slots are in blocks, so one at a time is in float32")
-    if xla and in_program and layouts.has_short_axis(one.variable):
-        return Way(ONE_AXIS, "its last axis is short, and XLA vectorises no other")
-    if xla:
-        return Way(ALONE, "XLA makes one loop of its operations")
-    if not layouts.is_small(one.variable):
-        return Way(ALONE, f"more than {layouts.END_TO_END_ELEMENTS} elements")
-    if tf.distribute.has_strategy():
-        return Way(ALONE, "under `tf.distribute`")
-    if step.options.cautious:
-        return Way(ALONE, "`cautious` counts each variable's elements")
-    if not codecs.of(one.slots.velocity).elementwise:
-        return Way(ALONE, "`slot_dtype` draws by each element's place")
-    return Way(END_TO_END, "small, so operations cost more than what they compute")
-
-
-def _is_kernel(one: Update, step: Step, xla: bool) -> bool:
-    return not (xla or is_watched() or kernel.why_not_for(one, step))
-
-
-def kinds_of_steps(
-    variables: Sequence[Any],
-    jit_compile: bool | str,
-    is_for_kernel: bool,
-    in_blocks: bool = False,
-) -> dict[str, dict[str, bool]]:
-    """Return the kinds of steps, in words, and the arguments of `way` for each."""
-    in_graph = {"in_program": False, "xla": False}
-    in_program = {"in_program": True, "xla": True}
-    if jit_compile is False:
-        eager = {"An eager step runs operation by operation:": in_graph}
-    elif in_blocks and not is_for_kernel:
-        text = "An eager step is one program; XLA compiles the update of each variable:"
-        return {
-            text: in_graph,
-            "So are parts of other graphs, of large ones:": in_graph,
-        }
-    elif is_for_kernel and jit_compile is not True:
-        eager = {"An eager step is one program without XLA:": in_graph}
-    elif jit_compile is True or (is_worth_xla(variables) and is_xla_left()):
-        text = (
-            "An eager step is one program, compiled by XLA unless gradients are sparse:"
-        )
-        eager = {text: in_program}
-    elif is_worth_xla(variables):
-        text = (
-            "An eager step that is new now is one program without XLA, which has "
-            f"compiled {XLA_PROGRAMS} in this process and frees none:"
-        )
-        eager = {text: in_graph}
-    else:
-        text = (
-            "An eager step is one program without XLA, as no variable has more than "
-            f"{XLA_EAGER_ELEMENTS} elements:"
-        )
-        eager = {text: in_graph}
-    graph = "In `fit` and in a `tf.function` a step is"
-    if jit_compile is True or (
-        jit_compile == "auto" and is_large(variables) and not is_for_kernel
-    ):
-        return eager | {f"{graph} a program of its own, compiled by XLA:": in_program}
-    return eager | {f"{graph} part of that graph:": in_graph}
-
-
-def _kept(one: Update, step: Step, gradient: Any, weights: Any, slots: Slots) -> Taken:
-    """Return what a step like this one takes, and the new slots as they are kept."""
-    taken, new = step.taken(gradient, weights, slots, dtype=one.dtype, decay=one.decay)
-    return taken, codecs.encoded(one.slots, new, step.draw)
-
-
-def _update_rows(one: Update, step: Step) -> None:
-    ids = one.rows.ids
-    if ids is not None and _is_kernel(one, step, inside_xla()):
-        kernel.update_rows(one, step)
-        return
-    mean = functools.partial(sparse.mean, ids=ids, variable=one.variable)
-
-    def taken(weights: Any, slots: Slots) -> Taken:
-        return step.taken(
-            one.gradient,
-            weights,
-            slots,
-            dtype=one.dtype,
-            decay=one.decay,
-            mean=tf.reduce_mean if ids is None else mean,
-        )
-
-    sparse.update(
-        one.variable,
-        one.slots,
-        one.rows,
-        step.options.rho,
-        step.draw,
-        taken,
-        reads_weights=one.decay is not None,
-    )
-
-
-def clipped(
-    grads: Sequence[Any], norm: float | None, global_norm: float | None
-) -> list[Any]:
-    """Return gradients as Keras clips them, by norms that XLA takes on all threads.
-
-    Args:
-        grads: Tensors or None.
-        norm: The largest norm of one gradient, or None.
-        global_norm: If that is None, the largest norm of all together.
-    """
-    squares = [
-        [tf.reduce_sum(part) for part in folded(tf.square(g), tf.add)]
-        for g in grads
-        if g is not None
-    ]
-    if norm:
-        norms = iter([tf.sqrt(tf.add_n(sums)) for sums in squares])
+    def as_gradients(self, grads: Gradients, variables: Sequence[Any]) -> list[Any]:
+        """Return gradients as tensors or as slices of tensors, None as it is."""
         return [
-            g if g is None else g * (norm / tf.maximum(next(norms), norm))
+            g if isinstance(g, tf.Tensor) else self.as_gradient(g, v)
+            for g, v in zip(grads, variables, strict=True)
+        ]
+
+    def as_gradient(self, gradient: Any, variable: Any) -> Any:
+        """Return one gradient, as `as_gradients` does."""
+        if isinstance(gradient, tf.Tensor) or gradient is None:
+            return gradient
+        if isinstance(gradient, tf.IndexedSlices):
+            values = self.as_gradient(gradient.values, variable)
+            others = (gradient.indices, gradient.dense_shape)
+            return tf.IndexedSlices(
+                values,
+                *(None if x is None else tf.convert_to_tensor(x) for x in others),
+            )
+        if isinstance(gradient, np.ndarray) and np.iscomplexobj(gradient):
+            return tf.constant(gradient)  # to be refused; a cast takes the real part
+        return tf.convert_to_tensor(
+            keras.ops.convert_to_tensor(gradient, variable.dtype)
+        )
+
+    def check(self, gradient: Any, variable: Any) -> None:
+        """See `Backend`."""
+        if gradient is None:
+            return
+        if not isinstance(variable, keras.Variable | tf.Variable):
+            raise TypeError(
+                "Gradients must come with variables. "
+                f"Received: {type(variable).__name__}"
+            )
+        name, shape, dtype = variable.name, tuple(variable.shape), gradient.dtype
+        fits = gradient.shape.is_compatible_with(shape)
+        check_fits(gradient, variable, dtype.name, dtype.is_floating, fits)
+        if not isinstance(gradient, tf.IndexedSlices):
+            return
+        values, ids = gradient.values, gradient.indices
+        if (
+            ids.dtype not in (tf.int32, tf.int64)
+            or not ids.shape.is_compatible_with([None])
+            or not values.shape.is_compatible_with([*ids.shape[:1], *shape[1:]])
+            or not shape
+        ):
+            raise ValueError(
+                "A sparse gradient must have int32 or int64 indices, and for each a "
+                f"row as wide as the variable's. Received: {ids.dtype.name} indices of "
+                f"shape {tuple(ids.shape)} and values of shape {tuple(values.shape)} "
+                f"for variable {name!r} of shape {shape}"
+            )
+
+    def has_slices(self, grads: Gradients) -> bool:
+        """See `Backend`."""
+        return programs.has_slices(grads)
+
+    def is_slices(self, gradient: Any) -> bool:
+        """See `Backend`."""
+        return programs.is_slices(gradient)
+
+    def widened(
+        self,
+        grads: Gradients,
+        variables: Sequence[Any],
+        clocks: Mapping[int, Any],
+        *,
+        kernel: bool,
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """See `Backend`."""
+        tensors: list[Any] = []
+        rows: list[Any] = []
+        checks = []
+        for place, (gradient, variable) in enumerate(
+            zip(grads, variables, strict=True)
+        ):
+            ids = None
+            if isinstance(gradient, tf.IndexedSlices):
+                gradient, of_shape = sparse.with_known_shape(gradient, variable)
+                checks += [*of_shape, sparse.check_ids(gradient, variable)]
+                if place not in clocks:
+                    gradient = sparse.dense(gradient, variable)
+                else:
+                    gradient, ids = _distinct(gradient, variable, may=kernel)
+            elif gradient is not None:
+                if not gradient.shape.is_fully_defined():
+                    gradient = tf.ensure_shape(gradient, variable.shape)
+                    checks.append(gradient.op)
+                gradient = widened(gradient)
+            tensors.append(gradient)
+            rows.append(ids)
+        return tensors, rows, checks
+
+    # Stages of a step.
+
+    def programs(self) -> Programs:
+        """See `Backend`."""
+        return Programs()
+
+    def run(self, stepper: Stepper, grads: list[Any], variables: Sequence[Any]) -> None:
+        """Take a step: directly, as a program, or on all replicas."""
+        tables: set[int] = set()
+        if self.has_slices(grads) or not tf.executing_eagerly():
+            tables = stepper.new_tables(grads, variables)
+        if tf.distribute.has_strategy():
+            programs.on_all_replicas(stepper, grads, variables, tables)
+            return
+        stepper.make_clocks(tables)
+        stepper.programs.run(stepper, grads, variables)
+
+    def after(self, checks: Sequence[Any]) -> Context:
+        """See `Backend`."""
+        return tf.control_dependencies(checks)
+
+    def count(self, counter: Any) -> None:
+        """See `Backend`. Keras' `assign_add` is three operations."""
+        unwrapped(counter).assign_add(1, read_value=False)
+
+    def has_kernel(self, variables: Sequence[Any]) -> bool:
+        """See `Backend`."""
+        return not (is_watched() or inside_xla()) and kernel.is_for(variables)
+
+    def all_finite(self, grads: Gradients, *, kernel: bool) -> Any:
+        """See `Backend`."""
+        if kernel and _kernel.takes(grads) and grads[0].dtype == tf.float32:
+            return tf.math.is_finite(_kernel.scale(grads, 1))
+        return skipping.all_finite(grads, fold=inside_xla())
+
+    def clipped_by_norm(
+        self, grads: Gradients, norm: float | None, global_norm: float | None
+    ) -> list[Any] | None:
+        """See `Backend`. Under XLA, Keras' norms take one thread."""
+        if not inside_xla():
+            return None
+        squares = [
+            [tf.reduce_sum(part) for part in folded(tf.square(g), tf.add)]
             for g in grads
         ]
-    most = global_norm
-    of_all = tf.sqrt(tf.add_n([s for sums in squares for s in sums]))
-    scale = most / tf.maximum(of_all, most) + (of_all - of_all)  # infinite: NaN
-    return [g if g is None else g * scale for g in grads]
+        if norm:
+            norms = [tf.sqrt(tf.add_n(sums)) for sums in squares]
+            return [
+                g * (norm / tf.maximum(x, norm))
+                for g, x in zip(grads, norms, strict=True)
+            ]
+        of_all = tf.sqrt(tf.add_n([s for sums in squares for s in sums]))
+        # infinite: NaN
+        scale = global_norm / tf.maximum(of_all, global_norm) + (of_all - of_all)
+        return [g * scale for g in grads]
 
+    def scale_of_global_norm(
+        self, grads: Gradients, most: float, *, kernel: bool
+    ) -> Any:
+        """See `Backend`."""
+        return _kernel.scale(grads, most) if kernel and _kernel.takes(grads) else None
 
-def assign_everywhere(variable: Any, value: Any) -> None:
-    """Set a variable on all replicas of this process, even if called from one."""
-    copies = getattr(native(variable), "values", (native(variable),))
-    value = tf.convert_to_tensor(value)
-    for copy in copies:
-        copy.assign(tf.cast(value, copy.dtype))
+    def search_kernel(self, variables: Sequence[Any], *, kernel: bool) -> Any:
+        """See `Backend`."""
+        return _kernel if kernel else None
 
-
-def is_for_kernel(updates: Sequence[Update], step: Step) -> bool:
-    """Whether the kernel takes all of these updates."""
-    return not is_watched() and not any(
-        kernel.why_not_for(one, step)
-        or (one.average is not None and not kernel.averages(one, step))
-        for one in updates
-        if one.rows is None
-    )
-
-
-why_no_kernel = kernel.why_not
-
-
-def searching_kernel(variables: Sequence[Any]) -> Any:
-    """Return the kernel if it may follow variables of a search here, else None.
-
-    Args:
-        variables: Variables where it may run; none: nowhere.
-    """
-    may = variables and not is_watched() and not inside_xla() and kernel.ops()
-    return kernel if may else None
-
-
-def scale_of_global_norm(
-    grads: Sequence[Any], most: float, native: Sequence[Any]
-) -> Any:
-    """Return what gradients are to be multiplied by to clip their global norm.
-
-    Args:
-        grads: Tensors or None.
-        most: The largest norm of all together.
-        native: Variables where a kernel may sum up.
-
-    Returns:
-        A scalar, NaN if the norm is infinite; or None without such a kernel.
-    """
-    given = [g for g in grads if g is not None]
-    if is_watched() or not kernel.takes(given, native):
-        return None
-    return kernel.scale(given, most)
-
-
-def all_finite(grads: Sequence[Any], native: Sequence[Any]) -> Any:
-    """Return whether all elements of all gradients are finite, a bool tensor.
-
-    Args:
-        grads: Tensors.
-        native: Variables where a kernel may look.
-    """
-    sums = not is_watched() and kernel.takes(grads, native)
-    if sums and grads[0].dtype == tf.float32:
-        return tf.math.is_finite(kernel.scale(grads, 1))
-    return skipping.all_finite(grads, fold=inside_xla())
-
-
-def as_taken(
-    grads: Sequence[Any],
-    variables: Sequence[Any],
-    clocks: Sequence[Any],
-    native: Sequence[Any] = (),
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return gradients as Keras can treat them: tensors in float32 at least.
-
-    Args:
-        grads: A tensor, slices or None for each variable.
-        variables: The variables.
-        clocks: For each, its clock if it is a table whose rows suffice, or None.
-        native: Variables where a kernel may sum up; none: nowhere.
-
-    Returns:
-        The gradients; for each its distinct rows, or None; and the operations that
-        fail if an index is outside its table, or a gradient of another shape.
-    """
-    tensors: list[Any] = []
-    rows: list[Any] = []
-    asserts = []
-    for gradient, variable, clock in zip(grads, variables, clocks, strict=True):
-        ids = None
-        if isinstance(gradient, tf.IndexedSlices):
-            gradient, of_shape = sparse.with_known_shape(gradient, variable)
-            asserts += [*of_shape, sparse.check_ids(gradient, variable)]
-            if clock is None:
-                gradient = sparse.dense(gradient, variable)
+    def update(
+        self, updates: Sequence[Update], constants: Constants, *, in_program: bool
+    ) -> list[Any]:
+        """See `Backend`."""
+        done: list[Any] = []
+        together: dict[Hashable, list[Update]] = {}
+        by_kernel: dict[Hashable, list[Update]] = {}
+        in_turn: list[Update] = []
+        is_once = len({id(unwrapped(u.variable)) for u in updates}) == len(updates)
+        for update in updates:
+            update = update._replace(
+                variable=unwrapped(update.variable), slots=update.slots.map(unwrapped)
+            )
+            kind = self.way(update, constants).name
+            if kind == ROWS:
+                _update_rows(update, constants)
+            elif kind == KERNEL and is_once:
+                average = update.average if kernel.averages(update, constants) else None
+                if average is not None:
+                    done.append(average)
+                    average = unwrapped(average)
+                update = update._replace(average=average)
+                dtypes = (x.dtype for x in (update.variable, update.slots.velocity))
+                place = *dtypes, update.dtype, update.variable.device, average is None
+                by_kernel.setdefault(place, []).append(update)
+            elif kind == IN_TURN:
+                in_turn.append(update)
+            elif kind == CONCATENATED and is_once:
+                dtypes = (x.dtype for x in (update.variable, update.slots.velocity))
+                together.setdefault((*dtypes, same(update.decay)), []).append(update)
             else:
-                gradient, ids = _distinct(gradient, variable, native)
-        elif gradient is not None:
-            if not gradient.shape.is_fully_defined():
-                gradient = tf.ensure_shape(gradient, variable.shape)
-                asserts.append(gradient.op)
-            gradient = widened(gradient)
-        tensors.append(gradient)
-        rows.append(ids)
-    return tensors, rows, asserts
+                update_one(update, constants)
+        layouts.update_in_turn(in_turn, constants, in_program=in_program)
+        if (counter := constants.count) is not None:
+            # It is the last stage: so all else must be done, in one call.
+            several = next(iter(by_kernel.values()), [])
+            is_last = len(several) == len(updates) and all(
+                mine.average is not None or given.average is None
+                for mine, given in zip(several, updates, strict=True)
+            )
+            counter = unwrapped(counter)
+            may = is_last and kernel.counts(several, counter)
+            done += [constants.count] if may else []
+            constants = constants._replace(count=counter if may else None)
+        for several in by_kernel.values():
+            kernel.update(several, constants)
+        for several in together.values():
+            if len(several) == 1:
+                update_one(several[0], constants)
+            else:
+                layouts.update_concatenated(
+                    [update.gradient for update in several],
+                    [update.variable for update in several],
+                    [update.slots for update in several],
+                    functools.partial(_encoded, several[0], constants),
+                )
+        return done
+
+    def assign_everywhere(self, variable: Any, value: Any) -> None:
+        """See `Backend`."""
+        copies = getattr(unwrapped(variable), "values", (unwrapped(variable),))
+        value = tf.convert_to_tensor(value)
+        for copy in copies:
+            copy.assign(tf.cast(value, copy.dtype))
+
+    def decay(self, optimizer: Any, variables: Sequence[Any]) -> bool:
+        """See `Backend`. A step is on one replica, where Keras asks for all."""
+        if not tf.distribute.has_strategy() or optimizer.weight_decay is None:
+            return False
+        for variable in filter(optimizer._use_weight_decay, variables):
+            rate = tf.cast(optimizer.learning_rate, variable.dtype)
+            share = tf.cast(optimizer.weight_decay, variable.dtype)
+            variable.assign_sub(variable * share * rate)
+        return True
+
+    def clocks(self, optimizer: Any) -> Any:
+        """See `Backend`."""
+        return sparse.Clocks(optimizer)
+
+    # What `explain` says.
+
+    def why_no_kernel(self) -> str:
+        """See `Backend`."""
+        return _kernel.why_not()
+
+    def is_for_kernel(self, updates: Sequence[Update], constants: Constants) -> bool:
+        """See `Backend`."""
+        return not is_watched() and not any(
+            kernel.why_not_for(update, constants)
+            or (update.average is not None and not kernel.averages(update, constants))
+            for update in updates
+            if update.rows is None
+        )
+
+    def way(
+        self, update: Update, constants: Constants, *, xla: bool | None = None
+    ) -> Way:
+        """See `Backend`."""
+        xla = inside_xla() if xla is None else xla
+        by_kernel = _is_for_kernel(update, constants, xla)
+        if update.rows is not None:
+            how = ", in one native call" if by_kernel else ""
+            return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
+        if by_kernel:
+            return Way(KERNEL, "all of them in one call")
+        if codecs.are_in_blocks(update.slots):
+            return Way(IN_TURN, "8-bit state, so one at a time is in float32")
+        if xla:
+            return Way(ALONE, "XLA makes one loop of its operations")
+        if not layouts.is_small(update.variable):
+            return Way(ALONE, f"more than {layouts.SMALL_ELEMENTS} elements")
+        if tf.distribute.has_strategy():
+            return Way(ALONE, "under `tf.distribute`")
+        if constants.options.cautious:
+            return Way(ALONE, "`cautious` counts each variable's elements")
+        if not codecs.of(update.slots.velocity).elementwise:
+            return Way(ALONE, "`slot_dtype` draws by each element's place")
+        return Way(
+            CONCATENATED, "small, so operations cost more than what they compute"
+        )
+
+    def kinds_of_steps(
+        self, stepper: Stepper, variables: Sequence[Any]
+    ) -> dict[str, bool]:
+        """See `Backend`."""
+        compiled, for_kernel = stepper.jit_compile, stepper.is_for_kernel(variables)
+        eager, xla = "An eager step is one program without XLA", False
+        if compiled is False:
+            eager = "An eager step runs operation by operation"
+        elif stepper.has_blocks() and not for_kernel:
+            eager = "An eager step is one program; XLA compiles each variable's update"
+            return {
+                f"{eager}:": False,
+                "So are parts of other graphs, of large ones:": False,
+            }
+        elif for_kernel and compiled is not True:
+            pass
+        elif compiled is True or (is_worth_xla(variables) and is_xla_left()):
+            eager = (
+                "An eager step is one program, compiled by XLA unless gradients are "
+                "sparse"
+            )
+            xla = True
+        elif is_worth_xla(variables):
+            eager = (
+                "An eager step that is new now is one program without XLA, which has "
+                f"compiled {XLA_PROGRAMS} in this process and frees none"
+            )
+        else:
+            eager += f", as no variable has more than {XLA_EAGER_ELEMENTS} elements"
+        in_graph = compiled is True or (
+            compiled == "auto" and is_large(variables) and not for_kernel
+        )
+        what = (
+            "a program of its own, compiled by XLA"
+            if in_graph
+            else "part of that graph"
+        )
+        graph = f"In `fit` and in a `tf.function` a step is {what}:"
+        return {f"{eager}:": xla, graph: in_graph}
 
 
-def _distinct(
-    gradient: tf.IndexedSlices, variable: Any, native: Sequence[Any]
-) -> tuple[Any, Any]:
+_kernel = kernel
+"""The same, where an argument has its name."""
+
+
+def _distinct(gradient: tf.IndexedSlices, variable: Any, *, may: bool) -> Any:
     wide = tf.IndexedSlices(widened(gradient.values), gradient.indices)
-    if not is_watched() and kernel.takes([wide.values], native):
+    if may and kernel.takes([wide.values]):
         return kernel.distinct(wide)
     return sparse.distinct(wide, variable)
 
 
-after = tf.control_dependencies
-"""Context in which everything waits for the given operations."""
+def _is_for_kernel(update: Update, constants: Constants, xla: bool) -> bool:
+    return not (xla or is_watched() or kernel.why_not_for(update, constants))
 
 
-def is_eager() -> bool:
-    """Whether this runs now, and is not being traced."""
-    return tf.executing_eagerly()
+def _encoded(
+    like: Update, constants: Constants, gradient: Any, weights: Any, slots: Slots
+) -> Change:
+    """Return what to subtract from weights, and the new slots as they are stored."""
+    change, new = constants.change(
+        gradient, weights, slots, dtype=like.dtype, decay=like.decay
+    )
+    return change, codecs.encoded(like.slots, new, constants.draw)
+
+
+def _update_rows(update: Update, constants: Constants) -> None:
+    ids = update.rows.ids
+    if ids is not None and _is_for_kernel(update, constants, inside_xla()):
+        kernel.update_rows(update, constants)
+        return
+    mean = functools.partial(sparse.mean, ids=ids, variable=update.variable)
+
+    def change(weights: Any, slots: Slots) -> Change:
+        return constants.change(
+            update.gradient,
+            weights,
+            slots,
+            dtype=update.dtype,
+            decay=update.decay,
+            mean=tf.reduce_mean if ids is None else mean,
+        )
+
+    sparse.update(
+        update.variable,
+        update.slots,
+        update.rows,
+        constants.options.rho,
+        constants.draw,
+        change,
+        reads_weights=update.decay is not None,
+    )

@@ -1,9 +1,9 @@
-"""How a step is taken on PyTorch: by the kernel, or in blocks, small ones end to end.
+"""How a step is taken on PyTorch: by the kernel, or in blocks, small ones concatenated.
 
 Without the kernel: on a CPU an operation on a large tensor waits for memory. So a large
 variable is updated block after block: one fits into a core's cache, for all operations
 of the formula. And an operation on a bias costs more than what it computes. So small
-variables are laid end to end, to be a block.
+variables are concatenated, to be a block.
 """
 
 import functools
@@ -11,128 +11,170 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import keras
 import torch
 
 from keras_rmsprop import codecs
-from keras_rmsprop.backends import plain
-from keras_rmsprop.backends.plain import HAS_ROWS as HAS_ROWS
-from keras_rmsprop.backends.plain import Runner as Runner
-from keras_rmsprop.backends.plain import Step, Update, Way
-from keras_rmsprop.backends.plain import after as after
-from keras_rmsprop.backends.plain import all_finite as all_finite
-from keras_rmsprop.backends.plain import as_taken as as_taken
-from keras_rmsprop.backends.plain import assign_everywhere as assign_everywhere
-from keras_rmsprop.backends.plain import clocks as clocks
-from keras_rmsprop.backends.plain import folds as folds
-from keras_rmsprop.backends.plain import has_slices as has_slices
-from keras_rmsprop.backends.plain import inside_xla as inside_xla
-from keras_rmsprop.backends.plain import is_eager as is_eager
-from keras_rmsprop.backends.plain import is_for_kernel as is_for_kernel
-from keras_rmsprop.backends.plain import is_slices as is_slices
-from keras_rmsprop.backends.plain import outside_functions as outside_functions
+from keras_rmsprop.backends.base import Backend, Gradients, Stepper
 from keras_rmsprop.kernel import torch as kernel
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.update import Constants, Update, Way, same, update_one
 
 BLOCK_ELEMENTS = 2**19
 """Of a block: a few of that size fit into the caches."""
 SMALL_ELEMENTS = 2**12
 """Up to this size copying a variable costs less than the operations it saves."""
+KERNEL, ALONE = "native kernel", "on its own"
+CONCATENATED, IN_BLOCKS = "concatenated with others", "in blocks"
 
 
-def as_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """Return gradients as tensors, None as it is."""
-    return [
-        g if isinstance(g, torch.Tensor) else plain.as_gradient(g, v)
-        for g, v in zip(grads, variables, strict=True)
-    ]
+@final
+class Torch(Backend):
+    """Takes steps at once, with in-place operations on tensors."""
+
+    def as_gradients(self, grads: Gradients, variables: Sequence[Any]) -> list[Any]:
+        """See `Backend`."""
+        return [
+            g if isinstance(g, torch.Tensor) else self.as_gradient(g, v)
+            for g, v in zip(grads, variables, strict=True)
+        ]
+
+    def check(self, gradient: Any, variable: Any) -> None:
+        """See `Backend`."""
+        fits = (
+            isinstance(gradient, torch.Tensor)
+            and isinstance(variable, keras.Variable)
+            and gradient.is_floating_point()
+            and gradient.shape == variable.shape
+        )
+        if not fits:
+            super().check(gradient, variable)
+
+    def has_kernel(self, variables: Sequence[Any]) -> bool:
+        """See `Backend`."""
+        return not kernel.is_watched() and kernel.library() is not None
+
+    def scale_of_global_norm(
+        self, grads: Gradients, most: float, *, kernel: bool
+    ) -> float | None:
+        """See `Backend`."""
+        norm = _kernel.norm(grads) if kernel else None
+        return None if norm is None else most / max(norm, most) + (norm - norm)
+
+    def search_kernel(self, variables: Sequence[Any], *, kernel: bool) -> Any:
+        """See `Backend`."""
+        return _kernel if kernel and _can_be_in_place(variables[0]) else None
+
+    def update(
+        self, updates: Sequence[Update], constants: Constants, *, in_program: bool
+    ) -> list[Any]:
+        """See `Backend`."""
+        is_once = len({id(update.variable) for update in updates}) == len(updates)
+        if not (updates and is_once and _can_be_in_place(updates[0].variable)):
+            return super().update(updates, constants, in_program=in_program)
+        with torch.no_grad():
+            done, others = _update_by_kernel(updates, constants)
+            _update_in_blocks(others, constants)
+        return done
+
+    def why_no_kernel(self) -> str:
+        """See `Backend`."""
+        return _kernel.why_not()
+
+    def way(
+        self, update: Update, constants: Constants, *, xla: bool | None = None
+    ) -> Way:
+        """See `Backend`."""
+        like = update._replace(gradient=update.variable._value)
+        if not _why_not_by_kernel(constants) and _part(like, constants):
+            return Way(KERNEL, "all of them in one call")
+        if constants.options.cautious:
+            return Way(ALONE, "`cautious` counts each variable's elements")
+        if not codecs.of(update.slots.velocity).elementwise:
+            return Way(ALONE, "`slot_dtype` draws by each element's place")
+        if math.prod(update.variable.shape) <= SMALL_ELEMENTS:
+            return Way(
+                CONCATENATED, "small, so operations cost more than what they compute"
+            )
+        return Way(IN_BLOCKS, "a block fits into the caches, for all operations")
+
+    def kinds_of_steps(
+        self, stepper: Stepper, variables: Sequence[Any]
+    ) -> dict[str, bool]:
+        """See `Backend`."""
+        return {"A step runs immediately:": False}
 
 
-def check(gradient: Any, variable: Any) -> None:
-    """Fail if a gradient does not fit its variable by its shape or dtype."""
-    fits = (
-        isinstance(gradient, torch.Tensor)
-        and isinstance(variable, keras.Variable)
-        and gradient.is_floating_point()
-        and gradient.shape == variable.shape
-    )
-    if not fits:
-        plain.check(gradient, variable)
-
-
-def update(
-    updates: Sequence[Update], step: Step, *, in_program: bool = False
-) -> list[Any]:
-    """Take the step of all variables; see `tensorflow.update`."""
-    is_once = len({id(one.variable) for one in updates}) == len(updates)
-    if not (updates and is_once and _can_be_in_place(updates[0].variable)):
-        return plain.update(updates, step)
-    with torch.no_grad():
-        followed, others = _update_by_kernel(updates, step)
-        _update_in_blocks(others, step)
-    return followed
+_kernel = kernel
+"""The same, where an argument has its name."""
 
 
 def _update_by_kernel(
-    updates: Sequence[Update], step: Step
+    updates: Sequence[Update], constants: Constants
 ) -> tuple[list[Any], Sequence[Update]]:
     """Take the step of what the kernel takes.
 
     Returns:
         The averages that have followed their weights, and the updates that are left.
     """
-    if _why_not_by_kernel(step):
+    if _why_not_by_kernel(constants):
         return [], updates
     followed: list[Any] = []
     others: list[Update] = []
     taken: dict[int, list[Update]] = defaultdict(list)
     parts_of: dict[int, list[kernel.Part]] = defaultdict(list)
-    for one in updates:
-        part = _part(one, step)
+    for update in updates:
+        part = _part(update, constants)
         if part is None:
-            others.append(one)
+            others.append(update)
             continue
-        taken[part.kind].append(one)
+        taken[part.kind].append(update)
         parts_of[part.kind].append(part)
     for kind, parts in parts_of.items():
         of_kind = taken[kind]
-        if not kernel.update(parts, [one.decay for one in of_kind], step):
+        if not kernel.update(parts, [update.decay for update in of_kind], constants):
             others += of_kind
             continue
         both = zip(of_kind, parts, strict=True)
-        followed += [one.average for one, part in both if part.at_average]
+        followed += [update.average for update, part in both if part.at_average]
     return followed, others
 
 
-def _part(one: Update, step: Step) -> kernel.Part | None:
-    average = one.average._value if step.share and one.average is not None else None
-    gradient, weights, slots = _tensors_of(one)
+def _part(update: Update, constants: Constants) -> kernel.Part | None:
+    average = (
+        update.average._value
+        if constants.share and update.average is not None
+        else None
+    )
+    gradient, weights, slots = _tensors_of(update)
     return kernel.part(gradient, weights, slots, average)
 
 
-def _why_not_by_kernel(step: Step) -> str:
+def _why_not_by_kernel(constants: Constants) -> str:
     """Return why the kernel takes no update of a step; empty if it may."""
-    if not step.native:
+    if not constants.kernel:
         return "`jit_compile=False`"
     return "PyTorch is watched" if kernel.is_watched() else kernel.why_not()
 
 
-def _update_in_blocks(updates: Sequence[Update], step: Step) -> None:
+def _update_in_blocks(updates: Sequence[Update], constants: Constants) -> None:
     alike: dict[Hashable, tuple[Update, list[_Tensors]]] = {}
-    for one in updates:
-        tensors = _tensors_of(one)
-        if step.options.cautious or not _is_elementwise(tensors.slots.velocity.dtype):
-            plain.update_one(one, step)
+    for update in updates:
+        tensors = _tensors_of(update)
+        if constants.options.cautious or not _is_elementwise(
+            tensors.slots.velocity.dtype
+        ):
+            update_one(update, constants)
         else:
-            _, several = alike.setdefault(_kind(tensors, one.decay), (one, []))
+            _, several = alike.setdefault(_kind(tensors, update.decay), (update, []))
             several.append(tensors)
-    for one, several in alike.values():
+    for update, several in alike.values():
         # Keras moves what it makes of numbers to the current device.
         with keras.device(str(several[0].weights.device)):
             for block in _blocks(several):
-                _update_block(block, one, step)
+                _update_block(block, update, constants)
 
 
 @functools.cache
@@ -161,21 +203,21 @@ class _Tensors(NamedTuple):
     slots: Slots
 
 
-def _tensors_of(one: Update) -> _Tensors:
+def _tensors_of(update: Update) -> _Tensors:
     """Return the tensors of an update whose variables are not in a scope."""
-    v, m, a = one.slots
+    v, m, a = update.slots
     # `value` looks for a scope each time, which takes longer than an operation.
     slots = Slots(
         v._value, None if m is None else m._value, None if a is None else a._value
     )
-    return _Tensors(one.gradient, one.variable._value, slots)
+    return _Tensors(update.gradient, update.variable._value, slots)
 
 
 def _kind(tensors: _Tensors, decay: Any) -> Hashable:
     """Return something equal for variables that can be in one block."""
     g, w, slots = tensors
     dtypes = (None if x is None else x.dtype for x in (g, w, *slots))
-    return plain.same(decay), w.device, *dtypes
+    return same(decay), w.device, *dtypes
 
 
 class _Block(NamedTuple):
@@ -187,7 +229,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(tensors: Sequence[_Tensors]) -> Iterator[_Block]:
-    """Yield all variables, small ones end to end, large ones cut."""
+    """Yield all variables, small ones concatenated, large ones cut."""
     small, elements = _Block([], [], []), 0
     for gradient, weights, slots in tensors:
         size = weights.numel()
@@ -219,34 +261,34 @@ def _cut(gradient: Any, weights: Any, slots: Slots) -> Iterator[_Block]:
         yield _Block([g], [w], [Slots(*of_slots)])
 
 
-def _update_block(block: _Block, one: Update, step: Step) -> None:
+def _update_block(block: _Block, update: Update, constants: Constants) -> None:
     """Update a block.
 
     Args:
         block: The block.
-        one: The update of any variable of it.
-        step: The step.
+        update: The update of any variable of it.
+        constants: What is the same for all variables.
     """
     places = [*zip(*block.slots, strict=True)]
-    old = Slots(*map(_end_to_end, places))
-    weights = None if one.decay is None else _end_to_end(block.weights)
-    taken, new = step.taken(
-        _end_to_end(block.gradients),
+    old = Slots(*map(_concatenated, places))
+    weights = None if update.decay is None else _concatenated(block.weights)
+    change, new = constants.change(
+        _concatenated(block.gradients),
         weights,
         old,
-        dtype=one.dtype,
-        decay=one.decay,
+        dtype=update.dtype,
+        decay=update.decay,
         accumulate=_accumulate,
     )
-    new = codecs.encoded(old, new, step.draw)
+    new = codecs.encoded(old, new, constants.draw)
     for of_kind, value in zip(places, new, strict=True):
         if value is not None and value is not of_kind[0]:
             torch._foreach_copy_(of_kind, _parted(value, of_kind))
-    taken = taken.to(block.weights[0].dtype)
+    change = change.to(block.weights[0].dtype)
     if len(block.weights) == 1:
-        block.weights[0].sub_(taken)
+        block.weights[0].sub_(change)
     else:
-        torch._foreach_sub_(block.weights, _parted(taken, block.weights))
+        torch._foreach_sub_(block.weights, _parted(change, block.weights))
 
 
 def _accumulate(old: Any, share: Any, new: Any) -> Any:
@@ -254,7 +296,7 @@ def _accumulate(old: Any, share: Any, new: Any) -> Any:
     return old.mul_(share).add_(new)
 
 
-def _end_to_end(parts: Sequence[Any]) -> Any:
+def _concatenated(parts: Sequence[Any]) -> Any:
     if len(parts) == 1 or parts[0] is None:
         return parts[0]
     return torch.cat([x if x.dim() == 1 else x.reshape(-1) for x in parts])
@@ -268,53 +310,3 @@ def _parted(x: Any, places: Sequence[Any]) -> list[Any]:
         part if place.dim() == 1 else part.view(place.shape)
         for part, place in zip(parts, places, strict=True)
     ]
-
-
-def searching_kernel(variables: Sequence[Any]) -> Any:
-    """Return the kernel if it may follow variables of a search here, else None.
-
-    Args:
-        variables: Variables where it may run; none: nowhere.
-    """
-    may = variables and not kernel.is_watched() and kernel.library()
-    return kernel if may and _can_be_in_place(variables[0]) else None
-
-
-def scale_of_global_norm(
-    grads: Sequence[Any], most: float, native: Sequence[Any]
-) -> float | None:
-    """Return what clips the global norm; see `tensorflow.scale_of_global_norm`."""
-    norm = kernel.norm([g for g in grads if g is not None]) if native else None
-    if norm is None:
-        return None
-    return most / max(norm, most) + (norm - norm)
-
-
-why_no_kernel = kernel.why_not
-
-KERNEL, ALONE = "by the kernel", "on its own"
-END_TO_END, IN_BLOCKS = "end to end with others", "in blocks"
-
-
-def way(one: Update, step: Step, *, in_program: bool = False) -> Way:
-    """Say how `update` updates a variable, and why."""
-    like = one._replace(gradient=one.variable._value)
-    if not _why_not_by_kernel(step) and _part(like, step):
-        return Way(KERNEL, "one native call takes the step of all of them")
-    if step.options.cautious:
-        return Way(ALONE, "`cautious` counts each variable's elements")
-    if not codecs.of(one.slots.velocity).elementwise:
-        return Way(ALONE, "`slot_dtype` draws by each element's place")
-    if math.prod(one.variable.shape) <= SMALL_ELEMENTS:
-        return Way(END_TO_END, "small, so operations cost more than what they compute")
-    return Way(IN_BLOCKS, "a block fits into the caches, for all operations")
-
-
-def kinds_of_steps(
-    variables: Sequence[Any],
-    jit_compile: bool | str,
-    is_for_kernel: bool,
-    in_blocks: bool = False,
-) -> dict[str, dict[str, bool]]:
-    """Return the kinds of steps, in words, and the arguments of `way` for each."""
-    return {"A step, here and now:": {}}

@@ -28,6 +28,7 @@ REGISTER_OP("KerasRmspropStep")
     .Input("momenta: M * resource")
     .Input("average_gradients: A * resource")
     .Input("averages: E * resource")
+    .Input("counters: C * resource")  // go up by 1: the step and its count are one
     .Input("learning_rate: T")
     .Input("correction: T")
     .Input("scale: T")
@@ -41,6 +42,7 @@ REGISTER_OP("KerasRmspropStep")
     .Attr("M: int >= 0")
     .Attr("A: int >= 0")
     .Attr("E: int >= 0")
+    .Attr("C: int >= 0")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
     .Attr("S: {float, double, bfloat16, uint8}")
@@ -263,7 +265,10 @@ class StepOp : public UpdateOp<T> {
     tf::OpInputList gradients;
     OP_REQUIRES_OK(ctx, ctx->input_list("gradients", &gradients));
     const int count = gradients.size();
-    Variables variables;
+    tf::OpInputList counters;
+    OP_REQUIRES_OK(ctx, ctx->input_list("counters", &counters));
+    Variables variables, counts;
+    OP_REQUIRES_OK(ctx, counts.Find(ctx, counters.size(), {"counters"}, 0));
     OP_REQUIRES_OK(ctx, variables.Find(ctx, count,
                                        {"weights", "velocities", "momenta",
                                         "average_gradients", "averages"},
@@ -284,6 +289,11 @@ class StepOp : public UpdateOp<T> {
 
     // Everything is checked before anything is written.
     OP_REQUIRES_OK(ctx, variables.Lock());
+    OP_REQUIRES_OK(ctx, counts.Lock());
+    const tf::TensorShape scalar;
+    for (int i = 0; i < counters.size(); ++i) {
+      OP_REQUIRES_OK(ctx, counts.Check(0, i, tf::DT_INT64, &scalar));
+    }
     const tf::DataType of_weights = tf::DataTypeToEnum<W>::v();
     const tf::DataType of_slots = tf::DataTypeToEnum<S>::v();
     for (int kind = 0; kind < kKinds; ++kind) {
@@ -297,6 +307,7 @@ class StepOp : public UpdateOp<T> {
             ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights, &shape));
       }
     }
+    OP_REQUIRES_OK(ctx, counts.MakeSoleOwnerOfAll(ctx));
     OP_REQUIRES_OK(ctx, variables.MakeSoleOwnerOfAll(ctx));
     std::vector<Part<T, Plain<W>, Plain<S>>> parts(count);
     for (int i = 0; i < count; ++i) {
@@ -321,6 +332,7 @@ class StepOp : public UpdateOp<T> {
     StepAll(numbers, parts, [&](const std::vector<Piece>& pieces, auto step) {
       ForEach(ctx, pieces, step);
     });
+    for (int i = 0; i < counters.size(); ++i) ++*counts.Data<int64_t>(0, i);
   }
 
  private:

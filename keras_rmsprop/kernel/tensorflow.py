@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rmsprop import options, rule
-from keras_rmsprop.backends.plain import Step, Update
 from keras_rmsprop.codecs import Draw
 from keras_rmsprop.kernel import DTYPES, SLOTS, build, loaded
-from keras_rmsprop.sparse import inside_xla, native
+from keras_rmsprop.sparse import unwrapped
+from keras_rmsprop.update import Constants, Update
 
 TAKE_GROUPS = "KerasRmspropStep", "KerasRmspropFollow"
 """The ops that take a `group` instead of several variables."""
@@ -32,28 +32,30 @@ def _loaded() -> tuple[Any, str]:
     return loaded(build.OPS, tf.load_op_library)
 
 
-def why_not_for(one: Update, step: Step) -> str:
+def why_not_for(update: Update, constants: Constants) -> str:
     """Return why the kernel does not take this update; empty if it does.
 
     Args:
-        one: The update.
-        step: What is the same for all.
+        update: The update.
+        constants: What is the same for all.
     """
-    if not step.native:
+    if not constants.kernel:
         return "`jit_compile=False`"
     if ops() is None:
         return why_not()
-    if step.options.cautious and one.rows is not None:
+    if constants.options.cautious and update.rows is not None:
         return "`cautious` counts silent rows, too"
-    if one.slots.velocity is None:
+    if update.slots.velocity is None:
         return "a variable in float8"
-    variables = [native(x) for x in (one.variable, *one.slots) if x is not None]
+    variables = [
+        unwrapped(x) for x in (update.variable, *update.slots) if x is not None
+    ]
     if not _are_here(variables) or len({v.device for v in variables}) > 1:
         return "not on one CPU of this process"
     [kept, *others] = {slot.dtype.name for slot in variables[1:]}
-    can_keep = SLOTS[one.dtype] if one.rows is None else [one.dtype]
+    can_keep = SLOTS[update.dtype] if update.rows is None else [update.dtype]
     of_weights = variables[0].dtype.name
-    if others or kept not in can_keep or of_weights not in DTYPES[one.dtype]:
+    if others or kept not in can_keep or of_weights not in DTYPES[update.dtype]:
         return "the dtypes of weight and slots"
     return ""
 
@@ -79,87 +81,92 @@ def group(handles: Sequence[Any]) -> Any:
     return ops().keras_rmsprop_group(variables=handles)
 
 
-def averages(one: Update, step: Step) -> bool:
+def averages(update: Update, constants: Constants) -> bool:
     """Whether the average of the weights can follow in the same call."""
-    if one.average is None or step.share is None:
+    if update.average is None or constants.share is None:
         return False
-    variable, average = native(one.variable), native(one.average)
-    same = average.dtype == variable.dtype == one.dtype
+    variable, average = unwrapped(update.variable), unwrapped(update.average)
+    same = average.dtype == variable.dtype == update.dtype
     return same and _are_here([average]) and average.device == variable.device
 
 
-def update(updates: Sequence[Update], step: Step) -> None:
+def update(updates: Sequence[Update], constants: Constants) -> None:
     """Take the step of variables of one dtype, on one device, in one call.
 
     Args:
         updates: What to do to each. None may be there twice. All with an average that
             is to follow, or none.
-        step: What is the same for all.
+        constants: What is the same for all.
     """
     dtype = updates[0].dtype
-    kinds = list(zip(*(one.slots for one in updates), strict=True))
+    kinds = list(zip(*(update.slots for update in updates), strict=True))
     velocities, momenta, average_gradients = (
         [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
     )
     ops().keras_rmsprop_step(
-        gradients=[tf.cast(one.gradient, dtype) for one in updates],
-        weights=[one.variable.handle for one in updates],
+        gradients=[tf.cast(update.gradient, dtype) for update in updates],
+        weights=[update.variable.handle for update in updates],
         velocities=velocities,
         momenta=momenta,
         average_gradients=average_gradients,
-        averages=[one.average.handle for one in updates if one.average is not None],
-        share=tf.cast(0 if step.share is None else step.share(dtype), dtype),
-        draw=_draw(step.draw),
+        averages=[
+            update.average.handle for update in updates if update.average is not None
+        ],
+        counters=[] if constants.count is None else [constants.count.handle],
+        share=tf.cast(0 if constants.share is None else constants.share(dtype), dtype),
+        draw=_draw(constants.draw),
         S=updates[0].slots.velocity.dtype.base_dtype,
-        cautious=step.options.cautious,
-        **_numbers(updates, step),
+        cautious=constants.options.cautious,
+        **_numbers(updates, constants),
     )
 
 
-def update_rows(one: Update, step: Step) -> None:
+def update_rows(update: Update, constants: Constants) -> None:
     """Bring some rows of a table up to date and take their step, in one call.
 
     Args:
-        one: What to do to the table.
-        step: What is the same for all variables.
+        update: What to do to the table.
+        constants: What is the same for all variables.
     """
-    clock, ids = one.rows
-    velocity, momentum, average_gradient = one.slots
+    clock, ids = update.rows
+    velocity, momentum, average_gradient = update.slots
     ops().keras_rmsprop_rows(
-        gradient=tf.cast(one.gradient, one.dtype),
+        gradient=tf.cast(update.gradient, update.dtype),
         ids=ids,
-        weights=one.variable.handle,
+        weights=update.variable.handle,
         velocity=velocity.handle,
         updates=clock.updates.handle,
         last=clock.last.handle,
         momenta=[] if momentum is None else [momentum.handle],
         average_gradients=[] if average_gradient is None else [average_gradient.handle],
-        **_numbers([one], step),
+        **_numbers([update], constants),
     )
 
 
-def _numbers(updates: Sequence[Update], step: Step) -> dict[str, Any]:
+def _numbers(updates: Sequence[Update], constants: Constants) -> dict[str, Any]:
     """Return the arguments of an op that say how to update."""
-    dtype, numbers = updates[0].dtype, step.options
-    t = tf.cast(step.draw.step + 1, dtype) if numbers.bias_correction else None
+    dtype, numbers = updates[0].dtype, constants.options
+    t = tf.cast(constants.draw.step + 1, dtype) if numbers.bias_correction else None
     corrects = t is not None and not rule.is_zero(numbers.rho)
     correction = rule.correction(numbers.cast(dtype).rho, t) if corrects else 1
-    scale = 1 if step.scale is None else step.scale
-    decays = [0 if one.decay is None else one.decay for one in updates]
-    if step.decoupled_weight_decay:
+    scale = 1 if constants.scale is None else constants.scale
+    decays = [0 if update.decay is None else update.decay for update in updates]
+    if constants.decoupled_weight_decay:
         # In float32 first, as in Keras.
         decays = [d if options.is_tensor(d) else np.float32(d) for d in decays]
     return {
-        "learning_rate": tf.cast(step.learning_rate, dtype),
+        "learning_rate": tf.cast(constants.learning_rate, dtype),
         "correction": tf.cast(correction, dtype),
         "scale": tf.cast(-scale if numbers.maximize else scale, dtype),
         "constants": _vector([numbers.rho, numbers.momentum, numbers.epsilon]),
-        "decays": _vector([] if all(one.decay is None for one in updates) else decays),
+        "decays": _vector(
+            [] if all(update.decay is None for update in updates) else decays
+        ),
         "W": updates[0].variable.dtype.base_dtype,
         "epsilon_inside_sqrt": numbers.epsilon_inside_sqrt,
         "nesterov": numbers.nesterov,
         "lr_in_momentum": numbers.lr_in_momentum,
-        "decoupled_weight_decay": step.decoupled_weight_decay,
+        "decoupled_weight_decay": constants.decoupled_weight_decay,
     }
 
 
@@ -188,7 +195,7 @@ def _follows(part: Any) -> bool:
     """Whether `follow` takes a variable of the search."""
     if ops() is None or part.gradient is None or part.rows is not None:
         return False
-    variables = [native(x) for x in (part.variable, part.first, part.sums)]
+    variables = [unwrapped(x) for x in (part.variable, part.first, part.sums)]
     if not _are_here(variables) or len({v.device for v in variables}) > 1:
         return False
     weights, first, sums = (v.dtype.name for v in variables)
@@ -217,16 +224,16 @@ def follow(
         if not _follows(part):
             left.append(part)
             continue
-        variable = native(part.variable)
+        variable = unwrapped(part.variable)
         place = variable.dtype, part.gradient.dtype, variable.device
         places.setdefault(place, []).append(part)
     found = []
     for (of_weights, dtype, _), several in places.items():
         sums = ops().keras_rmsprop_follow(
             gradients=[part.gradient for part in several],
-            weights=[native(part.variable).handle for part in several],
-            first_weights=[native(part.first).handle for part in several],
-            gradient_sums=[native(part.sums).handle for part in several],
+            weights=[unwrapped(part.variable).handle for part in several],
+            first_weights=[unwrapped(part.first).handle for part in several],
+            gradient_sums=[unwrapped(part.sums).handle for part in several],
             forgetting=tf.constant(forgetting, dtype),
             weight=tf.cast(weight, dtype),
             begins=begins,
@@ -247,18 +254,22 @@ def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
     return found.sums, found.distinct
 
 
-def takes(tensors: Sequence[Any], variables: Sequence[Any]) -> bool:
-    """Whether `scale` takes these tensors.
+def counts(updates: Sequence[Update], counter: Any) -> bool:
+    """Whether a call of `update` with these may also increment a counter."""
+    device = updates[0].variable.device
+    is_beside = _are_here([counter]) and counter.device == device
+    return is_beside and counter.dtype == tf.int64
 
-    Args:
-        tensors: The tensors.
-        variables: Variables where it may run; none: nowhere.
-    """
-    if not variables or ops() is None or inside_xla():
-        return False
+
+def is_for(variables: Sequence[Any]) -> bool:
+    """Whether there is a kernel where these variables are."""
+    return ops() is not None and _are_here(list(map(unwrapped, variables)))
+
+
+def takes(tensors: Sequence[Any]) -> bool:
+    """Whether `scale` takes these tensors, by their dtypes."""
     dtypes = {getattr(x, "dtype", None) for x in tensors}
-    of_one = dtypes in ({tf.float32}, {tf.float64})
-    return of_one and _are_here(list(map(native, variables)))
+    return dtypes in ({tf.float32}, {tf.float64})
 
 
 def scale(tensors: Sequence[Any], most: Any) -> Any:

@@ -12,9 +12,9 @@ import keras
 import torch
 
 from keras_rmsprop import blockwise
-from keras_rmsprop.backends.plain import Step
 from keras_rmsprop.kernel import DTYPES, SLOTS, build, loaded
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.update import Constants
 
 KINDS = [(t, w, s) for t in DTYPES for s in SLOTS[t] for w in DTYPES[t]]
 """The dtypes of gradient, weights and slots, in the order of `pointers.cc`."""
@@ -159,41 +159,41 @@ def _address(x: Any, size: int, dtype: Any) -> int:
     raise RuntimeError("No plain tensor")
 
 
-def update(parts: Sequence[Part], decays: Sequence[Any], step: Step) -> bool:
+def update(parts: Sequence[Part], decays: Sequence[Any], constants: Constants) -> bool:
     """Take the step of variables of one kind in one call.
 
     Args:
         parts: The variables.
         decays: The weight decay of each, or None.
-        step: What is the same for all.
+        constants: What is the same for all.
 
     Returns:
         Whether it was taken: not if they overlap, or if there is no memory for it.
     """
     kind = parts[0].kind
     dtype, *_ = KINDS[kind]
-    numbers = step.options
+    numbers = constants.options
     rho, correction = _number(numbers.rho), 1.0
     if numbers.bias_correction and rho:
-        correction = _correction(rho, _number(step.draw.step) + 1)
-    scale = 1.0 if step.scale is None else _number(step.scale)
-    draw, offset = 0, step.draw.offset
+        correction = _correction(rho, _number(constants.draw.step) + 1)
+    scale = 1.0 if constants.scale is None else _number(constants.scale)
+    draw, offset = 0, constants.draw.offset
     if offset is not None:
-        draw = (int(_number(step.draw.step)) + int(_number(offset))) % 2**32
+        draw = (int(_number(constants.draw.step)) + int(_number(offset))) % 2**32
     follows = any(part.at_average for part in parts)
     request = _Request(
         -scale if numbers.maximize else scale,
-        _number(step.learning_rate),
+        _number(constants.learning_rate),
         rho,
         _number(numbers.momentum),
         _number(numbers.epsilon),
         correction,
-        _number(step.share(dtype)) if follows and step.share else 0.0,
+        _number(constants.share(dtype)) if follows and constants.share else 0.0,
         draw,
         numbers.epsilon_inside_sqrt,
         numbers.nesterov,
         numbers.lr_in_momentum,
-        step.decoupled_weight_decay,
+        constants.decoupled_weight_decay,
         numbers.cautious and parts[0].at_momentum != 0,
     )
     places = array("q", [x for part in parts for x in part[PLACES:]])

@@ -1,8 +1,9 @@
-"""A short program, run one operation after the other.
+"""A short program, replayed one operation after the other.
 
 To call a function, TensorFlow takes as long as for a handful of operations, and for
 each tensor as long again as an operation does. So a program of only a few operations,
-such as the step of the kernel and the count of steps, is faster as these operations.
+such as the step of the kernel, is faster as these operations. Only one of them may
+change variables: so Ctrl-C comes before the step or after it, and never in between.
 """
 
 import inspect
@@ -13,6 +14,8 @@ import tensorflow as tf
 
 from keras_rmsprop.kernel import tensorflow as kernel
 
+READS = ("ReadVariableOp", "ResourceGather")
+"""The operations that use variables and change none."""
 MOST_OPERATIONS = 8
 """A program of more operations is called as a function."""
 
@@ -24,9 +27,11 @@ class _Operation(NamedTuple):
     known: Mapping[str, Any]
     inputs: Mapping[str, int | list[int]]
     """For each of the other arguments, where among the values it is, or they are."""
+    writes: bool
+    """Whether it changes a variable."""
 
 
-class Short:
+class Replay:
     """Some operations, as a function of a list of tensors; it returns nothing."""
 
     def __init__(self, operations: list[_Operation]) -> None:
@@ -35,7 +40,7 @@ class Short:
     def __call__(self, tensors: list[Any]) -> None:
         """Run the operations."""
         values = [*tensors]
-        for function, known, inputs in self._operations:
+        for function, known, inputs, _ in self._operations:
             others = {
                 name: (
                     values[place]
@@ -47,7 +52,7 @@ class Short:
             values.append(function(**known, **others))
 
 
-def short(concrete: Any) -> Short | None:
+def replayed(concrete: Any) -> Replay | None:
     """Return a traced function as its operations, if there are only a few.
 
     What depends on constants alone is computed now.
@@ -79,6 +84,7 @@ def short(concrete: Any) -> Short | None:
             if all(x.name in known for x in several):
                 values = [known[x.name] for x in several]
                 takes_group = operation.type in kernel.TAKE_GROUPS
+                takes_group = takes_group and name != "counters"
                 if takes_group and [*{x.dtype for x in values}] == [tf.resource]:
                     values = [kernel.group(values)]
                 fixed[name] = values if isinstance(given, list) else values[0]
@@ -87,15 +93,18 @@ def short(concrete: Any) -> Short | None:
             else:
                 found = [places[x.name] for x in several]
                 inputs[name] = found if isinstance(given, list) else found[0]
+        writes = operation.op_def.is_stateful and operation.type not in READS
+        if writes and any(x.writes for x in operations):
+            return None
         if not inputs and not operation.op_def.is_stateful:
             known[operation.outputs[0].name] = function(**fixed)
             continue
         for x in operation.outputs:
             places[x.name] = count + len(operations)
-        operations.append(_Operation(function, fixed, inputs))
+        operations.append(_Operation(function, fixed, inputs, writes))
         if len(operations) > MOST_OPERATIONS:
             return None
-    return Short(operations)
+    return Replay(operations)
 
 
 def _callable(operation: Any) -> tuple[Callable[..., Any] | None, dict[str, Any]]:

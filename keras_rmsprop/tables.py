@@ -1,0 +1,163 @@
+"""Tables: which rows a step updates, and why it must update all of some.
+
+Where only the rows of a batch change, a table has a last-update counter for each row
+(`sparse.Clock`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_rmsprop import codecs, options
+from keras_rmsprop.backends import current as backend
+from keras_rmsprop.update import Part
+
+if keras.backend.backend() == "tensorflow":
+    from keras_rmsprop import sparse
+
+
+class Tables:
+    """Makes the parts of a step; those of tables have distinct rows.
+
+    Args:
+        optimizer: The optimizer, with the counters of its tables in `_clocks`.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def is_on(self) -> bool:
+        """Whether the backend has sparse gradients."""
+        return backend.has_rows
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Do nothing: a table gets a counter with its first sparse gradient."""
+
+    def to_be(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
+        """Return the tables that get a counter with this step, by their index.
+
+        A table that somebody's graph updates without a counter gets none later: that
+        graph would not know of it.
+        """
+        optimizer, found = self._optimizer, set()
+        clocks, places = optimizer._clocks, optimizer._trainable_variables_indices
+        for gradient, variable in zip(grads, variables, strict=True):
+            if not backend.is_slices(gradient):
+                continue
+            index = optimizer._get_variable_index(variable)
+            if index not in clocks and not optimizer._why_all_rows(variable):
+                sparse.check_ids(gradient, variable)
+                found.add(index)
+        if not backend.is_eager():
+            with_clock = found.union(clocks)
+            for gradient, variable in zip(grads, variables, strict=True):
+                key = optimizer._var_key(variable)
+                if gradient is not None and places.get(key) not in with_clock:
+                    clocks.refused.add(key)
+            if optimizer.use_ema and optimizer.ema_overwrite_frequency:
+                # Averages replace the weights of all, those without a gradient, too.
+                clocks.refused |= {
+                    key for key, place in places.items() if place not in with_clock
+                }
+        return found
+
+    def in_step(
+        self, grads: Sequence[Any], variables: Sequence[Any], own: frozenset[str]
+    ) -> dict[int, Any]:
+        """Return the counters of the tables whose rows suffice for a step.
+
+        Args:
+            grads: A tensor, slices or None for each variable.
+            variables: The variables.
+            own: The hooks that a subclass overrides.
+
+        Returns:
+            The counters, by the place of the gradient.
+        """
+        optimizer = self._optimizer
+        clocks = optimizer._clocks
+        if not clocks:
+            return {}
+        if optimizer.gradient_accumulation_steps and backend.inside_xla():
+            return {}  # which rows have sums is not known there
+        indices = [optimizer._get_variable_index(v) for v in variables]
+        if own:
+            for i in {*indices} & {*clocks}:
+                optimizer._catch_up(i)  # such a step knows no counter
+            return {}
+        return {
+            place: clocks[i]
+            for place, (gradient, variable, i) in enumerate(
+                zip(grads, variables, indices, strict=True)
+            )
+            if backend.is_slices(gradient)
+            and i in clocks
+            and indices.count(i) == 1
+            and not optimizer._why_all_rows(variable)
+        }
+
+    def why_all_rows(self, variable: Any) -> str:
+        """Return why a step must not leave out rows without a gradient, or nothing."""
+        optimizer = self._optimizer
+        key, is_lazy = optimizer._var_key(variable), optimizer.sparse_update == "lazy"
+        i = optimizer._trainable_variables_indices.get(key)
+        if optimizer._own():
+            return "a subclass' step takes whole gradients"
+        if options.is_tensor(optimizer.rho):
+            return "`rho` may change unseen"
+        if i is not None and codecs.are_in_blocks(optimizer._slots_of(i)):
+            return "its slots are stored in blocks, not in rows"
+        if key in optimizer._clocks.refused:
+            return "a graph updates the table densely"
+        if not is_lazy and options.is_on(optimizer.momentum):
+            return "`momentum` moves silent rows"
+        if not is_lazy and optimizer._decay_of(variable) is not None:
+            return "`weight_decay` moves silent rows"
+        return ""
+
+    def catch_up(self, i: int) -> None:
+        """Bring the slots of all rows of a table up to date, and reset its counter."""
+        optimizer = self._optimizer
+        clock = optimizer._clocks[i]
+        if not backend.is_eager() or clock.is_behind():
+            draw = codecs.Draw(optimizer._offset, optimizer.iterations)
+            sparse.catch_up(optimizer._slots_of(i), clock, optimizer.rho, draw)
+
+    def caught_up(self, i: int, slots: Any) -> Any:
+        """Return the slots of a table, with all rows brought up to date."""
+        rows = self.rows_of(i, None)
+        rho = self._optimizer.rho
+        return slots if rows is None else sparse.caught_up(slots, rows, rho)
+
+    def rows_of(self, i: int, ids: Any) -> Any:
+        """Return the rows of a table that a step updates; None if it has no counter."""
+        if i not in self._optimizer._clocks:
+            return None
+        return sparse.Rows(self._optimizer._clocks[i], ids)
+
+
+def parts_of(
+    grads: Sequence[Any],
+    variables: Sequence[Any],
+    clocks: Mapping[int, Any],
+    index_of: Any,
+    *,
+    kernel: bool,
+) -> tuple[list[Part], list[Any]]:
+    """Return the parts of a step, and what fails if a gradient does not fit.
+
+    Args:
+        grads: A tensor, slices or None for each variable.
+        variables: The variables.
+        clocks: By the place of the gradient, the counters of tables whose rows suffice.
+        index_of: Function from a variable to its index.
+        kernel: Whether a native kernel may sum up.
+    """
+    tensors, ids, checks = backend.widened(grads, variables, clocks, kernel=kernel)
+    parts = [
+        Part(index_of(variable), variable, gradient, rows)
+        for variable, gradient, rows in zip(variables, tensors, ids, strict=True)
+        if gradient is not None
+    ]
+    return parts, checks
