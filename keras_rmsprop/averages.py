@@ -83,30 +83,45 @@ class Table(NamedTuple):
         share = tf.reshape(share, [-1] + [1] * (len(average.shape) - 1))
         return tf.cast(share, dtype) * average + tf.cast(1 - share, dtype) * weights
 
-    def catch_up(self) -> None:
-        """Bring the averages of all rows up to date."""
-        _set(self.average, self.caught_up(), None)
-        self.clock.reset()
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is equal for an equal table."""
+        most, warms_up = self.momentum
+        most = most if isinstance(most, int | float) else id(most)
+        return id(self.weights), id(self.average), most, warms_up
 
-    def copy(self) -> None:
-        """Give the average the values of the weights."""
-        _set(self.average, sparse.read(self.weights, None), None)
+    def catch_up(self) -> None:
+        """Bring the averages of all rows up to date, in one operation."""
+        self.clock.at_once(self._catch_up, self.key)
+
+    def _catch_up(self) -> None:
+        _set(self.average, self.caught_up(), None)
         self.clock.reset()
 
     def tick(self, ids: Any, t: Any) -> None:
         """Count an update of the average, after t others, in which some rows followed.
 
+        At the first one all rows follow, and at each if somebody else may have moved
+        rows since the last one.
+
         Args:
             ids: The rows, or None: no row.
             t: The optimizer's iterations.
         """
+        clock = self.clock
         if ids is None:
-            now = tf.convert_to_tensor(self.clock.updates.assign_add(1))
+            now = tf.convert_to_tensor(clock.updates.assign_add(1))
         else:
-            now = self.clock.tick(ids, tf.size(ids))
-        first = tf.convert_to_tensor(self.clock.first)
-        self.clock.first.assign(tf.where(now == 1, t, first))
-        _only_if(t == 0, self.copy)
+            now = clock.tick(ids, tf.size(ids))
+        clock.first.assign(tf.where(now == 1, t, tf.convert_to_tensor(clock.first)))
+
+        def all_follow() -> None:
+            copied = tf.cast(sparse.read(self.weights, None), self.average.dtype)
+            followed = tf.cast(self.caught_up(), self.average.dtype)
+            _set(self.average, tf.where(t == 0, copied, followed), None)
+            clock.reset()
+
+        _only_if((t == 0) | tf.convert_to_tensor(clock.shared), all_follow)
 
 
 def before_step(

@@ -39,7 +39,7 @@ from keras_rmsprop.state import State, as_array, copied, matched
 
 on_tensorflow = keras.backend.backend() == "tensorflow"
 if on_tensorflow:
-    from keras_rmsprop import sparse
+    from keras_rmsprop import accumulating, catching_up, sparse
 
 
 class _Now:
@@ -351,6 +351,8 @@ class RMSprop(keras.optimizers.Optimizer):
         has_momentum = options.is_on(self.momentum)
         self._momentums = make("momentum") if has_momentum else []
         self._average_gradients = make("average_gradient") if self.centered else []
+        if on_tensorflow:
+            self._clocks.share()
         if self._search is not None:
             self._search.build(make, self.add_variable)
         for name, draw in codecs.named(self.slot_dtype).extra.items():
@@ -567,7 +569,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _make_clocks(self, tables: Iterable[int]) -> None:
         for i in sorted(tables):
-            self._clocks.make(i)
+            key = self._var_key(self._trainable_variables[i])
+            self._clocks.make(i, stays_current=key in self._clocks.refused)
 
     def _jit_compile(self) -> bool | str:
         """Return the option; with "auto" a subclass' step runs as Keras runs it."""
@@ -630,34 +633,19 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _why_all_rows(self, variable: Any) -> str:
         """Return why a step must not leave out rows without a gradient, or nothing."""
-        reasons = {
-            "`use_ema` averages at each call, `gradient_accumulation_steps` sums": (
-                self.use_ema and self.gradient_accumulation_steps
-            ),
-            "`update_step` is a subclass'": self._has_own_step(),
-            "`rho` may change unseen": options.is_tensor(self.rho),
-            "its slots are kept in blocks, not in rows": self._is_in_blocks(variable),
-            "the learning rate is found from whole rows": (
-                self._search is not None
-                and self._search.options.sample(variable.shape).whole_rows
-            ),
-            "`ema_momentum` may change unseen": (
-                self.use_ema and options.is_tensor(self.ema_momentum)
-            ),
-            "a graph updates the table densely": (
-                self._var_key(variable) in self._clocks.refused
-            ),
-        }
-        if self.sparse_update != "lazy":
-            reasons |= {
-                "`momentum` moves silent rows": options.is_on(self.momentum),
-                "`use_ema` averages what a constraint does to silent rows": (
-                    self.use_ema and getattr(variable, "constraint", None) is not None
-                ),
-                "`weight_decay` moves silent rows": self._decay_of(variable)
-                is not None,
-            }
-        return next((reason for reason, holds in reasons.items() if holds), "")
+        return sparse.why_all_rows(
+            is_lazy=self.sparse_update == "lazy",
+            has_own_step=self._has_own_step(),
+            in_blocks=self._is_in_blocks(variable),
+            is_refused=self._var_key(variable) in self._clocks.refused,
+            use_ema=self.use_ema,
+            accumulates=bool(self.gradient_accumulation_steps),
+            rho=self.rho,
+            momentum=self.momentum,
+            ema_momentum=self.ema_momentum,
+            decay=self._decay_of(variable),
+            constraint=getattr(variable, "constraint", None),
+        )
 
     def _take(
         self,
@@ -707,6 +695,9 @@ class RMSprop(keras.optimizers.Optimizer):
                 }
                 now.averages = averages.before_step(tables, updated, self.iterations)
             apply(grads, variables)
+            for i in now.rows:
+                if self._clocks[i].stays_current:
+                    self._catch_up(i)
 
         try:
             # Nothing is written before all indices are known to be good.
@@ -734,7 +725,7 @@ class RMSprop(keras.optimizers.Optimizer):
         def on_sum(rows: Any) -> None:
             self._now.rows[i] = rows
 
-        return sparse.Summand(gradient, ids, self._clocks[i], on_sum)
+        return accumulating.Summand(gradient, ids, self._clocks[i], on_sum)
 
     def _clocks_in_step(
         self, grads: Sequence[Any], variables: Sequence[Any]
@@ -929,20 +920,17 @@ class RMSprop(keras.optimizers.Optimizer):
                 continue
             sums.assign_add(gradient)
             if i in self._clocks:
-                self._clocks[i].mark_sums(True)
+                self._clocks[i].mark_all_pending()
 
     def _backend_reset_gradient_accumulators(self) -> None:
         if not self._clocks:
             super()._backend_reset_gradient_accumulators()
             return
         for i, sums in enumerate(self._accumulated_gradients):
-            ids = self._now.rows.get(i)
-            if ids is None:
-                sums.assign(ops.zeros_like(sums))
-            else:
-                sparse.write(sums, ops.zeros_like(sparse.read(sums, ids)), ids)
             if i in self._clocks:
-                self._clocks[i].mark_sums(False, ids)
+                accumulating.reset(self._now.rows.get(i), self._clocks[i], sums)
+            else:
+                sums.assign(ops.zeros_like(sums))
 
     def _update_model_variables_moving_average(
         self, trainable_variables: Sequence[Any]
@@ -951,7 +939,8 @@ class RMSprop(keras.optimizers.Optimizer):
         averages.follow(
             trainable_variables,
             [None if id(x) in followed else x for x in self._weight_averages],
-            self._now.rows,
+            # At calls that only sum up, averages follow, too: of all rows.
+            {} if self.gradient_accumulation_steps else self._now.rows,
             self.iterations,
             self._ema(),
             self._averaged_by_rows(),
@@ -1072,7 +1061,12 @@ class RMSprop(keras.optimizers.Optimizer):
         why = self._why_all_rows(one.variable)
         if one.rows is not None and why:
             return Way("by all rows", f"sparse gradients, but {why}")
-        return backend.way(one, step, **context)
+        way = backend.way(one, step, **context)
+        i = self._get_variable_index(one.variable)
+        if i in self._clocks and self.use_ema and self._clocks[i].average.shared:
+            also = "its average by all, as another optimizer updates the table, too"
+            way = way._replace(why=f"{way.why}; {also}")
+        return way
 
     # Its state: every door leads through `variables` or `get_state`.
 
@@ -1094,15 +1088,16 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _catch_up(self, i: int) -> None:
         """Bring the averages of all rows of a table up to date."""
-        clock = self._clocks[i]
-        if not backend.is_eager() or clock.is_behind():
-            if self._search is not None:
-                estimate.catch_up(self._search.sums[i], clock)
-            sparse.catch_up(self._slots_of(i), clock, self.rho, self._draw())
-        clock.mark_sums(True)  # what is written to the sums comes in another way
-        table = self._averaged_by_rows().get(i)
-        if table and (not backend.is_eager() or table.clock.is_behind()):
-            table.catch_up()
+        search, shape = self._search, self._trainable_variables[i].shape
+        catching_up.catch_up(
+            self._clocks[i],
+            self._slots_of(i),
+            self.rho,
+            self._draw(),
+            gradient_sums=search and search.sums[i],
+            sample=search and search.options.sample(shape),
+            average=self._averaged_by_rows().get(i),
+        )
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
