@@ -49,8 +49,8 @@ def _keep_reads_cheap(variable: Any) -> None:
     """Let reads of a whole table share its memory instead of copying it.
 
     To gather or to scatter rows makes TensorFlow copy the table at each later read, as
-    that of an embedding's forward pass. To end that is safe: a scatter copies first if
-    someone still holds what was read.
+    that of an embedding's forward pass. To end that is safe: whoever gathers or
+    scatters then copies first if someone still holds what was read.
     """
     if not inside_xla():
         tf.raw_ops.DisableCopyOnRead(resource=native(variable).handle)

@@ -94,7 +94,9 @@ def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
     values, ids = widened(gradient.values), gradient.indices
     n = tf.size(ids)
     if not inside_xla():
-        ids, places = tf.unique(ids)
+        # Who gathers these rows while the forward pass holds the table would copy it.
+        with tf.control_dependencies([values]):
+            ids, places = tf.unique(ids)
         return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
     order = tf.argsort(ids)
     ids = tf.gather(ids, order)
