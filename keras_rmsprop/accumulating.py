@@ -14,7 +14,7 @@ from keras_rmsprop.backends import current as backend
 from keras_rmsprop.update import Part
 
 if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop import sparse
+    from keras_rmsprop import row_sums
 
 
 class Accumulation:
@@ -37,10 +37,6 @@ class Accumulation:
     def why_all_rows(self, variable: Any) -> str:
         """Return nothing: a table's rows that have sums are known."""
         return ""
-
-    def catch_up(self, i: int) -> None:
-        """Take all rows of a table for ones that have sums: others may write them."""
-        self._optimizer._clocks[i].mark_sums(True)
 
     def take(
         self,
@@ -73,37 +69,37 @@ class Accumulation:
         backend.either(is_update, mean_and_reset, add, state)
         return []
 
-    def _sums(self, i: int) -> Any:
-        return self._optimizer._accumulated_gradients[i]
+    def _of(self, part: Part) -> tuple[Any, Any]:
+        """Return the sums of a variable, and its last-update counter or None."""
+        optimizer, i = self._optimizer, part.place
+        clock = optimizer._clocks[i] if i in optimizer._clocks else None
+        return optimizer._accumulated_gradients[i], clock
 
     def _mean(self, part: Part, n: int) -> Part:
         """Return the mean gradient: (g + G) / n; of a table, for all rows with sums."""
-        gradient, sums = part.gradient, self._sums(part.place)
+        sums, clock = self._of(part)
         if part.ids is None:
-            return part._replace(gradient=(gradient + sums) / n)
-        clock = self._optimizer._clocks[part.place]
-        gradient, ids = sparse.with_sums(gradient, part.ids, clock, sums)
-        return part._replace(gradient=gradient / n, ids=ids)
+            return part._replace(gradient=(part.gradient + sums) / n)
+        gradient, ids = row_sums.mean_of_sums(part.gradient, part.ids, clock, sums, n)
+        return part._replace(gradient=gradient, ids=ids)
 
     def _add(self, part: Part) -> None:
         """Let G <- G + g."""
-        clocks, sums = self._optimizer._clocks, self._sums(part.place)
+        sums, clock = self._of(part)
         if part.ids is not None:
-            sparse.add_to_sums(part.gradient, part.ids, clocks[part.place], sums)
+            row_sums.accumulate(part.gradient, part.ids, clock, sums)
             return
         sums.assign_add(part.gradient)
-        if part.place in clocks:
-            clocks[part.place].mark_sums(True)
+        if clock is not None:
+            clock.mark_all_pending()
 
     def _reset(self, parts: Sequence[Part]) -> None:
         """Let G <- 0, of all variables; on JAX, as in Keras, of those with a part."""
-        clocks, rows = self._optimizer._clocks, {part.place: part.ids for part in parts}
-        for i, sums in enumerate(self._optimizer._accumulated_gradients):
+        optimizer, rows = self._optimizer, {part.place: part.ids for part in parts}
+        for i, sums in enumerate(optimizer._accumulated_gradients):
             if sums is None or not (i in rows or backend.resets_all_sums):
                 continue
-            if (ids := rows.get(i)) is None:
-                sums.assign(ops.zeros(sums.shape, sums.dtype))
+            if i in optimizer._clocks:
+                row_sums.reset(rows.get(i), optimizer._clocks[i], sums)
             else:
-                sparse.write(sums, ops.zeros_like(sparse.read(sums, ids)), ids)
-            if i in clocks:
-                clocks[i].mark_sums(False, ids)
+                sums.assign(ops.zeros(sums.shape, sums.dtype))

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_rmsprop import checks
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.estimate import Estimate, Part, catch_up, find
+from keras_rmsprop.estimate import Estimate, Part, find
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
@@ -158,9 +158,7 @@ class Search:
         )
 
     def why_all_rows(self, variable: Any) -> str:
-        """Return why the search needs all rows of a table, or nothing."""
-        if self.is_on() and self.options.sample(variable.shape).whole_rows:
-            return "the learning rate is estimated from whole rows"
+        """Return nothing: rows suffice."""
         return ""
 
     def rate(
@@ -209,12 +207,6 @@ class Search:
             kernel=backend.search_kernel(variables, kernel=kernel),
         )
         return self.rate_of(distance, factor)
-
-    def catch_up(self, i: int) -> None:
-        """Bring s of all rows of a table up to date."""
-        clock = self._optimizer._clocks[i]
-        if self.is_on() and (not backend.is_eager() or clock.is_behind()):
-            catch_up(self.sums[i], clock)
 
     def rate_of(self, distance: Any, factor: Any) -> Any:
         """Return the learning rate of a distance: with momentum, steps add up."""

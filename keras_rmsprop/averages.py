@@ -85,30 +85,45 @@ class Table(NamedTuple):
         share = tf.reshape(share, [-1] + [1] * (len(average.shape) - 1))
         return tf.cast(share, dtype) * average + tf.cast(1 - share, dtype) * weights
 
-    def catch_up(self) -> None:
-        """Bring the averages of all rows up to date."""
-        _set(self.average, self.caught_up(), None)
-        self.clock.reset()
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is equal for an equal table."""
+        most, warms_up = self.momentum
+        most = most if isinstance(most, int | float) else id(most)
+        return id(self.weights), id(self.average), most, warms_up
 
-    def copy(self) -> None:
-        """Give the average the values of the weights."""
-        _set(self.average, sparse.read(self.weights, None), None)
+    def catch_up(self) -> None:
+        """Bring the averages of all rows up to date, in one operation."""
+        self.clock.at_once(self._catch_up, self.key)
+
+    def _catch_up(self) -> None:
+        _set(self.average, self.caught_up(), None)
         self.clock.reset()
 
     def tick(self, ids: Any, t: Any) -> None:
         """Count an update of the average, after t others, in which some rows followed.
 
+        At the first one all rows follow, and at each if somebody else may have moved
+        rows since the last one.
+
         Args:
             ids: The rows, or None: no row.
             t: The optimizer's iterations.
         """
+        clock = self.clock
         if ids is None:
-            now = tf.convert_to_tensor(self.clock.updates.assign_add(1))
+            now = tf.convert_to_tensor(clock.updates.assign_add(1))
         else:
-            now = self.clock.tick(ids, tf.size(ids))
-        first = tf.convert_to_tensor(self.clock.first)
-        self.clock.first.assign(tf.where(now == 1, t, first))
-        _only_if(t == 0, self.copy)
+            now = clock.tick(ids, tf.size(ids))
+        clock.first.assign(tf.where(now == 1, t, tf.convert_to_tensor(clock.first)))
+
+        def all_follow() -> None:
+            copied = tf.cast(sparse.read(self.weights, None), self.average.dtype)
+            followed = tf.cast(self.caught_up(), self.average.dtype)
+            _set(self.average, tf.where(t == 0, copied, followed), None)
+            clock.reset()
+
+        _only_if((t == 0) | tf.convert_to_tensor(clock.shared), all_follow)
 
 
 def before_step(
@@ -229,9 +244,10 @@ class Averages:
             return "`use_ema` averages at each call, `gradient_accumulation_steps` sums"
         if options.is_tensor(optimizer.ema_momentum):
             return "`ema_momentum` may change unseen"
-        is_lazy = optimizer.sparse_update == "lazy"
-        if not is_lazy and getattr(variable, "constraint", None) is not None:
-            return "`use_ema` averages what a constraint does to silent rows"
+        if getattr(variable, "constraint", None) is not None:
+            return (
+                "`use_ema` averages what a constraint does to rows without a gradient"
+            )
         return ""
 
     def momentum(self) -> Momentum:
@@ -292,10 +308,13 @@ class Averages:
             done: Averages that were updated with their weights.
         """
         optimizer, ids = self._optimizer, {id(average) for average in done}
+        rows = {part.place: part.ids for part in parts if part.ids is not None}
+        if optimizer.gradient_accumulation_steps:
+            rows = {}  # at calls that only sum up, averages follow, too: of all rows
         follow(
             optimizer._trainable_variables,
             [None if id(x) in ids else x for x in optimizer._weight_averages],
-            {part.place: part.ids for part in parts if part.ids is not None},
+            rows,
             optimizer.iterations,
             self.momentum(),
             self.tables(),
@@ -343,9 +362,3 @@ class Averages:
             if i in indices:
                 table.catch_up()
         replace(known, [optimizer._weight_averages[i] for i in indices])
-
-    def catch_up(self, i: int) -> None:
-        """Bring the averages of all rows of a table up to date."""
-        table = self.tables().get(i)
-        if table and (not backend.is_eager() or table.clock.is_behind()):
-            table.catch_up()

@@ -55,11 +55,12 @@ def _low(n: Any) -> Any:
 
 def view(x: Any, dtype: str) -> Any:
     """Return the bits of a tensor as numbers of another dtype of that size."""
-    if hasattr(ops, "view"):
-        return ops.view(x, dtype)
-    # Keras before 3.12 leaves this to its backends.
     if keras.backend.backend() == "tensorflow":
+        # Keras' own fails if the last axis has an unknown size, as rows of a vector.
         import tensorflow as tf
 
         return tf.bitcast(x, dtype)
+    if hasattr(ops, "view"):
+        return ops.view(x, dtype)
+    # Keras before 3.12 leaves this to its backends.
     return x.view(ops.zeros((), dtype).dtype)

@@ -29,6 +29,8 @@ from keras_rmsprop.folding import total
 from keras_rmsprop.sampling import Sample
 
 if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
     from keras_rmsprop import sparse
 
 FORGETTING = 0.999**0.5
@@ -111,7 +113,7 @@ def find(
     for part in parts:
         stands_for = part.sample.stands_for
         if part.gradient is None:
-            sums.append(stands_for * _silent(part, fold))
+            sums.append(stands_for * _without_gradient(part, fold))
         elif part.rows is None and part.sample.is_small and may_join:
             small.setdefault(part.sums.dtype, []).append(part)
         else:
@@ -197,26 +199,54 @@ def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
 
 def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     """Do the same from the rows of a table that a step updates."""
-    clock, ids = part.rows
-
-    def seen(x: Any) -> Any:
-        return ops.cast(part.sample.of(x), part.sums.dtype)
-
-    before = _silent(part, fold)
-    g, x = seen(part.gradient), seen(sparse.read(part.variable, ids))
-    first = sparse.read(part.first, ids)
-    old = FORGETTING * sparse.faded(sparse.read(part.sums, ids), part.rows, FORGETTING)
+    before = _without_gradient(part, fold)
+    rows, places, g, x = _rows_seen(part)
+    g, x = (ops.cast(tensor, part.sums.dtype) for tensor in (g, x))
+    first = sparse.read(part.first, places)
+    old = FORGETTING * sparse.faded(sparse.read(part.sums, places), rows, FORGETTING)
     new = old + ops.cast(weight, g.dtype) * g
-    sparse.write(part.sums, new, ids)
+    sparse.write(part.sums, new, places)
     sum_ = ops.sum(ops.absolute(new))
-    if ids is not None:
+    if places is not None:
         sum_ += FORGETTING * ops.cast(before, g.dtype) - ops.sum(ops.absolute(old))
     sum_ = ops.maximum(sum_, 0)  # rounding takes it below
+    clock = rows.clock
     clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
     return ops.sum(g * (first - x)), sum_
 
 
-def _silent(part: Part, fold: bool) -> Any:
+def _rows_seen(part: Part) -> tuple[Any, Any, Any, Any]:
+    """Return which rows of a step are looked at, and what they have.
+
+    Returns:
+        The rows, as `sparse.Rows`; where their s is among all that are kept; and their
+        elements that are looked at, of gradient and weights.
+    """
+    clock, ids = part.rows
+    sample, step, g = part.sample, part.sample.row_step, part.gradient
+    if ids is None or step == 1:
+        x = sparse.read(part.variable, ids)
+        rows = _all_seen(clock, sample) if ids is None else part.rows
+        return rows, ids, sample.of(g), sample.of(x)
+    is_seen = tf.equal(ids % step, 0)
+    if sparse.inside_xla():  # which wants to know how many they are
+        outside = tf.cast(sample.shape[0], ids.dtype)
+        places = tf.where(is_seen, ids // step, outside)
+        is_seen = tf.reshape(is_seen, [-1] + [1] * (len(g.shape) - 1))
+        g = tf.where(is_seen, g, tf.zeros_like(g))
+    else:
+        g, ids = tf.boolean_mask(g, is_seen), tf.boolean_mask(ids, is_seen)
+        places = ids // step
+    return sparse.Rows(clock, ids), places, g, sparse.read(part.variable, ids)
+
+
+def _all_seen(clock: Any, sample: Sample) -> Any:
+    """Return all rows of a table that are looked at."""
+    step = sample.row_step
+    return sparse.Rows(clock, None if step == 1 else tf.range(0, clock.shape[0], step))
+
+
+def _without_gradient(part: Part, fold: bool) -> Any:
     """Return the current sum of |s| of a variable; for a table, its clock knows it."""
 
     def whole() -> Any:
@@ -229,12 +259,13 @@ def _silent(part: Part, fold: bool) -> Any:
     return ops.cond(clock.updates > 0, lambda: ops.convert_to_tensor(clock.sum), whole)
 
 
-def catch_up(sums: Any, clock: Any) -> None:
+def catch_up(sums: Any, clock: Any, sample: Sample) -> None:
     """Bring the s of all rows of a table up to date, before its clock is reset.
 
     Args:
         sums: The variable that keeps s.
         clock: The table's clock.
+        sample: Which elements of the table are looked at.
     """
-    rows = sparse.Rows(clock)
+    rows = _all_seen(clock, sample)
     sparse.write(sums, sparse.faded(sparse.read(sums, None), rows, FORGETTING), None)

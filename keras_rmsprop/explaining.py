@@ -56,7 +56,12 @@ def _way(update: Update, steps: Steps, *, xla: bool) -> Way:
     why = optimizer._why_all_rows(update.variable)
     if update.rows is not None and why:
         return Way("by all rows", f"sparse gradients, but {why}")
-    return backend.way(update, steps.constants(0.0), xla=xla)
+    way = backend.way(update, steps.constants(0.0), xla=xla)
+    clock = update.rows.clock if update.rows is not None else None
+    if clock is not None and optimizer.use_ema and clock.average.shared:
+        also = "its average by all, as another optimizer updates the table, too"
+        way = way._replace(why=f"{way.why}; {also}")
+    return way
 
 
 def explained(

@@ -516,6 +516,10 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _why_all_rows(self, variable: Any) -> str:
         """Return why a step must update all rows of a table; empty: it need not."""
+        if self._own():
+            return "a subclass' step takes whole gradients"
+        if self.sparse_update == "lazy":
+            return ""
         whys = (f.why_all_rows(variable) for f in self._steps.features.values())
         return next(filter(None, whys), "")
 
@@ -619,7 +623,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def _catch_up(self, i: int) -> None:
         """Bring all rows of a table up to date."""
-        self._steps.catch_up(i)
+        Tables(self).catch_up(i)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""

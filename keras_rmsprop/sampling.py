@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
 SAMPLED_ELEMENTS = 2**12
 """From this size on, only a sample of a variable's elements is looked at."""
@@ -14,8 +13,9 @@ SAMPLED_ELEMENTS = 2**12
 class Sample:
     """Which elements of a variable are looked at: all of a small one, else one in n.
 
-    The shorter side is thinned. So in a large table each row can be followed on its
-    own, and in a square kernel whole lines of memory are left out.
+    Of a matrix the shorter side is thinned, else the last axis. So in a large table
+    each row can be followed on its own, and in a square kernel whole lines of memory
+    are left out.
 
     Args:
         shape: The variable's shape.
@@ -24,7 +24,7 @@ class Sample:
     Attributes:
         is_small: Whether all are looked at, whatever `one_in` is.
         shape: The shape of these elements.
-        whole_rows: Whether they are all elements of some rows.
+        row_step: They are of one row in so many, all elements of it if that is not 1.
         stands_for: How many elements of the variable one of these stands for.
         places: Where they are: they come in runs. In memory a run has so many elements,
             the next run begins so many elements later, and so does the next element.
@@ -42,27 +42,30 @@ class Sample:
     """
 
     def __init__(self, shape: Sequence[int], one_in: int) -> None:
-        size, self._last = math.prod(shape), shape[-1] if len(shape) else 1
-        rows = size // max(self._last, 1)
+        size, last = math.prod(shape), shape[-1] if len(shape) else 1
         self.is_small = size < SAMPLED_ELEMENTS
-        self._step = 1 if self.is_small else one_in
-        self.whole_rows = 1 < self._step <= rows <= self._last
+        self._step = step = 1 if self.is_small else one_in
+        self._lines = len(shape) == 2 and 1 < step <= shape[0] <= last
+        self.row_step = step if self._lines or len(shape) == 1 else 1
         self.shape = tuple(shape)
-        if self.whole_rows:
-            self.shape = -(-rows // self._step), self._last
+        if self._lines:
+            self.shape = -(-shape[0] // step), last
         elif self._step > 1:
-            self.shape = *shape[:-1], -(-self._last // self._step)
+            self.shape = *shape[:-1], -(-last // step)
         self.stands_for = size / max(math.prod(self.shape), 1)
         self.places = max(math.prod(self.shape), 1), max(size, 1), 1
-        if self.whole_rows:
-            self.places = self._last, self._step * self._last, 1
-        elif self._step > 1:
-            self.places = self.shape[-1], self._last, self._step
+        if self._lines:
+            self.places = last, step * last, 1
+        elif step > 1:
+            self.places = self.shape[-1], last, step
 
     def of(self, x: Any) -> Any:
-        """Return these elements of a tensor of the variable's shape, or of its rows."""
-        if self.whole_rows:
-            return ops.reshape(x, (-1, self._last))[:: self._step]
+        """Return these elements of a tensor of the variable's shape.
+
+        If `row_step` is 1, it may also be some rows of such a tensor.
+        """
+        if self._lines:
+            return x[:: self._step]
         return x if self._step == 1 else x[..., :: self._step]
 
     def layout(self, whole: Any) -> Any:
@@ -73,8 +76,6 @@ class Sample:
                 that does not divide the elements evenly is not used.
         """
         axes = whole.axes
-        if self.whole_rows:
-            axes = (axes[0] if len(axes) == 2 else None), axes[-1]
         mesh = whole.device_mesh
         parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
         axes = [

@@ -56,9 +56,6 @@ class Skipping:
         """Return nothing: rows suffice."""
         return ""
 
-    def catch_up(self, i: int) -> None:
-        """Do nothing: it has nothing of a table."""
-
     def take(
         self,
         step: Callable[[], None],

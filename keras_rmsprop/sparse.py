@@ -5,206 +5,32 @@ summed: a small dense tensor, which Keras unscales and clips like any other, to 
 result as the whole dense gradient, whose other rows are 0.
 
 A row without gradient keeps its weights, and its averages only shrink: v <- rho * v.
-So a row that was silent for n updates needs v <- rho^n * v before its turn, and nothing
-in between. The `Clock` of a table knows n. Whoever reads the averages of a whole table
-brings all rows up to date first (`catch_up`), so nobody outside sees a clock.
+So a row without a gradient in n updates needs v <- rho^n * v before its turn, and
+nothing in between. The `Clock` of a table knows n. Whoever reads the averages of a
+whole table brings all rows up to date first (`catch_up`), so nobody outside sees a
+clock.
 
 Imported only on the TensorFlow backend.
 """
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_rmsprop.codecs import Draw, encoded, of
+from keras_rmsprop.access import inside_xla as inside_xla
+from keras_rmsprop.access import mix as mix
+from keras_rmsprop.access import read as read
+from keras_rmsprop.access import subtract as subtract
+from keras_rmsprop.access import unwrapped as unwrapped
+from keras_rmsprop.access import write as write
+from keras_rmsprop.clocks import AverageTicks as AverageTicks
+from keras_rmsprop.clocks import Clock as Clock
+from keras_rmsprop.clocks import Clocks as Clocks
+from keras_rmsprop.clocks import Ticks as Ticks
+from keras_rmsprop.codecs import Draw, of
 from keras_rmsprop.rule import Slots, cast, wide
-
-
-class Ticks(tf.Module):
-    """Up to which update each row of a table is up to date.
-
-    Attributes:
-        updates: int32 scalar, the updates since all rows were last up to date.
-        last: int32, one for each row: the update up to which the row is up to date.
-    """
-
-    def __init__(self, table: Any) -> None:
-        super().__init__()
-        with _beside(table):
-            self.updates = tf.Variable(0, dtype=tf.int32, trainable=False)
-            self.last = tf.Variable(
-                tf.zeros(table.shape[:1], tf.int32), trainable=False
-            )
-
-    def is_behind(self) -> bool:
-        """Whether there were updates since all rows were up to date."""
-        # A variable of several replicas is no number, but reads as one.
-        return bool(tf.convert_to_tensor(self.updates) > 0)
-
-    def tick(self, ids: Any, count: Any) -> Any:
-        """Count an update of some rows, `count` of them; return its number."""
-        now = tf.convert_to_tensor(self.updates.assign_add(1))
-        write(self.last, tf.fill(tf.reshape(count, [1]), now), ids)
-        return now
-
-    def reset(self) -> None:
-        """Begin anew: all rows are up to date."""
-        self.updates.assign(0)
-        self.last.assign(tf.zeros_like(self.last))
-
-
-class AverageTicks(Ticks):
-    """When the average of each row of a table last followed the row's weights.
-
-    Updates of the average are counted, which happen at each step, also in one without
-    a gradient for the table.
-
-    Attributes:
-        first: int64 scalar, the optimizer's iterations at the first of these updates.
-    """
-
-    def __init__(self, table: Any) -> None:
-        super().__init__(table)
-        with _beside(table):
-            self.first = tf.Variable(0, dtype=tf.int64, trainable=False)
-
-    def iterations(self, updates: Any) -> Any:
-        """Return the optimizer's iterations after so many updates."""
-        return self.first + tf.cast(updates, tf.int64)
-
-
-class Clock(Ticks):
-    """When each row of a table was last updated, counted in updates of that table.
-
-    Attributes:
-        average: The clock of the average of the weights, or None.
-        sum: float32 scalar, the running sum of `estimate.py`; valid once there were
-            updates.
-        summed: bool, one for each row: whether `gradient_accumulation_steps` may have
-            summed gradients of the row; or None.
-    """
-
-    def __init__(
-        self, table: Any, *, has_average: bool = False, has_sums: bool = False
-    ) -> None:
-        super().__init__(table)
-        with _beside(table):
-            self.sum = tf.Variable(0.0, trainable=False)
-            all_rows = tf.ones(table.shape[:1], tf.bool)
-            self.summed = tf.Variable(all_rows, trainable=False) if has_sums else None
-        self.average = AverageTicks(table) if has_average else None
-
-    def reset(self) -> None:
-        """Begin anew: the averages of all rows, of all kinds, are up to date."""
-        super().reset()
-        if self.average is not None:
-            self.average.reset()
-        self.mark_sums(True)
-
-    def mark_sums(self, whether: bool, ids: Any = None) -> None:
-        """Say whether gradients of some rows may have been summed.
-
-        Args:
-            whether: Whether they may.
-            ids: The rows; None: all.
-        """
-        if self.summed is not None:
-            shape = tf.shape(self.summed if ids is None else ids)
-            write(self.summed, tf.fill(shape, whether), ids)
-
-
-@contextlib.contextmanager
-def _beside(table: Any) -> Iterator[None]:
-    """Make variables where a table is, wherever this is called from.
-
-    A checkpoint may be restored anywhere.
-    """
-    strategy = getattr(unwrapped(table), "distribute_strategy", None)
-    strategy = strategy or tf.distribute.get_strategy()
-    beside = strategy.extended.colocate_vars_with
-    with tf.init_scope(), strategy.scope(), beside(unwrapped(table)):
-        yield
-
-
-class Clocks(tf.Module):
-    """The clocks of an optimizer's tables, by the index of the variable.
-
-    Checkpoints find a clock by that index. Keras does not count it among the
-    optimizer's variables, which thus stay those of the built-in.
-
-    Args:
-        optimizer: The optimizer, an object whose `_trainable_variables`, `use_ema`,
-            `_accumulated_gradients` and `_catch_up_all` are read.
-
-    Attributes:
-        refused: Something that stands for each table that must not get a clock.
-    """
-
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__()
-        self.refused: set[Any] = set()
-        self._reference = weakref.ref(optimizer)
-        self._being_made = False
-
-    @property
-    def _optimizer(self) -> Any:
-        return self._reference()
-
-    def __contains__(self, index: int) -> bool:
-        return f"table_{index}" in vars(self)
-
-    def __getitem__(self, index: int) -> Clock:
-        return getattr(self, f"table_{index}")
-
-    def make(self, index: int) -> Clock:
-        """Return the clock of this table; make one if it has none."""
-        if index not in self:
-            optimizer = self._optimizer
-            clock = Clock(
-                optimizer._trainable_variables[index],
-                has_average=optimizer.use_ema,
-                has_sums=bool(vars(optimizer).get("_accumulated_gradients")),
-            )
-            self._put(index, clock)
-        return self[index]
-
-    def _put(self, index: int, clock: Clock) -> None:
-        # While it is put there, TensorFlow asks what is there, which makes a clock.
-        self._being_made = True
-        try:
-            setattr(self, f"table_{index}", clock)
-        finally:
-            self._being_made = False
-
-    def __iter__(self) -> Iterator[int]:
-        names = [name for name in vars(self) if name.startswith("table_")]
-        return (int(name.removeprefix("table_")) for name in names)
-
-    def move(self, places: Mapping[int, int]) -> None:
-        """Give the clocks the new indices of their variables."""
-        clocks = {places[i]: self[i] for i in self}
-        for i in self:
-            delattr(self, f"table_{i}")
-        for i, clock in clocks.items():
-            self._put(i, clock)
-
-    def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
-        # A checkpoint that is written asks for what to write, and says that it does.
-        if save_type == "checkpoint" and tf.executing_eagerly():
-            self._optimizer._catch_up_all()
-        given = () if save_type is None else (save_type,)
-        return super()._trackable_children(*given, **kwargs)
-
-    def _lookup_dependency(self, name: str, *args: Any) -> Any:
-        # This is how a checkpoint finds what to restore; it finds new clocks, too.
-        is_clock = name.startswith("table_") and not self._being_made
-        if is_clock and self._optimizer._trainable_variables:
-            return self.make(int(name.removeprefix("table_")))
-        return super()._lookup_dependency(name, *args)
 
 
 class Rows(NamedTuple):
@@ -213,29 +39,6 @@ class Rows(NamedTuple):
     clock: Clock
     ids: Any = None
     """The distinct indices of the rows, or None: all rows."""
-
-
-def with_sums(values: Any, ids: Any, clock: Clock, sums: Any) -> tuple[Any, Any]:
-    """Return the sums of all rows that have some, with new values added, and the rows.
-
-    Args:
-        values: Gradients of some rows.
-        ids: The rows' indices, distinct.
-        clock: The table's clock, which knows the rows that have sums.
-        sums: Keeps the sums of all rows.
-    """
-    clock.mark_sums(True, ids)
-    rows = tf.cast(tf.where(tf.convert_to_tensor(clock.summed))[:, 0], ids.dtype)
-    if 0 in values.shape[1:]:
-        return read(sums, rows), rows
-    places = tf.searchsorted(rows, ids)[:, None]
-    return tf.tensor_scatter_nd_add(read(sums, rows), places, values), rows
-
-
-def add_to_sums(values: Any, ids: Any, clock: Clock, sums: Any) -> None:
-    """Add gradients of some rows to their sums, in place; see `with_sums`."""
-    clock.mark_sums(True, ids)
-    subtract(sums, -values, ids)
 
 
 def check_ids(gradient: tf.IndexedSlices, variable: Any) -> Any:
@@ -290,7 +93,9 @@ def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
     values, ids = widened(gradient.values), gradient.indices
     n = tf.size(ids)
     if not inside_xla():
-        ids, places = tf.unique(ids)
+        # Who gathers these rows while the forward pass holds the table would copy it.
+        with tf.control_dependencies([values]):
+            ids, places = tf.unique(ids)
         return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
     order = tf.argsort(ids)
     ids = tf.gather(ids, order)
@@ -326,7 +131,7 @@ def update(
     clock, ids = rows
     weights = read(variable, ids) if reads_weights else None
     taken, new = step(weights, caught_up(slots, rows, rho))
-    _write_slots(slots, new, ids, draw)
+    _write_slots(slots, new, rows, draw)
     subtract(variable, taken, ids)
     clock.tick(ids, tf.shape(new.velocity)[0])
 
@@ -341,26 +146,38 @@ def catch_up(slots: Slots, clock: Clock, rho: Any, draw: Draw) -> None:
         draw: What random rounding depends on.
     """
     new = caught_up(slots, Rows(clock), rho)
-    _write_slots(slots, new._replace(momentum=None), None, draw)
+    _write_slots(slots, new._replace(momentum=None), Rows(clock), draw)
     Ticks.reset(clock)  # the average of the weights has its own
 
 
 def caught_up(slots: Slots, rows: Rows, rho: Any) -> Slots:
-    """Return some rows of slots, brought up to date.
+    """Return the numbers that some rows of slots keep, brought up to date.
 
     Args:
         slots: The slots of a table.
         rows: The rows, and the table's clock.
         rho: Decay rate of the averages.
     """
-    ids = rows.ids
     dtype = wide(slots.velocity.dtype)
-    v, m, a = slots.map(lambda slot: of(slot).decode(read(slot, ids), dtype))
+
+    def numbers(slot: Any, number: int) -> Any:
+        if not of(slot).in_blocks:
+            return of(slot).decode(read(slot, rows.ids), dtype)
+        found = _of_blocks(slot, number, rows)
+        return found if rows.ids is None else tf.gather(found, rows.ids)
+
+    v, m, a = slots.map_numbered(numbers)
     return Slots(faded(v, rows, rho), m, a if a is None else faded(a, rows, rho))
 
 
+def _of_blocks(slot: Any, number: int, rows: Rows) -> Any:
+    """Return the numbers of all rows of a slot that keeps them in blocks."""
+    shape = tuple(rows.clock.shape)
+    return of(slot).decode(read(slot, None), "float32", shape, number)
+
+
 def faded(values: Any, rows: Rows, rate: Any) -> Any:
-    """Return values of some rows times a decay rate for each silent update so far.
+    """Return values of some rows times a decay rate for each update they are behind.
 
     Args:
         values: One row each.
@@ -368,18 +185,26 @@ def faded(values: Any, rows: Rows, rate: Any) -> Any:
         rate: The decay rate.
     """
     clock, ids = rows
-    silence = tf.convert_to_tensor(clock.updates) - read(clock.last, ids)
+    behind = tf.convert_to_tensor(clock.updates) - read(clock.last, ids)
     # The power of the rate that dense arithmetic would multiply by, again and again.
     dtype = values.dtype
     base = tf.cast(tf.convert_to_tensor(cast(rate, dtype), dtype), tf.float64)
-    factor = tf.cast(base ** tf.cast(silence, tf.float64), dtype)
+    factor = tf.cast(base ** tf.cast(behind, tf.float64), dtype)
     return values * tf.reshape(factor, [-1] + [1] * (len(values.shape) - 1))
 
 
-def _write_slots(slots: Slots, values: Slots, ids: Any, draw: Draw) -> None:
-    for slot, value in zip(slots, encoded(slots, values, draw), strict=True):
-        if value is not None:
-            write(slot, value, ids)
+def _write_slots(slots: Slots, values: Slots, rows: Rows, draw: Draw) -> None:
+    """Set some rows of slots to numbers, in the form in which they are kept."""
+    for number, (slot, new) in enumerate(zip(slots, values, strict=True)):
+        if slot is None or new is None:
+            continue
+        codec, ids = of(slot), rows.ids
+        if codec.in_blocks and ids is not None:
+            old = _of_blocks(slot, number, rows)
+            new = tf.tensor_scatter_nd_update(old, ids[:, None], new)
+            ids = None
+        dtype = keras.backend.standardize_dtype(slot.dtype)
+        write(slot, codec.encode(new, dtype, draw, number), ids)
 
 
 def mean(values: Any, *, ids: Any, variable: Any) -> Any:
@@ -393,63 +218,3 @@ def mean(values: Any, *, ids: Any, variable: Any) -> Any:
     real = tf.cast(ids < variable.shape[0], values.dtype)
     of_rows = tf.reduce_mean(values, range(1, len(values.shape)))
     return tf.math.divide_no_nan(tf.reduce_sum(real * of_rows), tf.reduce_sum(real))
-
-
-def read(variable: Any, ids: Any) -> Any:
-    """Return some rows of a variable without reading the others; None: all."""
-    variable = unwrapped(variable)
-    return tf.convert_to_tensor(variable) if ids is None else tf.gather(variable, ids)
-
-
-def write(variable: Any, values: Any, ids: Any) -> None:
-    """Set some rows of a variable in place; None: all."""
-    variable = unwrapped(variable)
-    if ids is None:
-        variable.assign(values)
-    else:
-        variable.scatter_update(tf.IndexedSlices(values, ids))
-        _keep_reads_cheap(variable)
-
-
-def subtract(variable: Any, values: Any, ids: Any) -> None:
-    """Subtract from some rows of a variable in place; None: from all."""
-    # Not `scatter_sub`: on CPU that takes twice as long as to read and to write.
-    old = read(variable, ids)
-    write(variable, old - tf.cast(values, old.dtype), ids)
-
-
-def unwrapped(variable: Any) -> Any:
-    """Return the TensorFlow variable inside a Keras variable, or the one given."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
-def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
-    """Let some rows of a moving average follow those of its variable."""
-    old, new = read(average, ids), read(variable, ids)
-    write(average, momentum * old + (1 - momentum) * new, ids)
-
-
-def _keep_reads_cheap(variable: Any) -> None:
-    """Let the reads after a scatter share the table instead of copying it.
-
-    This is safe: the next scatter copies if someone still holds what was read.
-    """
-    if not inside_xla():
-        tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
-
-
-def inside_xla() -> bool:
-    """Whether this is being traced for XLA, which writes in place by itself.
-
-    There is no public way to know. Without the private one the answer is yes: right
-    everywhere, but then reads of a table copy it.
-    """
-    try:
-        from tensorflow.python.framework import ops
-        from tensorflow.python.ops import control_flow_util
-
-        return bool(
-            control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
-        )
-    except (ImportError, AttributeError):
-        return True

@@ -32,9 +32,6 @@ class Feature(Protocol):
     def why_all_rows(self, variable: Any) -> str:
         """Return why a step must update all rows of a table; empty: it need not."""
 
-    def catch_up(self, i: int) -> None:
-        """Bring what it has of the rows of a table up to date."""
-
 
 FEATURES: tuple[type[Feature], ...] = Skipping, Accumulation, Averages, Search, Tables
 """The features there are. Without one, steps lack its stage."""
@@ -106,6 +103,8 @@ class Steps:
             # Count: t <- t + 1, unless the update did.
             if not any(variable is optimizer._iterations for variable in done):
                 backend.count(optimizer._iterations)
+            if tables:
+                tables.keep_current(parts)
 
         def update(parts: Sequence[Part]) -> list[Any]:
             # Clip: g <- g min(1, most / |g|); the scale may wait for the update.
@@ -243,11 +242,6 @@ class Steps:
         found: list[Any] = self.optimizer._variables
         return found
 
-    def catch_up(self, i: int) -> None:
-        """Bring all rows of a table up to date."""
-        for feature in self.features.values():
-            feature.catch_up(i)
-
     def new_tables(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
         """Return the tables that get a last-update counter with this step."""
         tables = self.on(Tables)
@@ -255,8 +249,10 @@ class Steps:
 
     def make_clocks(self, tables: Iterable[int]) -> None:
         """Make the last-update counters of tables."""
+        optimizer, clocks = self.optimizer, self.optimizer._clocks
         for i in sorted(tables):
-            self.optimizer._clocks.make(i)
+            key = optimizer._var_key(optimizer._trainable_variables[i])
+            clocks.make(i, stays_current=key in clocks.refused)
 
     def forget_attributes(self) -> None:
         """Say that an attribute of the optimizer was assigned."""

@@ -10,11 +10,12 @@ from typing import Any
 import keras
 
 from keras_rmsprop import codecs, options
+from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.update import Part
 
 if keras.backend.backend() == "tensorflow":
-    from keras_rmsprop import sparse
+    from keras_rmsprop import catching_up, sparse
 
 
 class Tables:
@@ -32,7 +33,12 @@ class Tables:
         return backend.has_rows
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Do nothing: a table gets a counter with its first sparse gradient."""
+        """Tell other optimizers which tables this one updates from now on.
+
+        A table gets a counter with its first sparse gradient.
+        """
+        if self.is_on():
+            self._optimizer._clocks.share()
 
     def to_be(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
         """Return the tables that get a counter with this step, by their index.
@@ -100,29 +106,42 @@ class Tables:
     def why_all_rows(self, variable: Any) -> str:
         """Return why a step must not leave out rows without a gradient, or nothing."""
         optimizer = self._optimizer
-        key, is_lazy = optimizer._var_key(variable), optimizer.sparse_update == "lazy"
+        key = optimizer._var_key(variable)
         i = optimizer._trainable_variables_indices.get(key)
-        if optimizer._own():
-            return "a subclass' step takes whole gradients"
         if options.is_tensor(optimizer.rho):
             return "`rho` may change unseen"
         if i is not None and codecs.are_in_blocks(optimizer._slots_of(i)):
             return "its slots are stored in blocks, not in rows"
         if key in optimizer._clocks.refused:
             return "a graph updates the table densely"
-        if not is_lazy and options.is_on(optimizer.momentum):
-            return "`momentum` moves silent rows"
-        if not is_lazy and optimizer._decay_of(variable) is not None:
-            return "`weight_decay` moves silent rows"
+        if options.is_on(optimizer.momentum):
+            return "`momentum` moves rows without a gradient"
+        if optimizer._decay_of(variable) is not None:
+            return "`weight_decay` moves rows without a gradient"
         return ""
 
+    def keep_current(self, parts: Sequence[Part]) -> None:
+        """Bring up to date at once what a graph without a counter updates, too."""
+        for part in parts:
+            if (
+                part.ids is not None
+                and self._optimizer._clocks[part.place].stays_current
+            ):
+                self.catch_up(part.place)
+
     def catch_up(self, i: int) -> None:
-        """Bring the slots of all rows of a table up to date, and reset its counter."""
-        optimizer = self._optimizer
-        clock = optimizer._clocks[i]
-        if not backend.is_eager() or clock.is_behind():
-            draw = codecs.Draw(optimizer._offset, optimizer.iterations)
-            sparse.catch_up(optimizer._slots_of(i), clock, optimizer.rho, draw)
+        """Bring all rows of a table up to date: of slots, search and averages."""
+        optimizer, search = self._optimizer, self._optimizer._search
+        shape = optimizer._trainable_variables[i].shape
+        catching_up.catch_up(
+            optimizer._clocks[i],
+            optimizer._slots_of(i),
+            optimizer.rho,
+            codecs.Draw(optimizer._offset, optimizer.iterations),
+            gradient_sums=search and search.sums[i],
+            sample=search and search.options.sample(shape),
+            average=Averages(optimizer).tables().get(i),
+        )
 
     def caught_up(self, i: int, slots: Any) -> Any:
         """Return the slots of a table, with all rows brought up to date."""

@@ -436,11 +436,16 @@ def test_layers_that_are_unfrozen_begin_where_they_are():
 @pytest.mark.one_in(3)
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("jit", [None, False, True])
-@pytest.mark.parametrize("width", [3, 40])  # of 40: not all columns are looked at
-def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):
+@pytest.mark.parametrize(
+    "shape",  # looked at are all elements, some columns, and twice some rows
+    [(120, 3), (120, 40), (30, 200), (5000,)],
+)
+def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, shape):
     rng = np.random.default_rng(0)
-    start = rng.normal(size=(120, width))
-    steps = [(rng.integers(0, 120, 9), rng.normal(size=(9, width))) for _ in range(40)]
+    start = rng.normal(size=shape)
+    steps = [
+        (rng.integers(0, 30, 9), rng.normal(size=(9, *shape[1:]))) for _ in range(40)
+    ]
     found = []
     for sparse in (True, False):
         table = keras.Variable(start, dtype="float32", name="table")
@@ -466,12 +471,20 @@ def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, width):
 
 
 @pytest.mark.tensorflow("sparse gradients")
-def test_a_wide_short_table_takes_dense_steps():
-    table = keras.Variable(np.ones((40, 200)), dtype="float32")
+@pytest.mark.parametrize("shape", [(40, 200), (5000,)])
+def test_a_table_of_which_some_rows_are_looked_at_goes_by_rows(shape):
+    table = keras.Variable(np.ones(shape), dtype="float32")
     optimizer = RMSprop("auto")
-    optimizer.apply([tf.IndexedSlices(tf.ones((1, 200)), [3])], [table])
-    assert len([*optimizer._clocks]) == 0
-    assert np.abs(table.numpy() - 1).sum(1).nonzero()[0].tolist() == [3]
+    for i in (4, 3):  # one row in four is looked at
+        slices = tf.IndexedSlices(tf.ones((1, *shape[1:])), [i])
+        optimizer.apply([slices], [table])
+    assert [*optimizer._clocks] == [0]
+    assert np.argwhere(table.numpy() != 1)[:, 0].tolist()[:: shape[-1]] in (
+        [3],
+        [3, 4],
+    )
+    s = optimizer._search.sums[0].numpy()
+    assert {*np.argwhere(s)[:, 0].tolist()} == {1}
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -734,7 +747,7 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
         ((128, 64), ("b", "a"), ("b", "a")),  # thinned rows: (128, 16)
         ((128, 72), (None, "b"), (None, None)),  # 18 do not divide by 4
         ((72, 128), ("b", None), (None, None)),  # nor do 18 rows
-        ((8, 8, 128), ("a", None, "b"), (None, "b")),  # rows of two axes
+        ((8, 8, 128), ("a", None, "b"), ("a", None, "b")),  # no matrix: the last axis
         ((2**14,), ("b",), ("b",)),
     ],
 )

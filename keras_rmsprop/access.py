@@ -1,0 +1,73 @@
+"""Rows of TensorFlow's variables, read and written in place.
+
+Imported only on the TensorFlow backend.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def unwrapped(variable: Any) -> Any:
+    """Return the TensorFlow variable inside a Keras variable, or the one given."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def read(variable: Any, ids: Any) -> Any:
+    """Return some rows of a variable without reading the others; None: all."""
+    if ids is None:
+        return tf.convert_to_tensor(unwrapped(variable))
+    rows = tf.gather(unwrapped(variable), ids)
+    _keep_reads_cheap(variable)
+    return rows
+
+
+def write(variable: Any, values: Any, ids: Any) -> None:
+    """Set some rows of a variable in place; None: all."""
+    if ids is None:
+        unwrapped(variable).assign(values)
+        return
+    unwrapped(variable).scatter_update(tf.IndexedSlices(values, ids))
+    _keep_reads_cheap(variable)
+
+
+def subtract(variable: Any, values: Any, ids: Any) -> None:
+    """Subtract from some rows of a variable in place; None: from all."""
+    # Not `scatter_sub`: on CPU that takes twice as long as to read and to write.
+    old = read(variable, ids)
+    write(variable, old - tf.cast(values, old.dtype), ids)
+
+
+def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
+    """Let some rows of a moving average follow those of its variable."""
+    old, new = read(average, ids), read(variable, ids)
+    write(average, momentum * old + (1 - momentum) * new, ids)
+
+
+def _keep_reads_cheap(variable: Any) -> None:
+    """Let reads of a whole table share its memory instead of copying it.
+
+    To gather or to scatter rows makes TensorFlow copy the table at each later read, as
+    that of an embedding's forward pass. To end that is safe: whoever gathers or
+    scatters then copies first if someone still holds what was read.
+    """
+    if not inside_xla():
+        tf.raw_ops.DisableCopyOnRead(resource=unwrapped(variable).handle)
+
+
+def inside_xla() -> bool:
+    """Whether this is being traced for XLA, which writes in place by itself.
+
+    There is no public way to know. Without the private one the answer is yes: right
+    everywhere, but then reads of a table copy it.
+    """
+    try:
+        from tensorflow.python.framework import ops
+        from tensorflow.python.ops import control_flow_util
+
+        return bool(
+            control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
+        )
+    except (ImportError, AttributeError):
+        return True

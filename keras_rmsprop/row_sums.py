@@ -1,0 +1,71 @@
+"""Sums of gradients over several calls, of the rows of a table that have one.
+
+Imported only on the TensorFlow backend.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_rmsprop.access import inside_xla, read, subtract, write
+from keras_rmsprop.clocks import Clock
+
+
+def accumulate(gradients: Any, ids: Any, clock: Clock, sums: Any) -> None:
+    """Add the gradients of some rows to the sums, in place.
+
+    Args:
+        gradients: The gradients, a row each.
+        ids: The rows' indices, distinct.
+        clock: The table's clock, which knows the rows that have sums.
+        sums: The variable that keeps the sums.
+    """
+    subtract(sums, -gradients, ids)
+    if inside_xla():  # which wants to know how many rows there are
+        clock.mark_all_pending()
+        return
+    known = tf.convert_to_tensor(clock.pending)
+    clock.pending.assign(tf.unique(tf.concat([known, tf.cast(ids, tf.int64)], 0)).y)
+
+
+def mean_of_sums(
+    gradients: Any, ids: Any, clock: Clock, sums: Any, steps: Any
+) -> tuple[Any, Any]:
+    """Return the mean gradients of all rows that have sums, and these rows.
+
+    Args:
+        gradients: The last gradients, a row each; they are added to the sums.
+        ids: Their rows' indices, distinct.
+        clock: The table's clock, which knows the rows that have sums.
+        sums: The variable that keeps the sums.
+        steps: The number of steps that were summed up.
+    """
+    accumulate(gradients, ids, clock, sums)
+    rows = tf.cast(_pending(clock), ids.dtype)
+    return read(sums, rows) / steps, rows
+
+
+def _pending(clock: Clock) -> Any:
+    """Return the rows that may have sums."""
+
+    def all_rows() -> Any:
+        return tf.range(clock.shape[0], dtype=tf.int64)
+
+    if inside_xla():
+        return all_rows()
+    known = tf.convert_to_tensor(clock.pending)
+    return tf.cond(tf.convert_to_tensor(clock.all_pending), all_rows, lambda: known)
+
+
+def reset(ids: Any, clock: Clock, sums: Any) -> None:
+    """Begin new sums.
+
+    Args:
+        ids: The rows that have sums; None: all.
+        clock: The table's clock.
+        sums: The variable that keeps the sums.
+    """
+    write(sums, tf.zeros_like(read(sums, ids)), ids)
+    if not inside_xla():
+        clock.pending.assign(tf.zeros([0], tf.int64))
+        clock.all_pending.assign(False)
