@@ -146,6 +146,8 @@ def follow(
     momentum: Momentum,
     tables: Mapping[int, Table],
     before: Mapping[int, Any],
+    *,
+    share_reads: bool,
 ) -> None:
     """Let averages follow their variables: avg <- m avg + (1 - m) w; first avg <- w.
 
@@ -159,6 +161,7 @@ def follow(
         momentum: Gives m.
         tables: See `before_step`.
         before: What `before_step` returned.
+        share_reads: Whether to call `sparse.share_reads` for what is written by rows.
     """
     for i, (variable, average) in enumerate(zip(variables, averages, strict=True)):
         if average is None:
@@ -170,14 +173,19 @@ def follow(
                 new, m = (tf.cast(x, before[i].dtype) for x in (new, m))
                 _set(average, m * before[i] + (1 - m) * new, rows[i])
             tables[i].tick(rows.get(i), _as_int(iterations))
+            written = [average, tables[i].clock.last]
         elif i in rows:
             tf.cond(
                 tf.equal(iterations, 0),
                 functools.partial(sparse.write, average, variable, None),
                 functools.partial(sparse.mix, average, variable, rows[i], m),
             )
+            written = [average]
         else:
             average.assign(m * average + (1 - m) * variable)
+            continue
+        if share_reads:
+            sparse.share_reads(written)
 
 
 def replace(variables: Sequence[Any], averages: Sequence[Any]) -> None:

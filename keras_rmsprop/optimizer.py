@@ -926,6 +926,7 @@ class RMSprop(keras.optimizers.Optimizer):
             i = places[id(sums)]
             if i in self._now.rows:
                 gradient.add_to(sums)
+                self._share_sums(i)
                 continue
             sums.assign_add(gradient)
             if i in self._clocks:
@@ -943,6 +944,11 @@ class RMSprop(keras.optimizers.Optimizer):
                 sparse.write(sums, ops.zeros_like(sparse.read(sums, ids)), ids)
             if i in self._clocks:
                 self._clocks[i].mark_sums(False, ids)
+                self._share_sums(i)
+
+    def _share_sums(self, i: int) -> None:
+        if self._native():
+            sparse.share_reads([self._accumulated_gradients[i], self._clocks[i].summed])
 
     def _update_model_variables_moving_average(
         self, trainable_variables: Sequence[Any]
@@ -956,6 +962,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._ema(),
             self._averaged_by_rows(),
             self._now.averages,
+            share_reads=bool(self._native()),
         )
 
     @property

@@ -13,7 +13,7 @@ Imported only on the TensorFlow backend.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -243,13 +243,10 @@ class Summand:
 
     def __add__(self, sums: Any) -> Any:
         ids, clock, on_sum = self._rest
-        clock.mark_sums(True, ids)
+        self.add_to(sums)
         rows = tf.cast(tf.where(tf.convert_to_tensor(clock.summed))[:, 0], ids.dtype)
         on_sum(rows)
-        if 0 in self.values.shape[1:]:
-            return read(sums, rows)
-        places = tf.searchsorted(rows, ids)[:, None]
-        return tf.tensor_scatter_nd_add(read(sums, rows), places, self.values)
+        return read(sums, rows)
 
     def add_to(self, sums: Any) -> None:
         """Add the gradients to the sums, in place."""
@@ -422,13 +419,12 @@ def read(variable: Any, ids: Any) -> Any:
 
 
 def write(variable: Any, values: Any, ids: Any) -> None:
-    """Set some rows of a variable in place; None: all."""
+    """Set some rows of a variable in place; None: all. See `share_reads`."""
     variable = native(variable)
     if ids is None:
         variable.assign(values)
     else:
         variable.scatter_update(tf.IndexedSlices(values, ids))
-        _keep_reads_cheap(variable)
 
 
 def subtract(variable: Any, values: Any, ids: Any) -> None:
@@ -449,13 +445,18 @@ def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
     write(average, momentum * old + (1 - momentum) * new, ids)
 
 
-def _keep_reads_cheap(variable: Any) -> None:
-    """Let the reads after a scatter share the table instead of copying it.
+def share_reads(variables: Iterable[Any]) -> None:
+    """Let the reads after `write` share the variables instead of copying them.
 
-    This is safe: the next scatter copies if someone still holds what was read.
+    This is safe: the next scatter copies if someone still holds what was read. TFLite
+    does not know the operation, so steps with `jit_compile=False` do without.
+
+    Args:
+        variables: Variables of which rows were written, or None.
     """
-    if not inside_xla():
-        tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
+    for variable in variables:
+        if variable is not None and not inside_xla():
+            tf.raw_ops.DisableCopyOnRead(resource=native(variable).handle)
 
 
 def inside_xla() -> bool:

@@ -69,8 +69,9 @@ def test_imports_run_one_way():
         ("skipping", {"folding"}),
         ("explaining", {"backends.plain"}),
         ("backends.plain", {"codecs", "rule", "skipping"}),
-        ("kernel.build", set()),
-        ("kernel.__init__", {"kernel.build"}),
+        ("kernel.files", set()),
+        ("kernel.build", {"kernel.files"}),
+        ("kernel.__init__", {"kernel.build", "kernel.files"}),
         (
             "kernel.torch",
             {"kernel.__init__", "kernel.build", "backends.plain", "blockwise", "rule"},

@@ -323,6 +323,8 @@ def _update_rows(one: Update, step: Step) -> None:
         taken,
         reads_weights=one.decay is not None,
     )
+    if step.native:
+        sparse.share_reads([one.variable, *one.slots, one.rows.clock.last])
 
 
 def clipped(

@@ -6,6 +6,7 @@ is.
 """
 
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -87,16 +88,18 @@ def name(library: Library) -> str:
 
 def _flags_of_compiler() -> list[str]:
     """Return the flags in `CXX`, and of which processor `native` speaks in them."""
-    _, is_there, flags = f" {os.environ.get('CXX', '')}".partition(" -")
-    if not is_there:
-        return []
+    named = os.environ.get("CXX", "")
     try:
-        of_processor = Path("/proc/cpuinfo").read_text() if "native" in flags else ""
+        words = shlex.split(named)
+    except ValueError:  # a quote is not closed; a build will say so
+        words = named.split()
+    flags = [*itertools.dropwhile(lambda word: not word.startswith("-"), words)]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        of_processor = platform.processor()
-    lines = of_processor.splitlines()
+        lines = [platform.processor()]
     features = [x for x in lines if x.startswith(("flags", "Features"))] or lines
-    return [" ".join(flags.split()), *features[:1]]
+    return [*flags, *features[: any("native" in flag for flag in flags)]]
 
 
 def cache() -> Path:
