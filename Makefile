@@ -8,6 +8,7 @@ BENCH := $(VENV)/.bench
 MUTANTS := $(VENV)/.mutants
 DOCS := $(VENV)/.docs
 OLDEST := .venv-oldest
+CLIENTS := .venv-clients
 WHEELS := dist
 PARTS := $(WHEELS)/parts/keras_rmsprop-*/
 
@@ -20,7 +21,7 @@ FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--c
 EXAMPLES := regression linear_regression text_classifier resume
 SHORT := wgan_digits dqn_cartpole policy_gradient char_lm compare_optimizers sensitivity
 
-.PHONY: environments help train test test-slow test-rest test-peers test-backends test-oldest test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
+.PHONY: environments help train test test-slow test-rest test-peers test-backends test-oldest test-clients test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,7 +54,8 @@ $(DOCS): $(READY)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
-# The pins that are not in constraints-oldest.txt are those of constraints.txt.
+# The pins that are not in constraints-oldest.txt, or in constraints-clients.txt, are those
+# of constraints.txt.
 $(OLDEST)/.ready: setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Setting up $(OLDEST): once, a few minutes."
 	$(PYTHON) -m venv $(OLDEST)
@@ -62,7 +64,15 @@ $(OLDEST)/.ready: setup.cfg pyproject.toml constraints.txt constraints-oldest.tx
 	PIP_CONSTRAINT=$(OLDEST)/constraints.txt $(OLDEST)/bin/pip install -qq --disable-pip-version-check --editable '.[examples,test]'
 	@touch $@
 
-environments: $(READY) $(OLDEST)/.ready
+$(CLIENTS)/.ready: setup.cfg pyproject.toml constraints.txt constraints-clients.txt
+	@echo "Setting up $(CLIENTS): once, a minute or two."
+	$(PYTHON) -m venv $(CLIENTS)
+	sed 's/==.*/==/; s/^/^/' constraints-clients.txt | grep -vf - constraints.txt | \
+		cat - constraints-clients.txt > $(CLIENTS)/constraints.txt
+	PIP_CONSTRAINT=$(CLIENTS)/constraints.txt $(CLIENTS)/bin/pip install -qq --disable-pip-version-check --editable '.[clients]'
+	@touch $@
+
+environments: $(READY) $(OLDEST)/.ready $(CLIENTS)/.ready
 
 train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
 	@$(BIN)/python examples/mnist_train.py $(FLAGS)
@@ -85,6 +95,9 @@ test-backends: $(PEERS)  ## the everyday tests, and those beside peers, on JAX a
 
 test-oldest: $(OLDEST)/.ready  ## the everyday tests with the oldest Keras and TensorFlow
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
+test-clients: $(CLIENTS)/.ready  ## the tests beside keras-tuner, scikeras, mlflow and optuna
+	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
 test-keras: $(READY)  ## Keras' own tests with this and the built-in; ARGS=--quick: part of them
 	$(BIN)/python tests/run_keras_suite.py $(ARGS)
@@ -148,5 +161,5 @@ wheel: $(READY)  ## build dist/*.whl, with the kernel for each TensorFlow here
 	rm -r $(WHEELS)/parts
 
 clean:  ## remove what was made, the virtual environments too
-	rm -rf $(VENV) $(OLDEST) runs mutants site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) runs mutants site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

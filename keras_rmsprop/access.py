@@ -3,10 +3,14 @@
 Imported only on the TensorFlow backend.
 """
 
+from contextvars import ContextVar
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+CONVERTIBLE: ContextVar[bool] = ContextVar("convertible", default=False)
+"""Whether operations that TFLite does not know must not be used."""
 
 
 def unwrapped(variable: Any) -> Any:
@@ -50,9 +54,10 @@ def _keep_reads_cheap(variable: Any) -> None:
 
     To gather or to scatter rows makes TensorFlow copy the table at each later read, as
     that of an embedding's forward pass. To end that is safe: whoever gathers or
-    scatters then copies first if someone still holds what was read.
+    scatters then copies first if someone still holds what was read. TFLite does not
+    know the operation.
     """
-    if not inside_xla():
+    if not (CONVERTIBLE.get() or inside_xla()):
         tf.raw_ops.DisableCopyOnRead(resource=unwrapped(variable).handle)
 
 

@@ -71,9 +71,10 @@ class Accumulation:
 
     def _of(self, part: Part) -> tuple[Any, Any]:
         """Return the sums of a variable, and its last-update counter or None."""
-        optimizer, i = self._optimizer, part.place
-        clock = optimizer._clocks[i] if i in optimizer._clocks else None
-        return optimizer._accumulated_gradients[i], clock
+        optimizer, clock = self._optimizer, None
+        if part.place in optimizer._clocks:
+            clock = optimizer._clocks[part.place]
+        return optimizer._accumulated_gradients[part.place], clock
 
     def _mean(self, part: Part, n: int) -> Part:
         """Return the mean gradient: (g + G) / n; of a table, for all rows with sums."""

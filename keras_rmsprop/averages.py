@@ -245,9 +245,8 @@ class Averages:
         if options.is_tensor(optimizer.ema_momentum):
             return "`ema_momentum` may change unseen"
         if getattr(variable, "constraint", None) is not None:
-            return (
-                "`use_ema` averages what a constraint does to rows without a gradient"
-            )
+            what = "what a constraint does to rows without a gradient"
+            return f"`use_ema` averages {what}"
         return ""
 
     def momentum(self) -> Momentum:

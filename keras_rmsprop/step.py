@@ -117,7 +117,8 @@ class Steps:
                 count = optimizer._iterations if self.is_last(parts) else None
                 return self.update(parts, rate, scale, count, in_program=in_program)
 
-        with backend.named(optimizer.name), backend.after(checks):
+        scope = backend.scope(optimizer.name, convertible=self.jit_compile is False)
+        with scope, backend.after(checks):
             # Skip: if a gradient is not finite, nothing changes but a counter.
             if skipping:
                 grads = [part.gradient for part in given]

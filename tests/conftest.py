@@ -1,4 +1,5 @@
 import os
+from importlib.util import find_spec
 from zlib import crc32
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -16,6 +17,8 @@ elif BACKEND == "torch":
 
 # A plugin for `make test-keras` that imports torch; not to be searched for doctests.
 collect_ignore = ["keras_suite.py"]
+if find_spec("keras_tuner") is None:
+    collect_ignore.append("clients")  # for `make test-clients`
 
 DOCTESTS = {
     "keras_rmsprop.optimizer.RMSprop.explain": "the ways of its steps",

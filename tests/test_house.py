@@ -70,8 +70,9 @@ def test_imports_run_one_way():
         ("hooks", {"update"}),
         ("skipping", {"folding"}),
         ("backends.base", {"rule", "skipping", "update"}),
-        ("kernel.build", set()),
-        ("kernel.__init__", {"kernel.build"}),
+        ("kernel.files", set()),
+        ("kernel.build", {"kernel.files"}),
+        ("kernel.__init__", {"kernel.build", "kernel.files"}),
         (
             "kernel.torch",
             {"kernel.__init__", "kernel.build", "blockwise", "rule", "update"},

@@ -22,7 +22,7 @@ from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Blockwise, Draw
 from keras_rmsprop.estimate import Part, find
 from keras_rmsprop.kernel import DTYPES as TAKEN
-from keras_rmsprop.kernel import SWITCH, build
+from keras_rmsprop.kernel import SWITCH, build, files
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.update import Constants, Update, update_in_turn
@@ -914,11 +914,12 @@ def test_without_it_all_works_and_explain_says_why():
 
 
 def test_a_library_that_cannot_be_loaded_is_told_of_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "found", lambda _: tmp_path / "broken.so")
-    (tmp_path / "broken.so").write_text("no library")
+    with files.whole(tmp_path, "broken.so") as place:
+        place.write_text("no library")
+    monkeypatch.setattr(build, "found", lambda _: files.read(tmp_path / "broken.so"))
     monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
     monkeypatch.delenv(SWITCH, raising=False)
-    with pytest.warns(UserWarning, match="cannot be loaded"):
+    with pytest.warns(UserWarning, match="broken.so cannot be loaded"):
         assert kernel.ops() is None
 
 
@@ -962,9 +963,10 @@ def test_no_compiler(tmp_path, monkeypatch):
 def test_a_library_is_copied_whole_or_not_at_all(tmp_path):
     library = build.found(build.OPS)
     copied = build.copy(library, tmp_path / "folder")
-    assert copied.read_bytes() == library.read_bytes()
-    assert build.copy(copied, copied.parent) == copied
-    assert [path.name for path in copied.parent.iterdir()] == [library.name]
+    assert files.read(copied).content == library.content == copied.read_bytes()
+    assert build.copy(files.read(copied), copied.parent) == copied
+    names = {library.path.name, f"{library.path.name}{files.NOTE}"}
+    assert {path.name for path in copied.parent.iterdir()} == names
     with pytest.raises(RuntimeError, match="cannot be written to"):
         build.copy(library, copied)
 
@@ -1006,15 +1008,16 @@ def test_building_it(tmp_path):
     compiler.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-m", "keras_rmsprop.kernel", "--force", "--folder", out],
-        env=os.environ | {"CXX": str(compiler), "LIBRARY": str(library)},
+        env=os.environ | {"CXX": str(compiler), "LIBRARY": str(library.path)},
         capture_output=True,
         text=True,
         check=True,
     )
     names = list(map(build.name, build.LIBRARIES))
     assert done.stdout.splitlines() == [f"Built the kernel: {out / n}" for n in names]
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
-    assert (out / names[0]).read_bytes() == library.read_bytes()
+    notes = [f"{name}{files.NOTE}" for name in names]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, *notes])
+    assert files.read(out / names[0]).content == library.content
 
 
 @pytest.mark.slow

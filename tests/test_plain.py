@@ -198,7 +198,7 @@ def test_what_only_tensorflow_has_is_not_here():
     assert (len(clocks), len(clocks.refused)) == (0, 0)
     for context in (
         portable.outside_functions(),
-        portable.named("my opt"),
+        portable.scope("my opt", convertible=False),
         portable.beside(None, None),
         portable.after([1]),
     ):

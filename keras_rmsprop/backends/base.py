@@ -90,8 +90,13 @@ class Backend:
         """Return a context in which variables are made where another one is."""
         return contextlib.nullcontext()
 
-    def named(self, name: str) -> Context:
-        """Return a context in which operations have a name, for profilers."""
+    def scope(self, name: str, *, convertible: bool) -> Context:
+        """Return the context of a step's operations.
+
+        Args:
+            name: Their name, for profilers.
+            convertible: Whether all must be ones that converters know.
+        """
         return contextlib.nullcontext()
 
     def is_eager(self) -> bool:

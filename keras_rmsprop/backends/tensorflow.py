@@ -1,8 +1,9 @@
 """How a step is taken on TensorFlow: by the kernel, by rows, concatenated, or alone."""
 
+import contextlib
 import functools
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import keras
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rmsprop import codecs, skipping, sparse
+from keras_rmsprop.access import CONVERTIBLE
 from keras_rmsprop.backends import layouts, programs
 from keras_rmsprop.backends.base import Backend, Context, Gradients, Stepper, check_fits
 from keras_rmsprop.backends.programs import (
@@ -53,9 +55,16 @@ class TensorFlow(Backend):
         strategy = optimizer._distribution_strategy
         return strategy.extended.colocate_vars_with(unwrapped(variable))
 
-    def named(self, name: str) -> Context:
-        """See `Backend`. TensorFlow takes some characters only."""
-        return tf.name_scope(re.sub(r"^[^A-Za-z0-9.]+|[^A-Za-z0-9_.\\/>-]", "_", name))
+    @contextlib.contextmanager
+    def scope(self, name: str, *, convertible: bool) -> Iterator[None]:
+        """See `Backend`. In names TensorFlow takes some characters only."""
+        token = CONVERTIBLE.set(convertible)
+        name = re.sub(r"^[^A-Za-z0-9.]+|[^A-Za-z0-9_.\\/>-]", "_", name)
+        try:
+            with tf.name_scope(name):
+                yield
+        finally:
+            CONVERTIBLE.reset(token)
 
     def is_eager(self) -> bool:
         """See `Backend`."""

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from keras_rmsprop.kernel import build
+from keras_rmsprop.kernel import build, files
 
 SWITCH = "KERAS_RMSPROP_KERNEL"
 """The environment variable that, set to 0, switches the kernel off."""
@@ -25,24 +25,29 @@ SLOTS = {"float32": ("float32", "bfloat16", "uint8"), "float64": ("float64",)}
 """The dtypes of slots, likewise. The slots of rows have that in which it computes."""
 
 
-def loaded(library: build.Library, load: Callable[[str], Any]) -> tuple[Any, str]:
+def loaded(
+    library: build.Library, load: Callable[[str], Any], *, warn: bool = True
+) -> tuple[Any, str]:
     """Return a library of the kernel; or None, and why it is not there.
 
     Args:
         library: Which one.
         load: Loads it, from its path.
+        warn: Whether to warn if there is one that cannot be loaded.
     """
     switch = os.environ.get(SWITCH, "").strip().lower()
     if switch in ("0", "false", "no", "off"):
         return None, f"{SWITCH} is {switch}"
     place = "its library"
     try:
-        path = build.found(library)
-        if path is None:
+        found = build.found(library)
+        if found is None:
             return None, "`python -m keras_rmsprop.kernel` has not built it yet"
-        place = str(path)
-        return load(place), ""
+        place = str(found.path)
+        return load(files.loadable(found)), ""
     except Exception as error:  # of TensorFlow, of the file system
         why = f"{place} cannot be loaded: {' '.join(str(error).split())}"
-        warnings.warn(f"There is no kernel, so steps are slower. {why}.", stacklevel=3)
+        if warn:
+            text = f"There is no kernel, so steps are slower. {why}."
+            warnings.warn(text, stacklevel=3)
         return None, why

@@ -1,6 +1,7 @@
 """Build the kernel for what is installed: python -m keras_rmsprop.kernel."""
 
 import argparse
+import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,14 @@ def main() -> None:
     given = parser.parse_args()
 
     def made(library: build.Library) -> str:
-        path = None if given.force else build.found(library)
-        if path is None:
+        found = None
+        with contextlib.suppress(
+            RuntimeError, OSError
+        ):  # what is no good is built anew
+            found = None if given.force else build.found(library)
+        if found is None:
             return f"Built the kernel: {build.build(library, given.folder)}"
-        path = build.copy(path, given.folder) if given.folder else path
+        path = build.copy(found, given.folder) if given.folder else found.path
         return f"The kernel is there already: {path}"
 
     errors = []

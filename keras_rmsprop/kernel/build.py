@@ -1,27 +1,30 @@
 """Compiling the kernel, and finding it again.
 
 There are two libraries: ops of TensorFlow, bound to its version, and functions of C
-that take pointers. The name of a library says for which version and sources it is.
+that take pointers. The name of a library says for which version, sources and flags it
+is.
 """
 
-import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from keras_rmsprop.kernel import files
+
 HERE = Path(__file__).parent
 HEADERS = "processors.h", "blocks.h", "step.h", "rows.h", "search.h", "variables.h"
 FLAGS = (
-    # Warnings, of TensorFlow's headers, would hide errors.
-    *("-shared", "-fPIC", "-O3", "-w"),
+    # Warnings, of TensorFlow's headers, would hide errors. Without symbols (-s) it is
+    # loaded sooner.
+    *("-shared", "-fPIC", "-O3", "-s", "-w"),
     # So that loops are vectorised, and results stay those of IEEE arithmetic.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
@@ -77,23 +80,60 @@ LIBRARIES = OPS, POINTERS
 def name(library: Library) -> str:
     """Return the file name of a library for what is installed and these sources."""
     version = library.framework().version
-    known = [*version, platform.machine(), *FLAGS]
+    known = [*version, platform.machine(), *FLAGS, *_flags_of_compiler()]
     known += [(HERE / source).read_text() for source in (*HEADERS, *library.sources)]
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
     return "-".join([library.prefix, *version[:1], digest[:12]]) + ".so"
 
 
+def _flags_of_compiler() -> list[str]:
+    """Return the flags in `CXX`, and of which processor `native` speaks in them."""
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError:  # a quote is not closed; a build will say so
+        words = named.split()
+    flags = [*itertools.dropwhile(lambda word: not word.startswith("-"), words)]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    features = [x for x in lines if x.startswith(("flags", "Features"))] or lines
+    return [*flags, *features[: any("native" in flag for flag in flags)]]
+
+
 def cache() -> Path:
-    """Return the user's folder for libraries that were built."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "keras_rmsprop"
+    """Return the user's folder for libraries that were built.
+
+    Raises:
+        RuntimeError: The user has no home.
+    """
+    # The specification of XDG_CACHE_HOME says to ignore a relative path.
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = given if given.is_absolute() else Path.home() / ".cache"
+    if not base.is_absolute():
+        raise RuntimeError(f"the home folder is no absolute path: {Path.home()}")
+    return base / "keras_rmsprop"
 
 
-def found(library: Library) -> Path | None:
-    """Return the file that fits: one that came in the wheel, or one in the cache."""
-    file = name(library)
-    places = (HERE / file, cache() / file)
-    return next((path for path in places if path.exists()), None)
+def found(library: Library) -> files.Checked | None:
+    """Return the file that fits: one that came in the wheel, or one in the cache.
+
+    Raises:
+        OSError: It cannot be looked for.
+        RuntimeError: There are some, but none that may be loaded.
+    """
+    file, refused = name(library), []
+    for folder in (lambda: HERE, cache):
+        try:
+            path = folder() / file
+            if os.path.lexists(path):
+                return files.read(path)
+        except (OSError, RuntimeError) as error:
+            refused.append(str(error))
+    if refused:
+        raise RuntimeError("; ".join(refused))
+    return None
 
 
 def compiler() -> str | None:
@@ -102,34 +142,16 @@ def compiler() -> str | None:
     return named or next(filter(shutil.which, COMPILERS), None)
 
 
-@contextlib.contextmanager
-def _whole(folder: Path, file: str) -> Iterator[Path]:
-    """Give a place for a file; when it is written, put it into the folder.
-
-    So nobody finds half a library.
-
-    Raises:
-        RuntimeError: The folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            yield Path(partial) / file
-            (Path(partial) / file).replace(folder / file)
-    except OSError as error:
-        raise RuntimeError(f"{folder} cannot be written to: {error}") from error
-
-
-def copy(path: Path, folder: Path) -> Path:
+def copy(library: files.Checked, folder: Path) -> Path:
     """Copy a library to a folder; return where it is.
 
     Raises:
         RuntimeError: It cannot be copied.
     """
-    copied = folder / path.name
-    if not (copied.is_file() and copied.samefile(path)):
-        with _whole(folder, path.name) as place:
-            shutil.copy(path, place)
+    copied = folder / library.path.name
+    if not (copied.is_file() and copied.samefile(library.path)):
+        with files.whole(folder, copied.name) as place:
+            place.write_bytes(library.content)
     return copied
 
 
@@ -149,10 +171,14 @@ def build(library: Library, folder: Path | None = None) -> Path:
     command = compiler()
     if command is None:
         raise RuntimeError("there is no C++ compiler; set CXX, or install g++")
-    folder = cache() if folder is None else folder
+    if os.name != "posix":
+        raise RuntimeError("it is for Linux and macOS only")
+    if folder is None:
+        folder = cache()
+        files.make_private(folder)
     framework, file = library.framework(), name(library)
     sources = [str(HERE / source) for source in library.sources]
-    with _whole(folder, file) as made:
+    with files.whole(folder, file) as made:
         arguments = [*FLAGS, *framework.compile_flags, *sources, "-o", str(made)]
         try:
             subprocess.run(

@@ -32,6 +32,11 @@ def _loaded() -> tuple[Any, str]:
     return loaded(build.OPS, tf.load_op_library)
 
 
+# So that a SavedModel that holds a step can be loaded before any step is taken.
+# Without the Python functions, which take longer to make; and without a warning.
+loaded(build.OPS, tf.load_library, warn=False)
+
+
 def why_not_for(update: Update, constants: Constants) -> str:
     """Return why the kernel does not take this update; empty if it does.
 
