@@ -38,7 +38,7 @@ class AutoLearningRate:
             Defaults to `1`.
         growth: The factor > 1 by which the rate may grow in a step: 1.02 is a slow
             warm-up. Defaults to infinity.
-        one_in: In each variable with 4096 elements or more, the estimate looks at one
+        sample_every: In each variable with 4096 elements or more, the estimate looks at one
             element in so many. It needs memory and time for these alone: two numbers
             each. Defaults to `4`.
         factor: The rate found is multiplied by it: a number or anything else that may
@@ -71,18 +71,18 @@ class AutoLearningRate:
         initial: float = 1e-5,
         coefficient: float = 1.0,
         growth: float = math.inf,
-        one_in: int = 4,
+        sample_every: int = 4,
         factor: Any = 1.0,
     ) -> None:
         self.initial = checks.number("initial", initial, INITIAL)
         self.coefficient = checks.number("coefficient", coefficient, COEFFICIENT)
         self.growth = checks.number("growth", growth, checks.ABOVE_ONE)
-        self.one_in = checks.integer("one_in", one_in, 1)
+        self.sample_every = checks.integer("sample_every", sample_every, 1)
         self.factor = checks.learning_rate(factor)
 
     def sample(self, shape: Sequence[int]) -> Sample:
         """Return which elements of a variable with this shape are looked at."""
-        return Sample(shape, self.one_in)
+        return Sample(shape, self.sample_every)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments to make an equal one with."""
@@ -91,7 +91,7 @@ class AutoLearningRate:
             "coefficient": self.coefficient,
             # JSON knows no infinity.
             "growth": None if math.isinf(self.growth) else self.growth,
-            "one_in": self.one_in,
+            "sample_every": self.sample_every,
             "factor": keras.saving.serialize_keras_object(self.factor),
         }
 
@@ -107,7 +107,7 @@ class AutoLearningRate:
 
     def looks_like(self, other: "AutoLearningRate") -> bool:
         """Whether another one is the same except for the factor."""
-        same = "initial", "coefficient", "growth", "one_in"
+        same = "initial", "coefficient", "growth", "sample_every"
         return all(getattr(self, name) == getattr(other, name) for name in same)
 
 

@@ -106,7 +106,7 @@ class Monitor(keras.callbacks.Callback):
         >>> x = np.ones((32, 2))
         >>> history = model.fit(x, x, batch_size=4, verbose=0, callbacks=[monitor])
         >>> sorted(history.history)
-        ['learning_rate_in_force', 'loss']
+        ['current_learning_rate', 'loss']
         >>> sorted({reading.variable.split("/")[-1] for reading in monitor.readings})
         ['bias', 'kernel']
     """
@@ -142,7 +142,7 @@ class Monitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the optimizer, and forget a look that was interrupted."""
         self._before, self._since = None, 0.0
-        if not hasattr(self._optimizer, "found_learning_rate"):
+        if not hasattr(self._optimizer, "current_learning_rate"):
             raise ValueError(
                 "`Monitor` needs an RMSprop of keras_rmsprop. "
                 f"Received: {self._optimizer!r}"
@@ -181,7 +181,7 @@ class Monitor(keras.callbacks.Callback):
         """Compare, if it is time, and put the current learning rate into the logs."""
         self._look_after()
         if logs is not None:
-            logs["learning_rate_in_force"] = self._rate()
+            logs["current_learning_rate"] = self._rate()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write what is left."""
@@ -190,7 +190,7 @@ class Monitor(keras.callbacks.Callback):
 
     def _rate(self) -> float:
         optimizer = self._optimizer
-        found = optimizer.found_learning_rate
+        found = optimizer.current_learning_rate
         return float(optimizer.learning_rate) if found is None else found
 
     def _seen(self) -> Any:

@@ -110,7 +110,7 @@ class RMSprop(keras.optimizers.Optimizer):
             `keras.optimizers.schedules.LearningRateSchedule`, a callable without
             arguments that returns a number, or `"auto"`. Then the rate is found while
             training, from the gradients and the way that the weights have gone so far
-            (see `AutoLearningRate`), and `found_learning_rate` is the rate. A value
+            (see `AutoLearningRate`), and `current_learning_rate` is the rate. A value
             assigned to `learning_rate`, by a callback say, multiplies it. Unless
             `centered`, `bias_correction` is then on by default, and an epsilon of
             1e-7 becomes 1e-30, so that the scale of the loss does not matter. It works
@@ -813,7 +813,7 @@ class RMSprop(keras.optimizers.Optimizer):
         return ops.cast(factor, "float32") * distance * (1 - self.momentum)
 
     @property
-    def found_learning_rate(self) -> Any:
+    def current_learning_rate(self) -> Any:
         """The learning rate found while training, of the last step.
 
         It is a number, or a tensor in a `tf.function`, where the optimizer must be
@@ -1061,7 +1061,7 @@ class RMSprop(keras.optimizers.Optimizer):
             ways = [Way(*one) for one in kept]
             text += "\n" + explained({"What a step leaves is kept as:": ways}, names)
         if self._search is not None:
-            text += f"\nThe learning rate found is {self.found_learning_rate:.3g}."
+            text += f"\nThe learning rate found is {self.current_learning_rate:.3g}."
         return text
 
     def _way(self, one: Update, step: Step, context: Mapping[str, bool]) -> Way:

@@ -174,7 +174,7 @@ class LearningRateFinder(keras.callbacks.Callback):
     def _check(self) -> None:
         optimizer = self.model.optimizer
         inner = getattr(optimizer, "inner_optimizer", optimizer)
-        found = getattr(inner, "found_learning_rate", None)
+        found = getattr(inner, "current_learning_rate", None)
         rate = inner.get_config().get("learning_rate")
         if found is not None or not isinstance(rate, float):
             raise ValueError(

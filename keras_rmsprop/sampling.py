@@ -19,10 +19,10 @@ class Sample:
 
     Args:
         shape: The variable's shape.
-        one_in: n.
+        sample_every: n.
 
     Attributes:
-        is_small: Whether all are looked at, whatever `one_in` is.
+        is_small: Whether all are looked at, whatever `sample_every` is.
         shape: The shape of these elements.
         whole_rows: Whether they are all elements of some rows.
         stands_for: How many elements of the variable one of these stands for.
@@ -41,11 +41,11 @@ class Sample:
         (2, 5, 4)
     """
 
-    def __init__(self, shape: Sequence[int], one_in: int) -> None:
+    def __init__(self, shape: Sequence[int], sample_every: int) -> None:
         size, self._last = math.prod(shape), shape[-1] if len(shape) else 1
         rows = size // max(self._last, 1)
         self.is_small = size < SAMPLED_ELEMENTS
-        self._step = 1 if self.is_small else one_in
+        self._step = 1 if self.is_small else sample_every
         self.whole_rows = 1 < self._step <= rows <= self._last
         self.shape = tuple(shape)
         if self.whole_rows:

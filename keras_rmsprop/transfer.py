@@ -311,8 +311,8 @@ def _converted(
 
 def _rate_after(optimizer: RMSprop, steps: int) -> Any:
     """Return my learning rate, which may follow a schedule, after that many steps."""
-    if optimizer.found_learning_rate is not None:
-        return optimizer.found_learning_rate
+    if optimizer.current_learning_rate is not None:
+        return optimizer.current_learning_rate
     schedule = optimizer._learning_rate
     if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
         return schedule(steps)

@@ -89,12 +89,12 @@ def test_the_rate_is_in_the_logs():
     model = dense_model(RMSprop("auto"))
     x, y = numbers(model, batch=32)
     _, history = watched(model, x, y)
-    assert history["learning_rate_in_force"][-1] == pytest.approx(
-        model.optimizer.found_learning_rate
+    assert history["current_learning_rate"][-1] == pytest.approx(
+        model.optimizer.current_learning_rate
     )
     model = dense_model(RMSprop(0.25))
     _, history = watched(model, x, y)
-    assert history["learning_rate_in_force"] == [0.25] * 3
+    assert history["current_learning_rate"] == [0.25] * 3
 
 
 def test_it_names_what_gets_no_gradient_and_what_is_not_finite():
