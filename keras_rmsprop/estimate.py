@@ -27,6 +27,7 @@ from keras import ops
 
 from keras_rmsprop.folding import total
 from keras_rmsprop.sampling import Sample
+from keras_rmsprop.skipping import unless_bad
 
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import sparse
@@ -39,10 +40,12 @@ LASTING = 100
 """For so many steps a distance found at the start lasts, before it fades."""
 MOST = 1e4
 """No distance is larger: on a slope without end it would grow to infinity."""
+SAME = 1e-3
+"""Weights are those of the end of `fit` if `reach` has changed by a smaller share."""
 
 
 class Estimate(NamedTuple):
-    """What is known so far: four numbers, kept in one variable."""
+    """What is known so far: five numbers, kept in one variable."""
 
     distance: Any
     """d; the learning rate is this times the factor."""
@@ -51,7 +54,14 @@ class Estimate(NamedTuple):
     steps: Any
     """t, the number of steps so far."""
     path: Any
-    """The sum of the learning rates so far: how far a weight can have come."""
+    """The sum of the learning rates so far."""
+    reach: Any
+    """How far the farthest weight was from its first value when `fit` ended; else 0."""
+
+    @classmethod
+    def at_first(cls, initial: float) -> "Estimate":
+        """Return what is known before the first step."""
+        return cls(initial, 0.0, 0.0, 0.0, 0.0)
 
 
 class Part(NamedTuple):
@@ -93,13 +103,14 @@ def find(
         scale: What gradients are to be multiplied by; None: 1.
         kernel: Where there is one, the native kernel, which follows most variables.
     """
-    old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
+    old = _unless_replaced(parts, kept, options.initial)
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Part]] = {}
+    _forget(parts, is_first)
     if kernel is not None:
         found, parts = kernel.follow(parts, weight, is_first, FORGETTING)
         for gain, sum_ in found:
@@ -132,8 +143,33 @@ def find(
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
     path = old.path + factor * distance
-    kept.assign(ops.stack(Estimate(distance, gain, steps, path)))
+    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0)))
     return distance
+
+
+def farthest(parts: Sequence[Part]) -> Any:
+    """Return how far the farthest weight is from its first value, a float32 scalar."""
+    found = [ops.zeros((), "float32")]
+    for part in parts:
+        if math.prod(part.first.shape):
+            weights = part.sample.of(ops.convert_to_tensor(part.variable))
+            way = ops.cast(weights, part.first.dtype) - part.first
+            found.append(ops.cast(ops.max(ops.absolute(way)), "float32"))
+    return ops.stop_gradient(ops.max(ops.stack(found)))
+
+
+def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Estimate:
+    """Return the estimate so far, or a first one if the weights are others.
+
+    That is so if they are not those with which the last `fit` ended. A step looks at
+    them only if `fit` has ended since the last one.
+    """
+    so_far = ops.convert_to_tensor(kept)
+    reach = so_far[Estimate._fields.index("reach")]
+    now = ops.cond(reach > 0, lambda: farthest(parts), lambda: reach)
+    is_same = ops.absolute(now - reach) <= SAME * reach
+    at_first = ops.convert_to_tensor([*Estimate.at_first(initial)], "float32")
+    return Estimate(*ops.unstack(ops.where(is_same, so_far, at_first), 5))
 
 
 def _begin(parts: Sequence[Part], is_first: Any) -> None:
@@ -149,14 +185,19 @@ def _begin(parts: Sequence[Part], is_first: Any) -> None:
             weights = part.sample.of(ops.convert_to_tensor(part.variable))
             part.first.assign(ops.cast(weights, part.first.dtype))
 
-    if keras.backend.backend() != "jax":
-        ops.cond(is_first, begin, lambda: None)
-        return
-    # There a branch has no side effects.
-    before = [ops.convert_to_tensor(part.first) for part in parts]
-    begin()
-    for part, first in zip(parts, before, strict=True):
-        part.first.assign(ops.where(is_first, ops.convert_to_tensor(part.first), first))
+    unless_bad(begin, is_first, [part.first for part in parts])
+
+
+def _forget(parts: Sequence[Part], is_first: Any) -> None:
+    """Forget the sums, if this is the first step: there may have been a search."""
+
+    def forget() -> None:
+        for part in parts:
+            part.sums.assign(ops.zeros_like(part.sums))
+            if part.rows is not None:
+                part.rows.clock.sum.assign(0.0)
+
+    unless_bad(forget, is_first, [part.sums for part in parts])
 
 
 def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:

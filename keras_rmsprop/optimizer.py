@@ -474,6 +474,8 @@ class RMSprop(keras.optimizers.Optimizer):
         for kept in self._keeper.made():
             # Averages as the weights are now.
             backend.assign_everywhere(kept.variable, kept.start())
+        if self._search is not None:
+            self._search.restart()
         self._put_in_order()
         if self._clocks:
             self._clocks.move(
@@ -515,6 +517,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
         grads = backend.as_gradients(grads, variables)
+        self._restart_if_changed()
         is_sparse = backend.has_slices(grads)
         if not self.built or is_sparse:
             self._prepare(grads, variables)
@@ -801,6 +804,11 @@ class RMSprop(keras.optimizers.Optimizer):
         else:
             self._update(grads, trainable_variables, rate)
 
+    def _restart_if_changed(self) -> None:
+        """Restart the search if what is trained has changed; see `automatic.Search`."""
+        if self._search is not None and self.built:
+            self._search.restart_if_changed(self._trainable_variables)
+
     def _search_is_known(self) -> bool:
         """Whether the estimate is known now, and not in a function being traced."""
         kept = self._search.estimate
@@ -814,19 +822,20 @@ class RMSprop(keras.optimizers.Optimizer):
 
     @property
     def current_learning_rate(self) -> Any:
-        """The learning rate found while training, of the last step.
+        """The learning rate in use: that of the last step if it is found, else as set.
 
-        It is a number, or a tensor in a `tf.function`, where the optimizer must be
-        built: `learning_rate` times the distance that was found, times `1 - momentum`.
-        It is None without `learning_rate="auto"`. A warning says if it seems wrong.
+        It is a number, or a tensor in a `tf.function`. With `learning_rate="auto"` it
+        is `learning_rate` times the distance that was found, times `1 - momentum`; None
+        before the first step; and a warning says if it seems wrong.
         """
-        if self._search is None:
-            return None
         factor = self._get_current_learning_rate()
+        if self._search is None:
+            return float(factor) if options.has_value(factor) else factor
         if not self._search_is_known():
             return self._rate_of(self._search.estimate[0], factor)
+        known = self._search.known()
         self._warn(self._search.complaint())
-        return float(self._rate_of(self._search.known().distance, factor))
+        return float(self._rate_of(known.distance, factor)) if known.steps else None
 
     def _update(
         self, grads: Sequence[Any], variables: Sequence[Any], rate: Any
@@ -1014,9 +1023,11 @@ class RMSprop(keras.optimizers.Optimizer):
         # hide that of the step. There is no public way to know.
         if self.built and getattr(self._iterations, "_value", 0) is None:
             return
-        if self._search is not None and self.built and self._search_is_known():
-            self._warn(self._search.complaint(self._trainable_variables))
         super().finalize_variable_values(var_list)
+        if self._search is not None and self.built and self._search_is_known():
+            self._warn(self._search.complaint())
+            self._restart_if_changed()  # it may be the first that is seen of `fit`
+            self._search.end_fit(self._trainable_variables)
 
     def explain(self) -> str:
         """Say which way each variable's update goes, and why.
@@ -1060,8 +1071,8 @@ class RMSprop(keras.optimizers.Optimizer):
             ]
             ways = [Way(*one) for one in kept]
             text += "\n" + explained({"What a step leaves is kept as:": ways}, names)
-        if self._search is not None:
-            text += f"\nThe learning rate found is {self.current_learning_rate:.3g}."
+        if self._search is not None and (rate := self.current_learning_rate):
+            text += f"\nThe learning rate found is {rate:.3g}."
         return text
 
     def _way(self, one: Update, step: Step, context: Mapping[str, bool]) -> Way:
@@ -1084,6 +1095,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """
         if backend.is_eager() and not saving.is_walking():
             self._load_what_waits()
+            self._restart_if_changed()
             self._catch_up_all()
         return super().variables
 
@@ -1229,6 +1241,9 @@ class RMSprop(keras.optimizers.Optimizer):
                     f"made. Received: learning_rate={learning_rate!r}"
                 )
             learning_rate = auto.factor
+        elif self._search is not None:
+            old = super().learning_rate
+            self._warn(automatic.complaint_of_factor(learning_rate, old))
         inherited: Any = keras.optimizers.Optimizer.learning_rate
         inherited.fset(self, checks.learning_rate(learning_rate))
 

@@ -120,8 +120,8 @@ def automatic_step(
         initial: The first distance.
         coefficient: What the distance is multiplied by.
         growth: The largest factor by which the distance may grow in a step.
-        sample_every: One in so many elements of a large parameter is looked at, along the
-            shorter side, and stands for the others.
+        sample_every: One in so many elements of a large parameter is looked at, along
+            the shorter side, and stands for the others.
         factor: What multiplies the distance to the learning rate.
         **hyperparameters: Arguments of `step`.
 

@@ -57,7 +57,8 @@ def both(optimizer, options, steps=20, way="eager", scale=1.0, **search):
         apply([tensor(scale * g, "float32") for g in given])
         weights = reference.automatic_step(weights, given, state, **search, **options)
     rate = state["d"] * (1 - options.get("momentum", 0.0))
-    return [v.numpy() for v in variables], weights, optimizer.current_learning_rate, rate
+    found = optimizer.current_learning_rate
+    return [v.numpy() for v in variables], weights, found, rate
 
 
 OPTIONS = [
@@ -266,7 +267,9 @@ def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
         model.train_on_batch(x, y)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert again.optimizer.current_learning_rate == model.optimizer.current_learning_rate
+    assert (
+        again.optimizer.current_learning_rate == model.optimizer.current_learning_rate
+    )
     for _ in range(10):
         model.train_on_batch(x, y)
         again.train_on_batch(x, y)

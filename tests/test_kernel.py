@@ -806,7 +806,9 @@ def test_whoever_averages_in_another_way_does_so_once():
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=50)
-def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, sample_every, seed):
+def test_the_search_with_it_finds_what_it_finds_without(
+    dtypes, shapes, sample_every, seed
+):
     rng = np.random.default_rng(seed)
     weights, sums = dtypes
     how = automatic.AutoLearningRate(sample_every=sample_every)
@@ -822,7 +824,7 @@ def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, sample_e
         part._replace(first=tf.Variable(part.first), sums=tf.Variable(part.sums))
         for part in parts
     ]
-    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0]) for _ in "12"]
+    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0, 0.0]) for _ in "12"]
     for _ in range(3):
         grads = [tf.cast(rng.normal(size=shape), sums) for shape in shapes]
         found = []
