@@ -198,11 +198,12 @@ class Search:
     def restart(self) -> None:
         """Begin again: the next step takes the weights as they are for the first.
 
-        `estimate.find` does so when it has seen no step. It forgets the sums, too.
+        `estimate.find` does that, as it sees that no step was taken. It forgets the
+        sums, and the momentum buffers. The other slots stay.
         """
         self.trained = None  # whatever is trained from now on
-        if self.options.restarts:
-            at_first = [*Estimate.at_first(self.options.initial)]
+        if self.options.restarts and self.known().steps:
+            at_first = [*Estimate.at_first(self.options.initial, again=True)]
             backend.assign_everywhere(self.estimate, np.array(at_first, "float32"))
 
     def restart_if_changed(self, variables: Sequence[Any]) -> None:
@@ -262,6 +263,7 @@ class Search:
         fold: bool,
         scale: Any = None,
         kernel: Any = None,
+        momentums: Sequence[Any] = (),
     ) -> Any:
         """Update the estimate of how far the weights must travel; see `find`.
 
@@ -274,6 +276,7 @@ class Search:
             fold: See `find`.
             scale: See `find`.
             kernel: See `find`.
+            momentums: See `find`.
         """
         given: dict[int, Any] = {}
         for i, gradient in gradients:
@@ -287,6 +290,7 @@ class Search:
             fold=fold,
             scale=scale,
             kernel=kernel,
+            momentums=momentums,
         )
 
     def known(self) -> Estimate:

@@ -56,12 +56,15 @@ class Estimate(NamedTuple):
     path: Any
     """The sum of the learning rates so far."""
     reach: Any
-    """How far the farthest weight was from its first value when `fit` ended; else 0."""
+    """How far the farthest weight was from its first value when `fit` ended; else 0.
+
+    Less than 0: the search begins again, and the next step forgets the last one.
+    """
 
     @classmethod
-    def at_first(cls, initial: float) -> "Estimate":
-        """Return what is known before the first step."""
-        return cls(initial, 0.0, 0.0, 0.0, 0.0)
+    def at_first(cls, initial: float, *, again: bool = False) -> "Estimate":
+        """Return what is known before the first step, of a new search or one again."""
+        return cls(initial, 0.0, 0.0, 0.0, -1.0 if again else 0.0)
 
 
 class Part(NamedTuple):
@@ -90,6 +93,7 @@ def find(
     fold: bool = False,
     scale: Any = None,
     kernel: Any = None,
+    momentums: Sequence[Any] = (),
 ) -> Any:
     """Update the estimate with this step's gradients; return the distance, a scalar.
 
@@ -102,15 +106,17 @@ def find(
         fold: Whether XLA compiles it; see `folding`.
         scale: What gradients are to be multiplied by; None: 1.
         kernel: Where there is one, the native kernel, which follows most variables.
+        momentums: Momentum buffers that hold learning rates: they begin again, too.
     """
-    old = _unless_replaced(parts, kept, options.initial)
+    known = _unless_replaced(parts, kept, options.initial)
+    old = Estimate(*ops.unstack(known, 5))
+    _forget(parts, momentums, old.reach < 0)
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Part]] = {}
-    _forget(parts, is_first)
     if kernel is not None:
         found, parts = kernel.follow(parts, weight, is_first, FORGETTING)
         for gain, sum_ in found:
@@ -158,7 +164,7 @@ def farthest(parts: Sequence[Part]) -> Any:
     return ops.stop_gradient(ops.max(ops.stack(found)))
 
 
-def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Estimate:
+def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Any:
     """Return the estimate so far, or a first one if the weights are others.
 
     That is so if they are not those with which the last `fit` ended. A step looks at
@@ -167,9 +173,9 @@ def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Estima
     so_far = ops.convert_to_tensor(kept)
     reach = so_far[Estimate._fields.index("reach")]
     now = ops.cond(reach > 0, lambda: farthest(parts), lambda: reach)
-    is_same = ops.absolute(now - reach) <= SAME * reach
-    at_first = ops.convert_to_tensor([*Estimate.at_first(initial)], "float32")
-    return Estimate(*ops.unstack(ops.where(is_same, so_far, at_first), 5))
+    is_other = ops.absolute(now - reach) > SAME * ops.absolute(reach)
+    at_first = [*Estimate.at_first(initial, again=True)]
+    return ops.where(is_other, ops.convert_to_tensor(at_first, "float32"), so_far)
 
 
 def _begin(parts: Sequence[Part], is_first: Any) -> None:
@@ -188,16 +194,21 @@ def _begin(parts: Sequence[Part], is_first: Any) -> None:
     unless_bad(begin, is_first, [part.first for part in parts])
 
 
-def _forget(parts: Sequence[Part], is_first: Any) -> None:
-    """Forget the sums, if this is the first step: there may have been a search."""
+def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> None:
+    """Forget the last search, if another one begins: its sums, and steps of its rate.
+
+    Old steps in a momentum buffer, at a large rate, would go on for a while.
+    """
+    variables = [*(part.sums for part in parts), *momentums]
 
     def forget() -> None:
+        for variable in variables:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
         for part in parts:
-            part.sums.assign(ops.zeros_like(part.sums))
             if part.rows is not None:
                 part.rows.clock.sum.assign(0.0)
 
-    unless_bad(forget, is_first, [part.sums for part in parts])
+    unless_bad(forget, forgets, variables)
 
 
 def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:

@@ -796,6 +796,7 @@ class RMSprop(keras.optimizers.Optimizer):
                 fold=backend.folds(),
                 scale=self._now.scale,
                 kernel=backend.searching_kernel(self._native()),
+                momentums=self._momentums if self.lr_in_momentum else [],
             )
             rate = self._rate_of(distance, rate)
         if self._has_own_step():
