@@ -192,7 +192,7 @@ def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) ->
     model.fit(batches, verbose=0, callbacks=[note])
     seconds = time.perf_counter() - start
     value, loss_ = test() if optimizer.use_ema else before[0]
-    found = getattr(optimizer, "found_learning_rate", None)
+    found = getattr(optimizer, "current_learning_rate", None)
     found = rate if found is None else float(np.max(keras.ops.convert_to_numpy(found)))
     return Result(value, loss_, before[0][0], found, seconds)
 

@@ -1,15 +1,19 @@
 """A learning rate that is found while training: its options, and what goes wrong."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+import types
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rmsprop import checks
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.estimate import Estimate, Part, find
+from keras_rmsprop.estimate import Estimate, Part, farthest, find
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
@@ -18,12 +22,16 @@ from keras_rmsprop.tables import Tables
 
 STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
 """The rate must have grown after so many steps; a larger distance is too large."""
+SMALL_FACTOR = 0.1
+"""With a smaller factor, on average, it is no wonder that the rate has not grown."""
+EARLY_STEPS, TINY_FACTOR = 10, 2e-3
+"""After so few steps, a factor as small as that is a rate which is meant for steps."""
+LIKE_A_RATE, LARGEST_DROP = 1e-2, 1 / 50
+"""A number assigned is no factor if it is smaller, and such a part of the last one."""
 LARGE_INITIAL = 1e-3
 """A larger initial rate may exceed the right one, which is then not found."""
 INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
 COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
-LONGEST_STEP = 100.0
-"""No step moves a weight farther than so many learning rates."""
 
 
 @keras.saving.register_keras_serializable(package="keras_rmsprop")
@@ -41,13 +49,17 @@ class AutoLearningRate:
             Defaults to `1`.
         growth: The factor > 1 by which the rate may grow in a step: 1.02 is a slow
             warm-up. Defaults to infinity.
-        one_in: In each variable with 4096 elements or more, the estimate looks at one
-            element in so many. It needs memory and time for these alone: two numbers
-            each. Defaults to `4`.
+        sample_every: In each variable with 4096 elements or more, the estimate looks at
+            one element in so many. It needs memory and time for these alone: two
+            numbers each. Defaults to `4`.
         factor: The rate found is multiplied by it: a number or anything else that may
             be a learning rate, such as a
             `keras.optimizers.schedules.LearningRateSchedule`. It becomes
             `optimizer.learning_rate`. Defaults to `1`.
+        restarts: Whether the search begins again when its past is about another
+            problem: when layers are frozen or unfrozen, when `fit` follows a new
+            `compile`, and when weights were replaced between two `fit`. Defaults to
+            `True`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -74,18 +86,20 @@ class AutoLearningRate:
         initial: float = 1e-5,
         coefficient: float = 1.0,
         growth: float = math.inf,
-        one_in: int = 4,
+        sample_every: int = 4,
         factor: Any = 1.0,
+        restarts: bool = True,
     ) -> None:
         self.initial = checks.number("initial", initial, INITIAL)
         self.coefficient = checks.number("coefficient", coefficient, COEFFICIENT)
         self.growth = checks.number("growth", growth, checks.ABOVE_ONE)
-        self.one_in = checks.integer("one_in", one_in, 1)
+        self.sample_every = checks.integer("sample_every", sample_every, 1)
         self.factor = checks.learning_rate(factor)
+        self.restarts = checks.flag("restarts", restarts)
 
     def sample(self, shape: Sequence[int]) -> Sample:
         """Return which elements of a variable with this shape are looked at."""
-        return Sample(shape, self.one_in)
+        return Sample(shape, self.sample_every)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments to make an equal one with."""
@@ -94,9 +108,16 @@ class AutoLearningRate:
             "coefficient": self.coefficient,
             # JSON knows no infinity.
             "growth": None if math.isinf(self.growth) else self.growth,
-            "one_in": self.one_in,
+            "sample_every": self.sample_every,
             "factor": keras.saving.serialize_keras_object(self.factor),
+            "restarts": self.restarts,
         }
+
+    def __repr__(self) -> str:
+        """Return the call that makes an equal one."""
+        names = "initial", "coefficient", "growth", "sample_every", "restarts"
+        arguments = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"AutoLearningRate({arguments})"
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AutoLearningRate":
@@ -110,7 +131,7 @@ class AutoLearningRate:
 
     def looks_like(self, other: "AutoLearningRate") -> bool:
         """Whether another one is the same except for the factor."""
-        same = "initial", "coefficient", "growth", "one_in"
+        same = "initial", "coefficient", "growth", "sample_every", "restarts"
         return all(getattr(self, name) == getattr(other, name) for name in same)
 
 
@@ -119,6 +140,24 @@ def asked_for(learning_rate: Any) -> AutoLearningRate | None:
     if isinstance(learning_rate, str) and learning_rate == "auto":
         return AutoLearningRate()
     return learning_rate if isinstance(learning_rate, AutoLearningRate) else None
+
+
+class Trained(NamedTuple):
+    """What a search is about, as far as Python can see."""
+
+    trainable: tuple[bool, ...]
+    """Of each of the optimizer's variables, whether it is trained."""
+    model: Any = None
+    """A weak reference to the model whose `fit` trains them, if it is known."""
+    train_function: Any = None
+    """One to what `fit` calls: there is another one after `compile`."""
+
+    def differs_from(self, other: "Trained") -> bool:
+        """Whether layers were frozen or unfrozen, or a model was compiled again."""
+        both = self.train_function, other.train_function
+        return self.trainable != other.trainable or (
+            None not in both and both[0] is not both[1]
+        )
 
 
 class Search:
@@ -132,6 +171,7 @@ class Search:
         firsts: For each of the model's variables, what keeps its first weights.
         sums: For each, what keeps s.
         estimate: Keeps the `Estimate`.
+        trained: What was trained when this was last asked; None: it never was.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -140,6 +180,7 @@ class Search:
         self.firsts: list[Any] = []
         self.sums: list[Any] = []
         self.estimate: Any = None
+        self.trained: Trained | None = None
 
     def is_on(self) -> bool:
         """Whether the optimizer was made with it."""
@@ -152,14 +193,77 @@ class Search:
         optimizer = self._optimizer
         self.firsts = optimizer.add_optimizer_variables(variables, FIRST_WEIGHT)
         self.sums = optimizer.add_optimizer_variables(variables, GRADIENT_SUM)
-        begin = keras.initializers.Constant([self.options.initial, 0.0, 0.0, 0.0])
+        at_first = Estimate.at_first(self.options.initial)
+        begin = keras.initializers.Constant([*at_first])
         self.estimate = optimizer.add_variable(
-            (4,), begin, "float32", name=RATE_ESTIMATE
+            (len(at_first),), begin, "float32", name=RATE_ESTIMATE
         )
 
     def why_all_rows(self, variable: Any) -> str:
         """Return nothing: rows suffice."""
         return ""
+
+    # When it begins again.
+
+    def restart(self) -> None:
+        """Begin again: the next step takes the weights as they are for the first.
+
+        `estimate.find` does that, as it sees that no step was taken. It forgets the
+        sums, and the momentum buffers. The other slots stay.
+        """
+        self.trained = None  # whatever is trained from now on
+        if self.options.restarts and self.known().steps:
+            at_first = [*Estimate.at_first(self.options.initial, again=True)]
+            backend.assign_everywhere(self.estimate, np.array(at_first, "float32"))
+
+    def restart_if_changed(self, variables: Sequence[Any]) -> None:
+        """Begin again if layers were frozen or unfrozen, or `compile` was called.
+
+        This is to be called whenever Python runs at the start of `fit` or in a step:
+        for a graph, when it is traced.
+
+        Args:
+            variables: The model's variables.
+        """
+        if self.estimate is None:  # the optimizer is being built
+            return
+        now = _trained(variables, self.trained)
+        if self.trained is None or not now.differs_from(self.trained):
+            self.trained = now
+            return
+        with backend.outside_functions():
+            if has_value(self.estimate[0]):  # else a state that somebody else has
+                self.restart()
+                self.trained = now
+
+    def end_fit(self, variables: Sequence[Any]) -> None:
+        """Note how far the weights are, so that the next step sees if they are others.
+
+        Args:
+            variables: The model's variables.
+        """
+        known = self.known()
+        if self.options.restarts and known.steps and _ends_fit():
+            reach = farthest(self._parts(variables))
+            known = known._replace(reach=float(reach))
+            backend.assign_everywhere(self.estimate, np.array(known, "float32"))
+
+    def _parts(
+        self,
+        variables: Sequence[Any],
+        grads: Mapping[int, Any] = types.MappingProxyType({}),
+        ids: Mapping[int, Any] = types.MappingProxyType({}),
+    ) -> list[Part]:
+        slots = zip(variables, self.firsts, self.sums, strict=True)
+        sample, tables = self.options.sample, Tables(self._optimizer)
+        return [
+            Part(
+                *(v, grads.get(i), first, sums, sample(v.shape)),
+                tables.rows_of(i, ids.get(i)),
+            )
+            for i, (v, first, sums) in enumerate(slots)
+            if first is not None
+        ]
 
     def rate(
         self, parts: Sequence[Any], factor: Any, scale: Any = None, *, kernel: bool
@@ -173,38 +277,21 @@ class Search:
             scale: See `find`.
             kernel: Whether a native kernel may follow most variables.
         """
-        optimizer, options = self._optimizer, self.options
-        variables, tables = optimizer._trainable_variables, Tables(optimizer)
-        grads: dict[int, Any] = {}
-        ids = {}
+        optimizer, grads = self._optimizer, dict[int, Any]()
         for part in parts:
             i, g = part.place, part.gradient
             grads[i] = g + grads[i] if i in grads else g
-            ids[i] = part.ids
-        quads = zip(
-            range(len(variables)), variables, self.firsts, self.sums, strict=True
-        )
-        searched = [
-            Part(
-                v,
-                grads.get(i),
-                first,
-                sums,
-                options.sample(v.shape),
-                tables.rows_of(i, ids.get(i)),
-            )
-            for i, v, first, sums in quads
-            if first is not None
-        ]
+        variables = optimizer._trainable_variables
         distance = find(
-            searched,
+            self._parts(variables, grads, {part.place: part.ids for part in parts}),
             self.estimate,
             factor,
-            options,
+            self.options,
             sign=-1 if optimizer.maximize else 1,
             fold=backend.folds(),
             scale=scale,
             kernel=backend.search_kernel(variables, kernel=kernel),
+            momentums=optimizer._momentums if optimizer.lr_in_momentum else [],
         )
         return self.rate_of(distance, factor)
 
@@ -221,68 +308,97 @@ class Search:
     def known(self) -> Estimate:
         """Return the estimate, as numbers."""
         if self.estimate is None:
-            return Estimate(self.options.initial, 0.0, 0.0, 0.0)
+            return Estimate.at_first(self.options.initial)
         return Estimate(*as_array(self.estimate).tolist())
 
-    def complaint(self, variables: Sequence[Any] = ()) -> str:
-        """Return what a user should know about the estimate; see `complaint`.
-
-        Args:
-            variables: The model's variables, to see how far they have come; or none.
-        """
-        way = None
-        if variables:
-            pairs = zip(variables, self.firsts, strict=True)
-            free = [(v, x) for v, x in pairs if x is not None and v.constraint is None]
-            way = farthest(free, self.options)
-        return complaint(self.known(), self.options, way)
+    def complaint(self) -> str:
+        """Return what a user should know about the estimate; see `complaint`."""
+        return complaint(self.known(), self.options)
 
 
-def farthest(pairs: Sequence[tuple[Any, Any]], options: AutoLearningRate) -> float:
-    """Return how far the farthest weight is from where it began.
-
-    Args:
-        pairs: Variables, and what keeps their first weights.
-        options: How these are looked at.
-    """
-    ways = [
-        ops.stop_gradient(options.sample(x.shape).of(ops.convert_to_tensor(x)) - first)
-        for x, first in pairs
-        if math.prod(first.shape)
-    ]
-    return max((float(ops.max(ops.absolute(way))) for way in ways), default=0.0)
+def _trained(variables: Sequence[Any], before: Trained | None) -> Trained:
+    """Return what is trained now, by the `fit` that runs or the last one that did."""
+    trainable = tuple(getattr(v, "trainable", True) for v in variables)
+    known = (before or Trained(()))._replace(trainable=trainable)
+    model = _fitting() or (known.model and known.model())
+    function = getattr(model, "train_function", None)
+    if function is None:  # it is compiled, and `fit` has not begun
+        return known
+    if known.train_function is not None and known.train_function() is function:
+        return known
+    return Trained(trainable, weakref.ref(model), weakref.ref(function))
 
 
-def complaint(
-    estimate: Estimate, options: AutoLearningRate, farthest: float | None = None
-) -> str:
+def _fitting() -> Any:
+    """Return the model whose `fit` runs now; Keras does not tell. Else None."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "fit":
+            model = frame.f_locals.get("self")
+            if isinstance(model, keras.Model):
+                return model
+        frame = frame.f_back
+    return None
+
+
+def _ends_fit() -> bool:
+    """Whether Keras' `fit` itself says that it ends, and not a callback."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "finalize_variable_values":
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "fit"
+
+
+def complaint(estimate: Estimate, options: AutoLearningRate) -> str:
     """Return what a user should know about an estimate, with the remedy; or nothing.
 
     Args:
         estimate: The estimate, as numbers.
         options: How it was looked for.
-        farthest: How far the farthest weight is from where it began, if known.
     """
-    distance, _, steps, path = estimate
-    if steps >= STUCK_STEPS and distance <= options.initial:
-        is_large = options.initial > LARGE_INITIAL
-        why = "it may be too large" if is_large else "the gradients do not agree"
-        other = 1e-5 if is_large else 100 * options.initial
-        return (
-            f"The learning rate is still at its initial value of {options.initial:g} "
-            f"after {steps:.0f} steps: {why}. If the loss does not fall, use "
-            f"`AutoLearningRate(initial={other:g})`"
-        )
+    distance, _, steps, path, _ = estimate
     if not distance <= RUNAWAY_DISTANCE:  # NaN, too
         return (
             f"The learning rate found, {distance:.3g}, is larger than weights should "
             "move in a step. If the loss does not fall, use "
             "`AutoLearningRate(coefficient=0.5, growth=1.02)`, or clip gradients"
         )
-    if farthest is not None and farthest > LONGEST_STEP * path:
-        return (
-            f"A weight is {farthest:.3g} from where it began, farther than steps have "
-            "taken it. If weights were replaced while training, make a new optimizer, "
-            "which begins from them"
-        )
-    return ""
+    if not steps or distance > options.initial * (1 + 1e-6):  # which is a float32
+        return ""
+    factor = path / (steps * distance)
+    small = SMALL_FACTOR if steps >= STUCK_STEPS else TINY_FACTOR
+    if steps >= EARLY_STEPS and 0 < factor < small:
+        return _no_factor(factor)
+    if steps < STUCK_STEPS:
+        return ""
+    is_large = options.initial > LARGE_INITIAL
+    why = "it may be too large" if is_large else "the gradients do not agree"
+    other = 1e-5 if is_large else 100 * options.initial
+    return (
+        f"The learning rate is still at its initial value of {options.initial:g} "
+        f"after {steps:.0f} steps: {why}. If the loss does not fall, use "
+        f"`AutoLearningRate(initial={other:g})`"
+    )
+
+
+def complaint_of_factor(new: Any, old: Any) -> str:
+    """Return what a user should know about a factor, when it is assigned; or nothing.
+
+    Args:
+        new: The factor.
+        old: The one so far.
+    """
+    if not isinstance(new, float) or not has_value(old):
+        return ""
+    is_rate = 0 < new < LIKE_A_RATE and new <= LARGEST_DROP * float(old)
+    return _no_factor(new) if is_rate else ""
+
+
+def _no_factor(factor: float) -> str:
+    return (
+        f"`learning_rate` is {factor:.3g}, but it is a factor on the learning rate "
+        "that is found: steps are that much shorter, too short to find it. Set "
+        "`optimizer.learning_rate = 1.0`, or remove the callback that sets it; one "
+        "that lets the rate decay must start from 1, as "
+        "`LearningRateScheduler(lambda epoch: 0.9**epoch)` does"
+    )

@@ -1,14 +1,13 @@
 """Callbacks for `fit`. They use what every Keras optimizer offers, nothing private."""
 
-import sys
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_rmsprop.callback_base import Callback, described, inner, list_of
 from keras_rmsprop.monitoring import Monitor as Monitor
 from keras_rmsprop.range_test import LearningRateFinder as LearningRateFinder
 from keras_rmsprop.state import copied, sync
@@ -35,7 +34,19 @@ _held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
 """By model, not by callback: after an interrupted `fit` there may be another one."""
 
 
-class AverageForEvaluation(keras.callbacks.Callback):
+class _LeavesAfterBatch(keras.callbacks.Callback):
+    """Stands last in the list, where the weights are put back after each batch."""
+
+    def __init__(self, average: "AverageForEvaluation") -> None:
+        super().__init__()
+        self._average = average
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Put the weights back."""
+        self._average.leave()
+
+
+class AverageForEvaluation(Callback):
     """With `use_ema`, evaluate and save the averages, but train the weights.
 
     Keras puts the averages of the weights into the model when `fit` ends. Until then it
@@ -84,9 +95,6 @@ class AverageForEvaluation(keras.callbacks.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._last = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: self._leave()
-        )
         self._forget()
 
     def _forget(self) -> None:
@@ -102,6 +110,8 @@ class AverageForEvaluation(keras.callbacks.Callback):
         changed since then stay as they are.
         """
         self._forget()
+        if self.model is None:
+            raise ValueError("`put_back` needs a model: it is that of the last `fit`.")
         held = _held.pop(self.model, None)
         if held is not None and held.is_in_place():
             held.put_back()
@@ -110,16 +120,17 @@ class AverageForEvaluation(keras.callbacks.Callback):
         """Put back what an interrupted run left, and become the first callback."""
         self._check()
         self.put_back()
-        caller = _callback_list(self)
+        caller = list_of(self)
         if caller is None:
             return
-        others = [c for c in caller.callbacks if c not in (self, self._last)]
+        others = [c for c in caller.callbacks if c is not self]
         early = [c for c in others if _needs_raw_weights(c)]
         late = [c for c in others if not _needs_raw_weights(c)]
         saves = any(getattr(c, "save_freq", "epoch") != "epoch" for c in late)
         self._after_batches = saves
         # A new list: the caller goes through the old one at this moment.
-        caller.callbacks = [*early, self, *late, *([self._last] if saves else [])]
+        last = [_LeavesAfterBatch(self)] if saves else []
+        caller.callbacks = [*early, self, *late, *last]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Put the averages in, if a callback may save them."""
@@ -136,7 +147,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
         """Put the weights back."""
         if self._in_epoch_end:
             self._in_epoch_end = False
-            self._leave()
+            self.leave()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Let go of the weights: the model has the averages for good."""
@@ -150,7 +161,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
 
     def on_test_end(self, logs: Any = None) -> None:
         """Put the weights back."""
-        self._leave()
+        self.leave()
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Put the averages in."""
@@ -159,13 +170,14 @@ class AverageForEvaluation(keras.callbacks.Callback):
 
     def on_predict_end(self, logs: Any = None) -> None:
         """Put the weights back."""
-        self._leave()
+        self.leave()
 
     def _check(self) -> None:
-        if not any(getattr(o, "use_ema", False) for o in _inner(self.model.optimizer)):
+        optimizer = self.model.optimizer
+        if not any(getattr(one, "use_ema", False) for one in inner(optimizer)):
             raise ValueError(
                 "`AverageForEvaluation` needs an optimizer with `use_ema=True`. "
-                f"Received: {self.model.optimizer!r} of the model {self.model.name!r}"
+                f"Received: {described(optimizer)} of the model {self.model.name!r}"
             )
 
     def _enter(self) -> None:
@@ -188,7 +200,7 @@ class AverageForEvaluation(keras.callbacks.Callback):
         _held[model] = _Held(variables, raw, averages)
         self._holds = True
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Put the weights back, if nothing else needs the averages in the model."""
         self._depth -= 1
         if self._depth == 0 and self._holds:
@@ -196,27 +208,9 @@ class AverageForEvaluation(keras.callbacks.Callback):
             _held.pop(self.model).put_back()
 
 
-def _callback_list(callback: Any) -> Any:
-    """Return the list that is calling this callback; Keras does not tell. Else None."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            return caller if callback in caller.callbacks else None
-        frame = frame.f_back
-    return None
-
-
-def _inner(optimizer: Any) -> Sequence[Any]:
-    """Return the optimizers that a wrapper has, or the optimizer itself."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return getattr(optimizer, "optimizers", [optimizer])
-
-
 def _has_averages(optimizer: Any) -> bool:
     """Whether there was a step: until then there are no averages to put in."""
-    inner = _inner(optimizer)
-    return all(o.built and _array(o.iterations) > 0 for o in inner)
+    return all(o.built and _array(o.iterations) > 0 for o in inner(optimizer))
 
 
 def _needs_raw_weights(callback: Any) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_rmsprop.backends import current as backend
 from keras_rmsprop.folding import total
 from keras_rmsprop.sampling import Sample
 
@@ -41,10 +42,12 @@ LASTING = 100
 """For so many steps a distance found at the start lasts, before it fades."""
 MOST = 1e4
 """No distance is larger: on a slope without end it would grow to infinity."""
+SAME = 1e-3
+"""Weights are those of the end of `fit` if `reach` has changed by a smaller share."""
 
 
 class Estimate(NamedTuple):
-    """What is known so far: four numbers, kept in one variable."""
+    """What is known so far: five numbers, kept in one variable."""
 
     distance: Any
     """d; the learning rate is this times the factor."""
@@ -53,7 +56,17 @@ class Estimate(NamedTuple):
     steps: Any
     """t, the number of steps so far."""
     path: Any
-    """The sum of the learning rates so far: how far a weight can have come."""
+    """The sum of the learning rates so far."""
+    reach: Any
+    """How far the farthest weight was from its first value when `fit` ended; else 0.
+
+    Less than 0: the search begins again, and the next step forgets the last one.
+    """
+
+    @classmethod
+    def at_first(cls, initial: float, *, again: bool = False) -> "Estimate":
+        """Return what is known before the first step, of a new search or one again."""
+        return cls(initial, 0.0, 0.0, 0.0, -1.0 if again else 0.0)
 
 
 class Part(NamedTuple):
@@ -82,6 +95,7 @@ def find(
     fold: bool = False,
     scale: Any = None,
     kernel: Any = None,
+    momentums: Sequence[Any] = (),
 ) -> Any:
     """Update the estimate with this step's gradients; return the distance, a scalar.
 
@@ -94,8 +108,11 @@ def find(
         fold: Whether XLA compiles it; see `folding`.
         scale: What gradients are to be multiplied by; None: 1.
         kernel: Where there is one, the native kernel, which follows most variables.
+        momentums: Momentum buffers that hold learning rates: they begin again, too.
     """
-    old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 4))
+    known = _unless_replaced(parts, kept, options.initial)
+    old = Estimate(*ops.unstack(known, 5))
+    _forget(parts, momentums, old.reach < 0)
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
@@ -134,8 +151,33 @@ def find(
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
     path = old.path + factor * distance
-    kept.assign(ops.stack(Estimate(distance, gain, steps, path)))
+    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0)))
     return distance
+
+
+def farthest(parts: Sequence[Part]) -> Any:
+    """Return how far the farthest weight is from its first value, a float32 scalar."""
+    found = [ops.zeros((), "float32")]
+    for part in parts:
+        if math.prod(part.first.shape):
+            weights = part.sample.of(ops.convert_to_tensor(part.variable))
+            way = ops.cast(weights, part.first.dtype) - part.first
+            found.append(ops.cast(ops.max(ops.absolute(way)), "float32"))
+    return ops.stop_gradient(ops.max(ops.stack(found)))
+
+
+def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Any:
+    """Return the estimate so far, or a first one if the weights are others.
+
+    That is so if they are not those with which the last `fit` ended. A step looks at
+    them only if `fit` has ended since the last one.
+    """
+    so_far = ops.convert_to_tensor(kept)
+    reach = so_far[Estimate._fields.index("reach")]
+    now = ops.cond(reach > 0, lambda: farthest(parts), lambda: reach)
+    is_other = ops.absolute(now - reach) > SAME * ops.absolute(reach)
+    at_first = [*Estimate.at_first(initial, again=True)]
+    return ops.where(is_other, ops.convert_to_tensor(at_first, "float32"), so_far)
 
 
 def _begin(parts: Sequence[Part], is_first: Any) -> None:
@@ -151,14 +193,28 @@ def _begin(parts: Sequence[Part], is_first: Any) -> None:
             weights = part.sample.of(ops.convert_to_tensor(part.variable))
             part.first.assign(ops.cast(weights, part.first.dtype))
 
-    if keras.backend.backend() != "jax":
-        ops.cond(is_first, begin, lambda: None)
-        return
-    # There a branch has no side effects.
-    before = [ops.convert_to_tensor(part.first) for part in parts]
-    begin()
-    for part, first in zip(parts, before, strict=True):
-        part.first.assign(ops.where(is_first, ops.convert_to_tensor(part.first), first))
+    backend.either(is_first, begin, _nothing, [part.first for part in parts])
+
+
+def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> None:
+    """Forget the last search, if another one begins: its sums, and steps of its rate.
+
+    Old steps in a momentum buffer, at a large rate, would go on for a while.
+    """
+    variables = [*(part.sums for part in parts), *momentums]
+
+    def forget() -> None:
+        for variable in variables:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+        for part in parts:
+            if part.rows is not None:
+                part.rows.clock.sum.assign(0.0)
+
+    backend.either(forgets, forget, _nothing, variables)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:

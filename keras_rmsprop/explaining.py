@@ -42,8 +42,8 @@ def explain(steps: Steps, paths: Sequence[str]) -> str:
             for update in updates
         ]
         text += "\n" + "\n".join(explained({"State between steps:": stored}, names))
-    if steps.on(Search):
-        text += f"\nThe learning rate found is {optimizer.found_learning_rate:.3g}."
+    if steps.on(Search) and (rate := optimizer.current_learning_rate):
+        text += f"\nThe learning rate found is {rate:.3g}."
     return text
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_rmsprop import checks
+from keras_rmsprop.callback_base import Callback, described, list_of
 from keras_rmsprop.state import sync
 
 STALLED, EXPLODING = 1e-7, 0.3
@@ -69,14 +70,16 @@ def _norm(x: NDArray[np.float64]) -> float:
     return math.sqrt(np.square(x).sum())
 
 
-class Monitor(keras.callbacks.Callback):
+class Monitor(Callback):
     r"""Watch what RMSprop does to each variable, and say what looks wrong.
 
     Once the optimizer is built, it compares the weights and $v$ before and after a
     step, every few batches. That gives the change of the weights and, from
     $v' = \rho v + (1 - \rho) g^2$, the norm of the gradient $g$, whatever runs the
     step. In between it does nothing. At the end of an epoch it puts the learning rate
-    into the logs, for the progress bar, the history and other callbacks.
+    in use into the logs, as `current_learning_rate`: for the progress bar, the history,
+    `CSVLogger`, `TensorBoard` and all other callbacks, wherever it stands in their
+    list. (What Keras' own log as `learning_rate` is the factor, with `"auto"`.)
 
     Args:
         every: Number of batches from one look to the next; or `None`: 100, and more
@@ -106,7 +109,7 @@ class Monitor(keras.callbacks.Callback):
         >>> x = np.ones((32, 2))
         >>> history = model.fit(x, x, batch_size=4, verbose=0, callbacks=[monitor])
         >>> sorted(history.history)
-        ['learning_rate_in_force', 'loss']
+        ['current_learning_rate', 'loss']
         >>> sorted({reading.variable.split("/")[-1] for reading in monitor.readings})
         ['bias', 'kernel']
     """
@@ -127,11 +130,14 @@ class Monitor(keras.callbacks.Callback):
         self.findings: list[str] = []
         self._steps = 0
         self._next = 1
-        self._before: Any = None
         self._seconds = 0.0  # of the last look
-        self._since = 0.0
         self._steps_since = 0
-        self._named: set[tuple[str, str]] = set()
+        self._named: frozenset[tuple[str, str]] = frozenset()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._before: Any = None
+        self._since = 0.0
         self._writer: Any = None
 
     @property
@@ -140,13 +146,17 @@ class Monitor(keras.callbacks.Callback):
         return getattr(optimizer, "inner_optimizer", optimizer)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the optimizer, and forget a look that was interrupted."""
+        """Check the optimizer, forget a look that was interrupted, and become first."""
         self._before, self._since = None, 0.0
-        if not hasattr(self._optimizer, "found_learning_rate"):
+        if not hasattr(self._optimizer, "current_learning_rate"):
             raise ValueError(
                 "`Monitor` needs an RMSprop of keras_rmsprop. "
-                f"Received: {self._optimizer!r}"
+                f"Received: {described(self._optimizer)}"
             )
+        caller = list_of(self)
+        if caller is not None:  # a new list: it goes through the old one now
+            others = [c for c in caller.callbacks if c is not self]
+            caller.callbacks = [self, *others]
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Look before a step, or at what the last one has done, if it is time."""
@@ -181,7 +191,7 @@ class Monitor(keras.callbacks.Callback):
         """Compare, if it is time, and put the current learning rate into the logs."""
         self._look_after()
         if logs is not None:
-            logs["learning_rate_in_force"] = self._rate()
+            logs["current_learning_rate"] = self._rate()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write what is left."""
@@ -189,9 +199,8 @@ class Monitor(keras.callbacks.Callback):
             self._writer.flush()
 
     def _rate(self) -> float:
-        optimizer = self._optimizer
-        found = optimizer.found_learning_rate
-        return float(optimizer.learning_rate) if found is None else found
+        rate = self._optimizer.current_learning_rate
+        return math.nan if rate is None else rate  # there was no step
 
     def _seen(self) -> Any:
         sync(self.model)
@@ -237,7 +246,7 @@ class Monitor(keras.callbacks.Callback):
                     skipped,
                 )
             )
-        self.readings += added
+        self.readings = self.readings + added
         for reading in added:
             self._judge(reading)
         self._write(added)
@@ -273,8 +282,8 @@ class Monitor(keras.callbacks.Callback):
             text = f"{path} is exploding: a step changes it by {ratio:.1g} of itself"
         kind = text.removeprefix(path).split(":")[0]
         if text and (path, kind) not in self._named:
-            self._named.add((path, kind))
-            self.findings.append(f"step {reading.step}: {text}")
+            self._named |= {(path, kind)}
+            self.findings = [*self.findings, f"step {reading.step}: {text}"]
             if self.show:
                 print(f"\n{self.findings[-1]}")
 
@@ -305,7 +314,15 @@ class Monitor(keras.callbacks.Callback):
 
         Returns:
             A matplotlib figure.
+
+        Raises:
+            ValueError: There is no reading yet.
         """
+        if not self.readings:
+            raise ValueError(
+                "`Monitor` has seen no step yet. Pass it to `fit` first, as "
+                "`model.fit(..., callbacks=[monitor])`; a short one needs `every=1`."
+            )
         from matplotlib.figure import Figure
 
         figure = Figure((13, 4), layout="constrained")

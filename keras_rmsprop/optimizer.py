@@ -81,7 +81,7 @@ class RMSprop(keras.optimizers.Optimizer):
             `keras.optimizers.schedules.LearningRateSchedule`, a callable without
             arguments that returns a number, or `"auto"`. Then the rate is found while
             training, from the gradients and the way that the weights have gone so far
-            (see `AutoLearningRate`), and `found_learning_rate` is the rate. A value
+            (see `AutoLearningRate`), and `current_learning_rate` is the rate. A value
             assigned to `learning_rate`, by a callback say, multiplies it. Unless
             `centered`, `bias_correction` is then on by default, and an epsilon of
             1e-7 becomes 1e-30, so that the scale of the loss does not matter. It works
@@ -434,6 +434,8 @@ class RMSprop(keras.optimizers.Optimizer):
         for kept in self._keeper.made():
             # Averages as the weights are now.
             backend.assign_everywhere(kept.variable, kept.start())
+        if self._search is not None:
+            self._search.restart()
         self._put_in_order()
         if self._clocks:
             self._clocks.move(
@@ -474,7 +476,9 @@ class RMSprop(keras.optimizers.Optimizer):
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        return self._steps.run(backend.as_gradients(grads, variables), variables)
+        grads = backend.as_gradients(grads, variables)
+        self._restart_if_changed()
+        return self._steps.run(grads, variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its slots by `rule.step`.
@@ -531,21 +535,26 @@ class RMSprop(keras.optimizers.Optimizer):
         return self.weight_decay if self._use_weight_decay(variable) else None
 
     @property
-    def found_learning_rate(self) -> Any:
-        """The learning rate found while training, of the last step.
+    def current_learning_rate(self) -> Any:
+        """The learning rate in use: that of the last step if it is found, else as set.
 
-        It is a number, or a tensor in a `tf.function`, where the optimizer must be
-        built: `learning_rate` times the distance that was found, times `1 - momentum`.
-        It is None without `learning_rate="auto"`. A warning says if it seems wrong.
+        It is a number, or a tensor in a `tf.function`. With `learning_rate="auto"` it
+        is `learning_rate` times the distance that was found, times `1 - momentum`; None
+        before the first step; and a warning says if it seems wrong.
         """
-        search = self._search
+        factor, search = self._get_current_learning_rate(), self._search
         if search is None:
-            return None
-        factor = self._get_current_learning_rate()
+            return float(factor) if options.has_value(factor) else factor
         if not search.is_known():
             return search.rate_of(search.estimate[0], factor)
+        known = search.known()
         self._warn(search.complaint())
-        return float(search.rate_of(search.known().distance, factor))
+        return float(search.rate_of(known.distance, factor)) if known.steps else None
+
+    def _restart_if_changed(self) -> None:
+        """Restart the search if what is trained has changed; see `automatic.Search`."""
+        if self._search is not None and self.built:
+            self._search.restart_if_changed(self._trainable_variables)
 
     @property
     def _search(self) -> automatic.Search | None:
@@ -577,9 +586,11 @@ class RMSprop(keras.optimizers.Optimizer):
         # hide that of the step. There is no public way to know.
         if self.built and getattr(self._iterations, "_value", 0) is None:
             return
-        if self._search is not None and self.built and self._search.is_known():
-            self._warn(self._search.complaint(self._trainable_variables))
         super().finalize_variable_values(var_list)
+        if self._search is not None and self.built and self._search.is_known():
+            self._warn(self._search.complaint())
+            self._restart_if_changed()  # it may be the first that is seen of `fit`
+            self._search.end_fit(self._trainable_variables)
 
     def explain(self) -> str:
         """Say how each variable is updated, and why.
@@ -613,6 +624,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """
         if backend.is_eager() and not saving.is_walking():
             self._load_what_waits()
+            self._restart_if_changed()
             self._catch_up_all()
         return super().variables
 
@@ -750,6 +762,9 @@ class RMSprop(keras.optimizers.Optimizer):
                     f"made. Received: learning_rate={learning_rate!r}"
                 )
             learning_rate = auto.factor
+        elif self._search is not None:
+            old = super().learning_rate
+            self._warn(automatic.complaint_of_factor(learning_rate, old))
         inherited: Any = keras.optimizers.Optimizer.learning_rate
         inherited.fset(self, checks.learning_rate(learning_rate))
 

@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike, NDArray
 
 from keras_rmsprop import checks
+from keras_rmsprop.callback_base import Callback, inner
 from keras_rmsprop.state import copied, sync
 
 WORSE, BATCHES = 4.0, 5
@@ -18,16 +18,16 @@ WORSE, BATCHES = 4.0, 5
 FEWEST_STEPS = 20
 
 
-class LearningRateFinder(keras.callbacks.Callback):
+class LearningRateFinder(Callback):
     r"""Find a learning rate: raise it step by step, and see when the loss falls.
 
     The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
     `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
     the loss is no longer finite, or of five batches four times what it began with. Then
     the model and the optimizer are put back as they were, to the bit: weights, slots,
-    averages, statistics, seeds and the learning rate. `fit` stops there, or goes on
-    with the rate found. If `fit` is interrupted during the test, the next `fit` with
-    this callback puts them back.
+    averages, statistics, seeds and the learning rate. `fit` stops there, so call it
+    again to train; with `train=True` it goes on with the rate found. If `fit` is
+    interrupted during the test, the next `fit` with this callback puts them back.
 
     It suggests a third of the rate at which the smoothed loss is lowest. That is a
     place to start: the best rate for a long training may be larger or smaller.
@@ -89,6 +89,9 @@ class LearningRateFinder(keras.callbacks.Callback):
         self.rates: list[float] = []
         self.losses: list[float] = []
         self.suggestion: float | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._before: Any = None
         self._waits = self._running = False
         self._mean = 0.0, 0.0  # the sum of the losses so far, and their weight
@@ -172,14 +175,18 @@ class LearningRateFinder(keras.callbacks.Callback):
         self._before = None
 
     def _check(self) -> None:
-        optimizer = self.model.optimizer
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
-        found = getattr(inner, "found_learning_rate", None)
-        rate = inner.get_config().get("learning_rate")
-        if found is not None or not isinstance(rate, float):
+        optimizer = inner(self.model.optimizer)[0]
+        rate = optimizer.get_config().get("learning_rate")
+        kind = rate.get("class_name") if isinstance(rate, dict) else None
+        if kind == "AutoLearningRate":
+            raise ValueError(
+                '`LearningRateFinder` is not needed with `learning_rate="auto"`, which '
+                "finds the rate while training. Remove the callback."
+            )
+        if not isinstance(rate, float):
             raise ValueError(
                 "`LearningRateFinder` needs an optimizer whose learning rate is a "
-                f"number. Received: {rate!r}"
+                f"number. Received: learning_rate={kind or rate!r}"
             )
 
     def _finish(self) -> None:
@@ -204,9 +211,20 @@ class LearningRateFinder(keras.callbacks.Callback):
     def plot(self) -> Any:
         """Draw the loss over the learning rate, with the suggested rate.
 
+        Both axes are logarithmic, unless a loss is not positive. Losses more than four
+        times the first ones are cut off.
+
         Returns:
             A matplotlib figure.
+
+        Raises:
+            ValueError: There are no losses yet.
         """
+        if not self.losses:
+            raise ValueError(
+                "`LearningRateFinder` has seen no batch yet. Pass it to `fit` first, "
+                "as `model.fit(..., callbacks=[finder])`."
+            )
         from matplotlib.figure import Figure
 
         figure = Figure((7, 4.5), layout="constrained")
@@ -217,7 +235,11 @@ class LearningRateFinder(keras.callbacks.Callback):
         if self.suggestion is not None:
             label = f"suggested: {self.suggestion:.2g}"
             axes.axvline(self.suggestion, color="C1", linestyle="--", label=label)
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        is_positive = min(self.losses) > 0
+        axes.set(xscale="log", yscale="log" if is_positive else "linear")
+        axes.set(xlabel="learning rate", ylabel="loss")
+        if math.isfinite(worst := float(_worst(self.losses))):
+            axes.set_ylim(top=worst)
         axes.grid(alpha=0.3)
         axes.legend()
         return figure

@@ -101,7 +101,7 @@ def automatic_step(
     initial: float = 1e-5,
     coefficient: float = 1.0,
     growth: float = np.inf,
-    one_in: int = 4,
+    sample_every: int = 4,
     factor: float = 1.0,
     **hyperparameters: Any,
 ) -> list[Array]:
@@ -120,8 +120,8 @@ def automatic_step(
         initial: The first distance.
         coefficient: What the distance is multiplied by.
         growth: The largest factor by which the distance may grow in a step.
-        one_in: One in so many elements of a large parameter is looked at, along the
-            shorter side, and stands for the others.
+        sample_every: One in so many elements of a large parameter is looked at, along
+            the shorter side, and stands for the others.
         factor: What multiplies the distance to the learning rate.
         **hyperparameters: Arguments of `step`.
 
@@ -138,9 +138,9 @@ def automatic_step(
         x = np.asarray(x, np.float64)
         if x.size < 4096:
             return x
-        if x.ndim > 1 and one_in <= x[..., 0].size <= x.shape[-1]:
-            return x.reshape(-1, x.shape[-1])[::one_in]
-        return x[..., ::one_in]
+        if x.ndim > 1 and sample_every <= x[..., 0].size <= x.shape[-1]:
+            return x.reshape(-1, x.shape[-1])[::sample_every]
+        return x[..., ::sample_every]
 
     xs, gs = list(map(seen, thetas)), list(map(seen, gradients))
     n = [np.size(theta) / max(x.size, 1) for theta, x in zip(thetas, xs, strict=True)]

@@ -19,10 +19,10 @@ class Sample:
 
     Args:
         shape: The variable's shape.
-        one_in: n.
+        sample_every: n.
 
     Attributes:
-        is_small: Whether all are looked at, whatever `one_in` is.
+        is_small: Whether all are looked at, whatever `sample_every` is.
         shape: The shape of these elements.
         row_step: They are of one row in so many, all elements of it if that is not 1.
         stands_for: How many elements of the variable one of these stands for.
@@ -41,10 +41,10 @@ class Sample:
         (2, 5, 4)
     """
 
-    def __init__(self, shape: Sequence[int], one_in: int) -> None:
+    def __init__(self, shape: Sequence[int], sample_every: int) -> None:
         size, last = math.prod(shape), shape[-1] if len(shape) else 1
         self.is_small = size < SAMPLED_ELEMENTS
-        self._step = step = 1 if self.is_small else one_in
+        self._step = step = 1 if self.is_small else sample_every
         self._lines = len(shape) == 2 and 1 < step <= shape[0] <= last
         self.row_step = step if self._lines or len(shape) == 1 else 1
         self.shape = tuple(shape)

@@ -311,12 +311,11 @@ def _converted(
 
 def _rate_after(optimizer: RMSprop, steps: int) -> Any:
     """Return my learning rate, which may follow a schedule, after that many steps."""
-    if optimizer.found_learning_rate is not None:
-        return optimizer.found_learning_rate
     schedule = optimizer._learning_rate
-    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+    is_schedule = isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+    if is_schedule and optimizer._search is None:
         return schedule(steps)
-    return optimizer.learning_rate
+    return optimizer.current_learning_rate or optimizer.learning_rate
 
 
 def _torch_groups(

@@ -57,7 +57,8 @@ def both(optimizer, options, steps=20, way="eager", scale=1.0, **search):
         apply([tensor(scale * g, "float32") for g in given])
         weights = reference.automatic_step(weights, given, state, **search, **options)
     rate = state["d"] * (1 - options.get("momentum", 0.0))
-    return [v.numpy() for v in variables], weights, optimizer.found_learning_rate, rate
+    found = optimizer.current_learning_rate
+    return [v.numpy() for v in variables], weights, found, rate
 
 
 OPTIONS = [
@@ -95,7 +96,7 @@ def test_the_rate_and_the_steps_are_those_of_the_reference(way, options):
     initial=st.sampled_from([1e-5, 1e-4, 1e-3]),
     coefficient=st.floats(0.2, 2),
     growth=st.sampled_from([1.1, 2.0, np.inf]),
-    one_in=st.integers(1, 9),
+    sample_every=st.integers(1, 9),
     momentum=st.sampled_from([0.0, 0.9]),
 )
 def test_however_it_is_looked_for(momentum, **search):
@@ -133,7 +134,7 @@ def test_the_order_of_the_variables_does_not_matter():
                 [tensor(given[i], "float32") for i in order],
                 [variables[i] for i in order],
             )
-        rates.append(optimizer.found_learning_rate)
+        rates.append(optimizer.current_learning_rate)
         ends.append([v.numpy() for v in variables])
     assert rates[0] == pytest.approx(rates[1], rel=1e-4)
     assert_close(*ends, 1e-4)
@@ -148,7 +149,7 @@ def test_going_up_finds_the_rate_of_going_down():
         for step in range(30):
             given = gradients([v.numpy() for v in variables], step)
             optimizer.apply([tensor(sign * g, "float32") for g in given], variables)
-        rates.append(optimizer.found_learning_rate)
+        rates.append(optimizer.current_learning_rate)
     assert rates[0] == pytest.approx(rates[1], rel=1e-5)
     assert rates[0] > 1e-4
 
@@ -161,13 +162,13 @@ def test_what_is_set_is_a_factor():
     assert float(optimizer.learning_rate) == 1
     for _ in range(50):
         optimizer.apply([weight.numpy()], [weight])
-    whole = optimizer.found_learning_rate
+    whole = optimizer.current_learning_rate
     optimizer.learning_rate = 0.25
-    assert optimizer.found_learning_rate == pytest.approx(whole / 4)
+    assert optimizer.current_learning_rate == pytest.approx(whole / 4)
     before = weight.numpy()
     optimizer.apply([[1.0, -1.0]], [weight])
     way = before - weight.numpy()
-    assert np.abs(way).max() < 1.01 * optimizer.found_learning_rate * 10**0.5
+    assert np.abs(way).max() < 1.01 * optimizer.current_learning_rate * 10**0.5
     optimizer.learning_rate = 0.0
     before = weight.numpy()
     optimizer.apply([[1.0, -1.0]], [weight])
@@ -183,7 +184,7 @@ def test_a_schedule_and_callbacks_multiply_it():
     model.fit(x, y, batch_size=16, epochs=5, verbose=0)
     optimizer = model.optimizer
     distance = optimizer._search.estimate.numpy()[0]
-    assert optimizer.found_learning_rate == pytest.approx(distance / 2)
+    assert optimizer.current_learning_rate == pytest.approx(distance / 2)
 
     model = dense_model(RMSprop("auto"))
     reduce = keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=0, min_delta=1e9)
@@ -202,7 +203,7 @@ def test_the_configuration_makes_an_equal_one():
     again = RMSprop.from_config(config)
     assert again.get_config() == optimizer.get_config()
     auto = again._search.options
-    assert (auto.initial, auto.coefficient, auto.growth, auto.one_in) == (
+    assert (auto.initial, auto.coefficient, auto.growth, auto.sample_every) == (
         *(1e-6, 0.5, 1.1, 2),
     )
     plain = RMSprop("auto")
@@ -226,8 +227,8 @@ def test_the_configuration_makes_an_equal_one():
         ({"coefficient": 1e300}, ValueError, r"`coefficient` must be in \(0, 1000\]"),
         ({"coefficient": "1"}, TypeError, "`coefficient` must be a number"),
         ({"growth": 1}, ValueError, "`growth` must be > 1"),
-        ({"one_in": 0}, ValueError, "`one_in` must be an integer >= 1"),
-        ({"one_in": True}, ValueError, "`one_in` must be an integer >= 1"),
+        ({"sample_every": 0}, ValueError, "`sample_every` must be an integer >= 1"),
+        ({"sample_every": True}, ValueError, "`sample_every` must be an integer >= 1"),
         ({"factor": -1}, ValueError, "`learning_rate` must be finite and >= 0"),
     ],
 )
@@ -238,7 +239,8 @@ def test_bad_arguments_are_refused(arguments, error, message):
 
 def test_it_is_asked_for_when_the_optimizer_is_made():
     optimizer = RMSprop(0.1)
-    assert optimizer.found_learning_rate is None
+    assert optimizer.current_learning_rate == pytest.approx(0.1)
+    assert RMSprop("auto").current_learning_rate is None  # there was no step
     with pytest.raises(ValueError, match="when the optimizer is made"):
         optimizer.learning_rate = "auto"
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
@@ -266,7 +268,9 @@ def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
         model.train_on_batch(x, y)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert again.optimizer.found_learning_rate == model.optimizer.found_learning_rate
+    assert (
+        again.optimizer.current_learning_rate == model.optimizer.current_learning_rate
+    )
     for _ in range(10):
         model.train_on_batch(x, y)
         again.train_on_batch(x, y)
@@ -369,22 +373,22 @@ def test_a_checkpoint_of_a_rate_is_not_restored_as_a_factor(tmp_path, rates):
 
 
 def test_a_search_that_fits_in_parts_begins_anew(tmp_path):
-    def model(one_in):
-        auto = AutoLearningRate(one_in=one_in)
+    def model(sample_every):
+        auto = AutoLearningRate(sample_every=sample_every)
         return dense_model(RMSprop(auto), units=(2000, 3))
 
-    source = model(one_in=1)
+    source = model(sample_every=1)
     x, y = numbers(source, batch=32)
     source.fit(x, y, epochs=20, verbose=0)
     source.save_weights(tmp_path / "m.weights.h5")
-    other = model(one_in=4)
+    other = model(sample_every=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other.load_weights(tmp_path / "m.weights.h5")
         other.fit(x, y, verbose=0)
     assert int(other.optimizer.iterations) == 21
-    distance, _, steps, _ = other.optimizer._search.estimate.numpy()
-    assert (distance, steps) == (np.float32(1e-5), 1)
+    known = other.optimizer._search.known()
+    assert (known.distance, known.steps) == (np.float32(1e-5), 1)
     for first, w in zip(other.optimizer._search.firsts, source.weights, strict=True):
         sample = other.optimizer._search.options.sample(w.shape)
         np.testing.assert_array_equal(first.numpy(), sample.of(w.numpy()))
@@ -395,8 +399,8 @@ def test_the_rate_found_is_a_tensor_in_a_function():
     optimizer, weight = RMSprop("auto"), keras.Variable([1.0, 2.0])
     for _ in range(30):
         optimizer.apply([weight.numpy()], [weight])
-    inside = tf.function(lambda: optimizer.found_learning_rate)()
-    assert float(inside) == pytest.approx(optimizer.found_learning_rate)
+    inside = tf.function(lambda: optimizer.current_learning_rate)()
+    assert float(inside) == pytest.approx(optimizer.current_learning_rate)
 
 
 @pytest.mark.tensorflow("`tf.function`")
@@ -418,16 +422,13 @@ def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
     x, y = numbers(model, batch=32)
     model.fit(x, y, epochs=5, verbose=0)
-    estimate = model.optimizer._search.estimate.numpy()
-    begun = model.optimizer._search.firsts[0].numpy()
     model.get_layer("body").trainable = True
-    now = model.get_layer("body").kernel.numpy()
+    now = model.get_weights()
     model.compile(model.optimizer, "mse")
     model.fit(x, y, epochs=1, verbose=0)
-    first, *_, head, _ = model.optimizer._search.firsts
-    np.testing.assert_array_equal(first.numpy(), now)
-    np.testing.assert_array_equal(head.numpy(), begun)
-    assert model.optimizer._search.estimate.numpy()[2] == estimate[2] + 1
+    for first, weights in zip(model.optimizer._search.firsts, now, strict=True):
+        np.testing.assert_array_equal(first.numpy(), weights)
+    assert model.optimizer._search.known().steps == 1
 
 
 # Tables.
@@ -506,7 +507,7 @@ def test_what_has_no_gradient_counts_as_it_stands(sparse):
             given[1] = as_dense[1] = None
         optimizer.apply(given, variables)
         weights = automatic_without(weights, as_dense, state)
-    assert optimizer.found_learning_rate == pytest.approx(state["d"], rel=1e-4)
+    assert optimizer.current_learning_rate == pytest.approx(state["d"], rel=1e-4)
     assert_close([v.numpy() for v in variables], weights, 1e-4)
 
 
@@ -623,7 +624,7 @@ def test_two_replicas_find_what_one_finds():
                 for copy in copies:
                     np.testing.assert_array_equal(copy, copies[0], v.path)
             weights = [w.numpy() for w in model.weights]
-            return weights, optimizer.found_learning_rate
+            return weights, optimizer.current_learning_rate
 
         one, rate = trained(tf.distribute.OneDeviceStrategy("CPU:0"))
         two, rate_of_two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
@@ -657,7 +658,7 @@ def test_other_backends_find_what_the_reference_finds(backend):
                 weights, given, state,
                 momentum=0.5, epsilon=1e-30, bias_correction=True)
         np.testing.assert_allclose(
-            optimizer.found_learning_rate, state["d"] / 2, rtol=2e-3)
+            optimizer.current_learning_rate, state["d"] / 2, rtol=2e-3)
         for v, w in zip(variables, weights):
             found = keras.ops.convert_to_numpy(v)
             np.testing.assert_allclose(found, w, rtol=0, atol=2e-3)
@@ -665,7 +666,7 @@ def test_other_backends_find_what_the_reference_finds(backend):
         model.compile(RMSprop("auto", use_ema=True), "mse")
         x = rng.normal(size=(64, 8))
         loss = model.fit(x, x[:, :4], epochs=40, verbose=0).history["loss"]
-        assert loss[-1] < loss[0] / 2 and model.optimizer.found_learning_rate > 1e-3
+        assert loss[-1] < loss[0] / 2 and model.optimizer.current_learning_rate > 1e-3
         print(keras.backend.backend())
         """,
         KERAS_BACKEND=backend,
@@ -682,7 +683,7 @@ def test_a_subclass_with_a_step_of_its_own_is_given_the_rate_found():
     for _ in range(5):
         before, given = weight.numpy(), weight.numpy()
         optimizer.apply([given], [weight])
-        way = optimizer.found_learning_rate * given
+        way = optimizer.current_learning_rate * given
         np.testing.assert_allclose(before - weight.numpy(), way, rtol=1e-2, atol=1e-7)
 
 
@@ -700,8 +701,8 @@ def test_a_rate_that_is_stuck_is_told_of():
     ):
         model.fit(x, y, batch_size=1, epochs=15, verbose=0)
     with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
-        assert model.optimizer.found_learning_rate == pytest.approx(1e-5)
-    known = estimate.Estimate(0.03, 0.0, 100.0, 0.0)
+        assert model.optimizer.current_learning_rate == pytest.approx(1e-5)
+    known = estimate.Estimate(0.03, 0.0, 100.0, 3.0, 0.0)
     words = automatic.complaint(known, AutoLearningRate(initial=0.03))
     assert "too large" in words
     assert "(initial=1e-05)" in words
@@ -713,23 +714,82 @@ def test_a_rate_that_runs_away_is_told_of():
         warnings.simplefilter("error", UserWarning)
         for _ in range(20):
             optimizer.apply([[1.0]], [weight])
-        _ = optimizer.found_learning_rate
+        _ = optimizer.current_learning_rate
     for _ in range(1000):
         optimizer.apply([[1.0]], [weight])  # a slope without end
     with pytest.warns(UserWarning, match="larger than weights should move"):
-        assert optimizer.found_learning_rate == estimate.MOST
+        assert optimizer.current_learning_rate == estimate.MOST
     assert np.isfinite(weight.numpy())
 
 
-def test_weights_replaced_while_training_are_told_of():
+@pytest.mark.parametrize("initial", [1e-5, 3e-4, 1e-3])  # two are rounded up
+def test_a_rate_that_is_stuck_is_told_of_whatever_it_is(initial):
+    weight = keras.Variable(np.ones(50), dtype="bfloat16")  # steps are lost in it
+    optimizer = RMSprop(AutoLearningRate(initial=initial))
+    for _ in range(101):
+        way = keras.ops.convert_to_tensor(weight) - 3
+        optimizer.apply([way], [weight])
+    with pytest.warns(UserWarning, match="still at its initial value"):
+        assert optimizer.current_learning_rate == pytest.approx(initial)
+
+
+ABSOLUTE = {
+    "scheduler": lambda m: keras.callbacks.LearningRateScheduler(lambda epoch: 1e-3),
+    "decay": lambda m: keras.callbacks.LearningRateScheduler(
+        lambda epoch: 3e-4 * 0.9**epoch
+    ),
+    "assigned": lambda m: setattr(m.optimizer, "learning_rate", 1e-3),
+    "in place": lambda m: m.optimizer.learning_rate.assign(1e-3),
+    "0.01 in place": lambda m: m.optimizer.learning_rate.assign(0.01),
+}
+
+
+@pytest.mark.parametrize("act", ABSOLUTE.values(), ids=ABSOLUTE)
+def test_a_rate_where_a_factor_is_meant_is_told_of(act):
     model = dense_model(RMSprop("auto"))
-    x, y = numbers(model, batch=32)
+    x, y = numbers(model, 100)
+    with pytest.warns(UserWarning, match=r"`learning_rate` is .*factor.*= 1\.0"):
+        callbacks = [c for c in [act(model)] if c]
+        model.fit(x, y, batch_size=2, epochs=2, verbose=0, callbacks=callbacks)
+
+
+FACTORS = {
+    "scheduler": [
+        keras.callbacks.LearningRateScheduler(
+            lambda epoch: [1.0, 0.5, 0.1, 0.02][epoch]
+        )
+    ],
+    "warm-up": [
+        keras.callbacks.LearningRateScheduler(lambda epoch: min(1.0, (epoch + 1) / 4))
+    ],
+    "plateau": [
+        keras.callbacks.ReduceLROnPlateau("loss", 0.1, patience=0, min_delta=1e9)
+    ],
+    "cosine": keras.optimizers.schedules.CosineDecay(1.0, 40),
+    "warm-up of steps": keras.optimizers.schedules.CosineDecay(
+        0.0, 20, warmup_target=1.0, warmup_steps=20
+    ),
+}
+
+
+@pytest.mark.parametrize("given", FACTORS.values(), ids=FACTORS)
+def test_a_factor_is_not_told_of(given):
+    callbacks, factor = (given, 1.0) if isinstance(given, list) else ([], given)
+    model = dense_model(RMSprop(AutoLearningRate(factor=factor)))
+    x, y = numbers(model, 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model.fit(x, y, epochs=3, verbose=0)
-    model.set_weights([w + 1000 for w in model.get_weights()])
-    with pytest.warns(UserWarning, match="make a new optimizer"):
-        model.fit(x, y, epochs=1, verbose=0)
+        model.fit(x, y, batch_size=10, epochs=4, verbose=0, callbacks=callbacks)
+        assert model.optimizer.current_learning_rate > 0 or callbacks == []
+
+
+def test_a_decay_is_not_the_cause_of_a_rate_that_is_stuck():
+    decay = keras.optimizers.schedules.PolynomialDecay(1.0, 120, 1e-6)
+    optimizer, weight = RMSprop(AutoLearningRate(factor=decay)), keras.Variable([1.0])
+    for step in range(120):
+        optimizer.apply([[(-1.0) ** step]], [weight])
+    with pytest.warns(UserWarning, match="gradients do not agree"):
+        _ = optimizer.current_learning_rate
 
 
 def test_what_it_keeps_is_a_quarter_of_large_variables():
@@ -737,7 +797,7 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
     optimizer = RMSprop("auto")
     optimizer.build([kernel, keras.Variable(np.zeros(512), dtype="float32")])
     kept = {v.path: v for v in optimizer.variables if any(k in v.path for k in FOUND)}
-    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 4
+    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 5
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,6 @@ def test_the_rate_of_a_table_of_float64_is_found():
             )
             gradient = tf.convert_to_tensor(slices) if densely else slices
             optimizer.apply([gradient], [table])
-        found.append(optimizer.found_learning_rate)
+        found.append(optimizer.current_learning_rate)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] > 1e-4

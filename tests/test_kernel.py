@@ -800,14 +800,16 @@ def test_whoever_averages_in_another_way_does_so_once():
         min_size=1,
         max_size=4,
     ),
-    one_in=st.integers(1, 7),
+    sample_every=st.integers(1, 7),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=50)
-def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, one_in, seed):
+def test_the_search_with_it_finds_what_it_finds_without(
+    dtypes, shapes, sample_every, seed
+):
     rng = np.random.default_rng(seed)
     weights, sums = dtypes
-    how = automatic.AutoLearningRate(one_in=one_in)
+    how = automatic.AutoLearningRate(sample_every=sample_every)
 
     def part_of(shape):
         sample = how.sample(shape)
@@ -820,7 +822,7 @@ def test_the_search_with_it_finds_what_it_finds_without(dtypes, shapes, one_in, 
         part._replace(first=tf.Variable(part.first), sums=tf.Variable(part.sums))
         for part in parts
     ]
-    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0]) for _ in "12"]
+    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0, 0.0]) for _ in "12"]
     for _ in range(3):
         grads = [tf.cast(rng.normal(size=shape), sums) for shape in shapes]
         found = []

@@ -89,12 +89,29 @@ def test_the_rate_is_in_the_logs():
     model = dense_model(RMSprop("auto"))
     x, y = numbers(model, batch=32)
     _, history = watched(model, x, y)
-    assert history["learning_rate_in_force"][-1] == pytest.approx(
-        model.optimizer.found_learning_rate
+    assert history["current_learning_rate"][-1] == pytest.approx(
+        model.optimizer.current_learning_rate
     )
     model = dense_model(RMSprop(0.25))
     _, history = watched(model, x, y)
-    assert history["learning_rate_in_force"] == [0.25] * 3
+    assert history["current_learning_rate"] == [0.25] * 3
+
+
+def test_other_callbacks_find_the_rate_in_the_logs_wherever_it_stands(tmp_path):
+    for monitor_is_last in True, False:
+        model = dense_model(RMSprop("auto"))
+        x, y = numbers(model, batch=32)
+        file = tmp_path / f"{monitor_is_last}.csv"
+        callbacks = [keras.callbacks.CSVLogger(file), Monitor(show=False)]
+        callbacks = callbacks if monitor_is_last else callbacks[::-1]
+        model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks)
+        with file.open() as lines:
+            rates = [
+                float(line["current_learning_rate"]) for line in csv.DictReader(lines)
+            ]
+        assert len(rates) == 2
+        assert rates[-1] == pytest.approx(model.optimizer.current_learning_rate)
+        assert rates[-1] < 0.5  # the factor is 1
 
 
 def test_it_names_what_gets_no_gradient_and_what_is_not_finite():
@@ -166,6 +183,8 @@ def test_files(tmp_path):
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="has seen no step yet"):
+        Monitor().plot()
     with pytest.raises(ValueError, match="`every` must be an integer >= 1"):
         Monitor(0)
     model = dense_model(keras.optimizers.RMSprop())

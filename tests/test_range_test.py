@@ -257,21 +257,35 @@ def test_bad_arguments(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    "rate",
-    ["auto", keras.optimizers.schedules.CosineDecay(0.1, 10)],
+    ("rate", "message"),
+    [
+        ("auto", "not needed with"),
+        (keras.optimizers.schedules.CosineDecay(0.1, 10), "number.*: .*=CosineDecay"),
+    ],
     ids=["auto", "schedule"],
 )
-def test_only_a_number_can_be_found(rate):
+def test_only_a_number_can_be_found(rate, message):
     model = dense_model(RMSprop(rate))
-    with pytest.raises(ValueError, match="whose learning rate is a number"):
+    with pytest.raises(ValueError, match=message):
         find(model, *numbers(model))
 
 
 def test_the_picture(tmp_path):
+    finder = LearningRateFinder(steps=20)
+    with pytest.raises(ValueError, match="no batch yet"):
+        finder.plot()
     model = dense_model(RMSprop())
-    finder, _ = find(model, *numbers(model, 400))
-    finder.plot().savefig(tmp_path / "finder.png")
+    find(model, *numbers(model, 400), finder)
+    finder.losses[-1] = 1e9  # as the loss that ends a test may be
+    figure = finder.plot()
+    figure.savefig(tmp_path / "finder.png")
     assert (tmp_path / "finder.png").stat().st_size > 10_000
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    first = np.mean(finder.losses)
+    assert axes.get_ylim()[1] == pytest.approx(4 * first)
+    finder.losses[0] = -1.0
+    assert finder.plot().axes[0].get_yscale() == "linear"
 
 
 @pytest.mark.slow
