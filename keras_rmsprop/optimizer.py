@@ -268,9 +268,9 @@ class RMSprop(keras.optimizers.Optimizer):
         own = options.checked(own | {"centered": centered})
         learning_rate = checks.learning_rate(learning_rate)
         is_factor = auto is not None and isinstance(learning_rate, float)
+        options.refuse_unknown(given)
         super().__init__(
             learning_rate=(lambda: 0.0) if is_factor else learning_rate,
-            ema_overwrite_frequency=ema_overwrite_frequency,
             name=name,
             **options.checked_of_keras(
                 {
@@ -280,14 +280,17 @@ class RMSprop(keras.optimizers.Optimizer):
                     "global_clipnorm": global_clipnorm,
                     "use_ema": use_ema,
                     "ema_momentum": ema_momentum,
+                    "ema_overwrite_frequency": ema_overwrite_frequency,
                     "loss_scale_factor": loss_scale_factor,
                     "gradient_accumulation_steps": gradient_accumulation_steps,
                 }
             ),
-            **given,
         )
         for option, value in own.items():
             setattr(self, option, value)
+        options.warn_without_average(
+            self.use_ema, {name: getattr(self, name) for name in options.OF_THE_AVERAGE}
+        )
         self._search: Any = None if auto is None else automatic.Search(auto)
         if is_factor:
             self._learning_rate: Any = super().add_variable(
@@ -514,6 +517,8 @@ class RMSprop(keras.optimizers.Optimizer):
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
+        if self.built:
+            self._check_made()
         grads = backend.as_gradients(grads, variables)
         is_sparse = backend.has_slices(grads)
         if not self.built or is_sparse:
@@ -532,6 +537,25 @@ class RMSprop(keras.optimizers.Optimizer):
             in_blocks=self._has_blocks,
         )
         return self._runner.run(self._take, grads, variables, request)
+
+    def _check_made(self) -> None:
+        """Check that no option was switched on whose variables were not made."""
+        mine = vars(self)
+        options.check_made(
+            {
+                "momentum": (self.momentum, bool(mine.get("_momentums", True))),
+                "centered": (self.centered, bool(mine.get("_average_gradients", True))),
+                "use_ema": (self.use_ema, "_weight_averages" in mine),
+                "gradient_accumulation_steps": (
+                    self.gradient_accumulation_steps,
+                    "_accumulated_gradients" in mine,
+                ),
+                "skip_nonfinite": (
+                    self.skip_nonfinite,
+                    not isinstance(self.skipped_steps, int),
+                ),
+            }
+        )
 
     def _is_for_kernel(self, variables: Sequence[Any]) -> bool:
         """Whether a native kernel takes nearly all of a step of these variables.
@@ -675,11 +699,6 @@ class RMSprop(keras.optimizers.Optimizer):
             in_program: Whether this is traced for a program of its own.
         """
         self._prepare(grads, variables)
-        if self.skip_nonfinite and isinstance(self.skipped_steps, int):
-            raise ValueError(
-                "`skip_nonfinite` must be given when the optimizer is made, or before "
-                "it is built. Received: skip_nonfinite=True later"
-            )
         clocks = self._clocks_in_step(grads, variables)
         grads, rows, asserts = backend.as_taken(
             grads, variables, clocks, self._native()
@@ -1245,6 +1264,17 @@ class RMSprop(keras.optimizers.Optimizer):
         is_property = isinstance(getattr(type(self), name, None), property)
         if not is_property and "_runner" in vars(self):
             self._runner.forget_settings()
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> "RMSprop":
+        """Return an optimizer with the arguments that `get_config` returned."""
+        config, idle = options.without_average(config)
+        optimizer: RMSprop = super().from_config(config, custom_objects)
+        for name, value in idle.items():
+            setattr(optimizer, name, value)
+        return optimizer
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments to make an equal optimizer with, without its state."""
