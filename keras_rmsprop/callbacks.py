@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_rmsprop.callback_base import Callback, described, inner, list_of
 from keras_rmsprop.monitoring import Monitor as Monitor
 from keras_rmsprop.range_test import LearningRateFinder as LearningRateFinder
-from keras_rmsprop.state import copied, sync
+from keras_rmsprop.state import as_array, copied, sync
 
 
 class _Held(NamedTuple):
@@ -27,7 +26,7 @@ class _Held(NamedTuple):
     def is_in_place(self) -> bool:
         """Whether the model still has these averages, to the bit."""
         pairs = zip(self.variables, self.averages, strict=True)
-        return all(np.array_equal(_array(v), _array(a)) for v, a in pairs)
+        return all(np.array_equal(as_array(v), as_array(a)) for v, a in pairs)
 
 
 _held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
@@ -210,12 +209,8 @@ class AverageForEvaluation(Callback):
 
 def _has_averages(optimizer: Any) -> bool:
     """Whether there was a step: until then there are no averages to put in."""
-    return all(o.built and _array(o.iterations) > 0 for o in inner(optimizer))
+    return all(o.built and as_array(o.iterations) > 0 for o in inner(optimizer))
 
 
 def _needs_raw_weights(callback: Any) -> bool:
     return isinstance(callback, keras.callbacks.BackupAndRestore | Monitor)
-
-
-def _array(x: Any) -> Any:
-    return ops.convert_to_numpy(ops.convert_to_tensor(x))

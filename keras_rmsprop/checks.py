@@ -1,8 +1,9 @@
 """Checks of arguments. Their errors say what was expected and what was received."""
 
+import difflib
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ def number(name: str, value: Any, allowed: Range) -> float:
         TypeError: It is not a number.
         ValueError: It is out of range.
     """
+    value = _scalar(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
     if not allowed.holds(float(value)):
@@ -46,23 +48,33 @@ def optional(name: str, value: Any, allowed: Range) -> float | None:
     return None if value is None else number(name, value, allowed)
 
 
-def integer(name: str, value: Any, least: int) -> int:
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Return an argument as an int.
 
     Args:
         name: Name of the argument.
         value: What was received.
         least: The smallest that it may be.
+        most: The largest that it may be; None: any.
 
     Raises:
-        ValueError: It is not an integer, or it is too small.
+        ValueError: It is not an integer, or it is out of range.
     """
+    value = _scalar(value)
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer >= {least}. Received: {name}={value!r}"
-        )
-    return int(value)
+    if is_integer and least <= value and (most is None or value <= most):
+        return int(value)
+    allowed = f"<= {most}" if is_integer and value >= least else f">= {least}"
+    raise ValueError(
+        f"`{name}` must be an integer {allowed}. Received: {name}={value!r}"
+    )
+
+
+def _scalar(value: Any) -> Any:
+    """Return the Python number that a NumPy scalar holds; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return value
 
 
 def flag(name: str, value: Any) -> bool:
@@ -94,8 +106,27 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if value not in choices:
         *others, last = (f'"{x}"' if isinstance(x, str) else str(x) for x in choices)
         expected = f"{', '.join(others)} or {last}"
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+        hint = did_you_mean(value, [x for x in choices if isinstance(x, str)], '"')
+        raise ValueError(
+            f"`{name}` must be {expected}. Received: {name}={value!r}{hint}"
+        )
     return choices[choices.index(value)]
+
+
+def did_you_mean(word: Any, known: Iterable[str], quote: str = "`") -> str:
+    """Return a question to add to a message, or nothing if no known word is alike.
+
+    Args:
+        word: What was received.
+        known: The words that it may be.
+        quote: What stands before and after a word.
+
+    Example:
+        >>> did_you_mean("momentun", ["rho", "momentum"])
+        '. Did you mean `momentum`?'
+    """
+    alike = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f". Did you mean {quote}{alike[0]}{quote}?" if alike else ""
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:

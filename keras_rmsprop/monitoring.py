@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from keras_rmsprop import checks
 from keras_rmsprop.callback_base import Callback, described, list_of
-from keras_rmsprop.state import sync
+from keras_rmsprop.state import as_array, sync
 
 STALLED, EXPLODING = 1e-7, 0.3
 """Change of a step, as a share of the weights: less, and float32 weights stay as they
@@ -206,10 +205,7 @@ class Monitor(Callback):
         sync(self.model)
         state = self._optimizer.get_state()
         velocities = [_some(slots.velocity) for slots in state.slots]
-        weights = [
-            _some(keras.ops.convert_to_numpy(v))
-            for v in self._optimizer._trainable_variables
-        ]
+        weights = [_some(as_array(v)) for v in self._optimizer._trainable_variables]
         return state.iterations, state.paths, velocities, weights
 
     def _compare(self, before: Any, after: Any) -> None:
@@ -217,7 +213,7 @@ class Monitor(Callback):
         iterations, paths, velocities, weights = after
         iterations_before, _, velocities_before, weights_before = before
         sizes = [v.shape for v in optimizer._trainable_variables]
-        skipped = int(keras.ops.convert_to_numpy(optimizer.skipped_steps))
+        skipped = int(optimizer.skipped_steps)
         added = []
         for i, path in enumerate(paths):
             v, was = velocities[i], velocities_before[i]

@@ -256,15 +256,15 @@ class RMSprop(keras.optimizers.Optimizer):
         options.check_slots(own["slot_dtype"], own["centered"])
         learning_rate = checks.learning_rate(learning_rate)
         is_factor = auto is not None and isinstance(learning_rate, float)
+        options.refuse_unknown(kwargs)
         super().__init__(
             learning_rate=(lambda: 0.0) if is_factor else learning_rate,
-            ema_overwrite_frequency=ema_overwrite_frequency,
             name=name,
             **options.checked(options.OF_KERAS, given),
-            **kwargs,
         )
         for option, value in own.items():
             setattr(self, option, value)
+        options.warn_without_average(self.use_ema, vars(self))
         self._auto = auto
         if is_factor:
             self._learning_rate: Any = super().add_variable(
@@ -781,6 +781,17 @@ class RMSprop(keras.optimizers.Optimizer):
         is_property = isinstance(getattr(type(self), name, None), property)
         if not is_property and "_steps" in vars(self):
             self._steps.forget_attributes()
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> "RMSprop":
+        """Return an optimizer with the arguments that `get_config` returned."""
+        config, idle = options.without_average(config)
+        optimizer: RMSprop = super().from_config(config, custom_objects)
+        for name, value in idle.items():
+            setattr(optimizer, name, value)
+        return optimizer
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments to make an equal optimizer with, without its state."""

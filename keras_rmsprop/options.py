@@ -3,11 +3,13 @@
 The constructor and the configuration read this table; the formula is in `rule.py`.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_rmsprop import checks
 
@@ -30,13 +32,18 @@ def number(allowed: checks.Range) -> Check:
 
 def one_of(*choices: Any) -> Check:
     """Return the check of an option with a few possible values."""
+    return lambda name, value: checks.one_of(name, value, choices)
 
-    def check(name: str, value: Any) -> Any:
-        # A dtype may be an object: it has a name, or PyTorch's text is torch.bfloat16.
-        value = getattr(value, "name", value)
-        if type(value).__module__ == "torch":
-            value = keras.backend.standardize_dtype(value)
-        return checks.one_of(name, value, choices)
+
+def dtype(*choices: str) -> Check:
+    """Return the check of a dtype or None; it may be any framework's object."""
+
+    def check(name: str, value: Any) -> str | None:
+        if not isinstance(value, str | None):
+            # What is no dtype is left for the error.
+            with contextlib.suppress(TypeError, ValueError):
+                value = keras.backend.standardize_dtype(value)
+        return checks.one_of(name, value, (None, *choices))
 
     return check
 
@@ -45,6 +52,19 @@ def optional(check: Check) -> Check:
     """Return the check of an option that may be None."""
     return lambda name, value: None if value is None else check(name, value)
 
+
+def steps(least: int) -> Check:
+    """Return the check of a number of steps; None or 0: not at all."""
+
+    def check(name: str, value: Any) -> int | None:
+        is_off = value is None or (isinstance(value, int | np.integer) and value == 0)
+        return None if is_off else checks.integer(name, value, least, MOST_STEPS)
+
+    return check
+
+
+MOST_STEPS = 2**31 - 1
+"""JAX counts steps in int32."""
 
 OPTIONS: dict[str, Check] = {
     "rho": number(checks.SHARE),
@@ -59,7 +79,7 @@ OPTIONS: dict[str, Check] = {
     "decoupled_weight_decay": checks.flag,
     "maximize": checks.flag,
     "cautious": checks.flag,
-    "slot_dtype": one_of(None, "bfloat16", "float32", "float64", "uint8"),
+    "slot_dtype": dtype("bfloat16", "float32", "float64", "uint8"),
     "float32_slots": checks.names,
     "ema_warmup": checks.flag,
     "skip_nonfinite": checks.flag,
@@ -75,10 +95,9 @@ OF_KERAS: dict[str, Check] = {
     "global_clipnorm": optional(number(checks.NOT_NEGATIVE)),
     "use_ema": checks.flag,
     "ema_momentum": number(checks.UP_TO_ONE),
+    "ema_overwrite_frequency": steps(1),
     "loss_scale_factor": optional(number(checks.POSITIVE)),
-    "gradient_accumulation_steps": lambda name, value: (
-        value and checks.integer(name, value, 2)
-    ),
+    "gradient_accumulation_steps": steps(2),
 }
 """Options of every Keras optimizer, which Keras keeps."""
 
@@ -108,6 +127,105 @@ def check_slots(slot_dtype: str | None, centered: bool) -> None:
             '`centered` must be False with `slot_dtype="uint8"`: the difference of two '
             "averages needs more digits. Received: centered=True"
         )
+
+
+def refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Say of arguments that `RMSprop` does not have which one may have been meant.
+
+    Args:
+        given: The arguments that nobody knows, by name.
+
+    Raises:
+        ValueError: There are some; for `decay`, which Keras ignores, it is a warning.
+    """
+    given = {**given}
+    if given.pop("decay", None) is not None:
+        warnings.warn(
+            "Argument `decay` is no longer supported and will be ignored. What other "
+            "frameworks call `decay` is `rho`, or a schedule of the learning rate: see "
+            "`keras_rmsprop.dialects`",
+            stacklevel=3,
+        )
+    if not given:
+        return
+    known = ["learning_rate", "name", *OPTIONS, *OF_KERAS]
+    hints = "".join(
+        f". `{name}` is what other frameworks call `{FOREIGN[name]}`: for an optimizer "
+        "like theirs see `keras_rmsprop.dialects`"
+        if name in FOREIGN
+        else checks.did_you_mean(name, known)
+        for name in given
+    )
+    raise ValueError(f"Argument(s) not recognized: {given}{hints}")
+
+
+FOREIGN = {"alpha": "rho", "eps": "epsilon"}
+"""What PyTorch and others call some of the arguments."""
+
+
+def warn_without_average(use_ema: bool, given: Mapping[str, Any]) -> None:
+    """Warn of options of the weights' average if there is none.
+
+    Args:
+        use_ema: Whether there is one.
+        given: The options of `OF_THE_AVERAGE`, by name.
+    """
+    idle = [] if use_ema else [*_not_defaults(given)]
+    if idle:
+        names = ", ".join(f"`{name}`" for name in idle)
+        warnings.warn(
+            f"{names} without `use_ema=True`: there is no average of the weights",
+            stacklevel=3,
+        )
+
+
+OF_THE_AVERAGE = {
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "ema_warmup": False,
+}
+"""The options that say how weights are averaged, with their defaults."""
+
+
+def _not_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: given[name]
+        for name, default in OF_THE_AVERAGE.items()
+        if name in given and (is_tensor(given[name]) or given[name] != default)
+    }
+
+
+def without_average(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a configuration, so that making an optimizer of it does not warn again.
+
+    Args:
+        config: What `get_config` returned.
+
+    Returns:
+        Arguments, and attributes to set afterwards: the options of an average that is
+        not there.
+    """
+    idle = {} if config.get("use_ema") else _not_defaults(config)
+    check = OF_KERAS | OPTIONS
+    idle = {name: check[name](name, value) for name, value in idle.items()}
+    return {k: v for k, v in config.items() if k not in idle}, idle
+
+
+def check_made(given: Mapping[str, tuple[Any, bool]]) -> None:
+    """Check that what options need was made when the optimizer was built.
+
+    Args:
+        given: Value of each option that needs something, and whether that is there.
+
+    Raises:
+        ValueError: An option was switched on too late.
+    """
+    for name, (value, is_there) in given.items():
+        if is_on(value) and not is_there:
+            raise ValueError(
+                f"`{name}` must be given when the optimizer is made, or before it is "
+                f"built. Received: {name}={value} later"
+            )
 
 
 def learning_rate_of(learning_rate: Any, others: dict[str, Any]) -> Any:

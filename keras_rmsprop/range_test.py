@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from keras import ops
 from numpy.typing import ArrayLike, NDArray
 
 from keras_rmsprop import checks
 from keras_rmsprop.callback_base import Callback, inner
-from keras_rmsprop.state import copied, sync
+from keras_rmsprop.state import as_array, copied, sync
 
 WORSE, BATCHES = 4.0, 5
 """The test ends when the mean of the last BATCHES losses is WORSE times the first."""
@@ -283,4 +282,4 @@ def _worst(losses: ArrayLike) -> Any:
 
 
 def _number(x: Any) -> float:
-    return float(ops.convert_to_numpy(x))
+    return float(as_array(x))

@@ -32,18 +32,8 @@ class Skipping:
         self._optimizer = optimizer
 
     def is_on(self) -> bool:
-        """Whether the option is on.
-
-        Raises:
-            ValueError: It was switched on when there was no counter any more.
-        """
-        optimizer = self._optimizer
-        if optimizer.skip_nonfinite and isinstance(optimizer.skipped_steps, int):
-            raise ValueError(
-                "`skip_nonfinite` must be given when the optimizer is made, or before "
-                "it is built. Received: skip_nonfinite=True later"
-            )
-        return bool(optimizer.skip_nonfinite)
+        """Whether the option is on."""
+        return bool(self._optimizer.skip_nonfinite)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Make the counter."""

@@ -74,7 +74,8 @@ def as_array(x: Any) -> Any:
     """Return a tensor as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = keras.ops.cast(x, "float32")
-    return keras.ops.convert_to_numpy(x)
+    # Of a tensor: of a variable NumPy 2 warns.
+    return keras.ops.convert_to_numpy(keras.ops.stop_gradient(x))
 
 
 def copied(x: Any) -> Any:

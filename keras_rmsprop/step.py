@@ -7,7 +7,7 @@ does to gradient g, weights w, their EMA avg, sums G, learning rate eta and coun
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from keras_rmsprop import clipping, hooks, rule
+from keras_rmsprop import clipping, hooks, options, rule
 from keras_rmsprop.accumulating import Accumulation
 from keras_rmsprop.automatic import Search
 from keras_rmsprop.averages import Averages
@@ -240,8 +240,31 @@ class Steps:
         for gradient, variable in zip(grads, variables, strict=True):
             backend.check(gradient, variable)
         self.optimizer._build_for(list(variables))
+        self.check_made()
         found: list[Any] = self.optimizer._variables
         return found
+
+    def check_made(self) -> None:
+        """Check that no option was switched on whose variables were not made."""
+        optimizer, mine = self.optimizer, vars(self.optimizer)
+        options.check_made(
+            {
+                "momentum": (optimizer.momentum, bool(mine.get("_momentums", True))),
+                "centered": (
+                    optimizer.centered,
+                    bool(mine.get("_average_gradients", True)),
+                ),
+                "use_ema": (optimizer.use_ema, "_weight_averages" in mine),
+                "gradient_accumulation_steps": (
+                    optimizer.gradient_accumulation_steps,
+                    "_accumulated_gradients" in mine,
+                ),
+                "skip_nonfinite": (
+                    optimizer.skip_nonfinite,
+                    not isinstance(optimizer.skipped_steps, int),
+                ),
+            }
+        )
 
     def new_tables(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
         """Return the tables that get a last-update counter with this step."""

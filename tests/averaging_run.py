@@ -41,7 +41,7 @@ def fit(model, callbacks=(), **options):
 
 
 def arrays(variables):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
+    return [np.array(v.numpy()) for v in variables]
 
 
 def averages(model):

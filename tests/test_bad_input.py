@@ -50,6 +50,11 @@ ARGUMENTS = [
         out_of_range("gradient_accumulation_steps", x, "an integer >= 2")
         for x in (1, -2, 2.5, "3", True)
     ),
+    out_of_range("gradient_accumulation_steps", 2**80, "an integer <= 2147483647"),
+    *(
+        out_of_range("ema_overwrite_frequency", x, "an integer >= 1")
+        for x in (-3, 1.5, True)
+    ),
     *(
         no_number(name, x)
         for name in ("rho", "momentum", "epsilon", "learning_rate")
@@ -62,11 +67,6 @@ ARGUMENTS = [
     ({"learning_rate": [0.1]}, ValueError, r"should be float, .* learning_rate=\[0.1"),
     ({"centered": "no"}, TypeError, "must be True or False. Received: centered='no'"),
     ({"use_ema": None}, TypeError, "must be True or False. Received: use_ema=None"),
-    (
-        {"use_ema": True, "ema_overwrite_frequency": 1.5},
-        ValueError,
-        "`ema_overwrite_frequency` must be an integer >= 1",
-    ),
     out_of_range("jit_compile", "no", '"auto", True or False'),
     out_of_range("sparse_update", "x", '"exact" or "lazy"'),
     *(
@@ -75,7 +75,14 @@ ARGUMENTS = [
     ),
     ({"name": 3}, ValueError, "must be a string .* name=3"),
     ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "Only one of"),
-    ({"rh0": 0.9}, ValueError, "not recognized: {'rh0': 0.9}"),
+    ({"slot_dtype": "int8"}, ValueError, 'Did you mean "uint8"'),
+    ({"rh0": 0.9}, ValueError, "not recognized: {'rh0': 0.9}. Did you mean `rho`"),
+    ({"momentun": 0.9}, ValueError, "Did you mean `momentum`"),
+    ({"xyz": 1, "clip_norm": 1.0}, ValueError, "1.0}. Did you mean `clipnorm`"),
+    *(
+        ({name: 0.9}, ValueError, f"call `{ours}`: .* see `keras_rmsprop.dialects`")
+        for name, ours in {"alpha": "rho", "eps": "epsilon"}.items()
+    ),
     ({"lr": 0.1, "learning_rate": 0.2}, ValueError, "give one of them"),
 ]
 
