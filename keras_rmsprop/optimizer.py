@@ -36,7 +36,14 @@ from keras_rmsprop.slots import (
     all_or_nothing,
     set_variables,
 )
-from keras_rmsprop.state import State, as_array, assign_state, copied, paths
+from keras_rmsprop.state import (
+    State,
+    as_array,
+    assign_state,
+    copied,
+    fingerprint,
+    paths,
+)
 
 on_tensorflow = keras.backend.backend() == "tensorflow"
 if on_tensorflow:
@@ -1181,8 +1188,13 @@ class RMSprop(keras.optimizers.Optimizer):
                 slots = sparse.caught_up(slots, sparse.Rows(self._clocks[i]), self.rho)
             shape = self._trainable_variables[i].shape
             found.append(codecs.as_numbers(slots, shape).map(as_array))
-        is_certain = self._book.order.is_certain
-        return State(int(as_array(self.iterations)), found, self._paths(), is_certain)
+        return State(
+            int(as_array(self.iterations)),
+            found,
+            self._paths(),
+            self._book.order.is_certain,
+            [*map(fingerprint, self._trainable_variables)],
+        )
 
     def set_state(self, state: State) -> None:
         """Take over a state, from `get_state` or made from another framework's.

@@ -29,6 +29,8 @@ class State(NamedTuple):
     """The path of each variable; without paths slots are matched by their places."""
     in_model_order: bool = True
     """Whether that order is the model's, as far as the optimizer knew."""
+    checksums: Sequence[int | None] = ()
+    """Of the weights of each variable, by which it is found first; see `fingerprint`."""
 
 
 def is_real(dtype: Any) -> bool:
@@ -150,13 +152,16 @@ def in_my_order(
         ValueError: It cannot be told which slots are of which variable.
     """
     mine, theirs = paths(variables), list(state.paths)
-    if theirs in ([], mine) or not len(mine) == len(theirs) == len(state.slots):
+    if not len(mine) == len(theirs) == len(state.slots):
         return list(state.slots)
+    checksums = state.checksums or [None] * len(theirs)
     found, names_differ = aligned(
-        [*map(_owner, theirs, state.slots)],
-        [*map(_owner, mine, places)],
+        [*map(_owner, theirs, state.slots, checksums)],
+        [*map(_owner, mine, places, map(fingerprint, variables))],
         in_order=in_order and state.in_model_order,
     )
+    if None in found and theirs == mine:
+        return list(state.slots)  # whose shapes do not fit
     if None in found:
         raise ValueError(
             "The state is of other variables, or the order of the model's is not known "
@@ -171,10 +176,10 @@ def in_my_order(
     return [state.slots[found.index(i)] for i in range(len(mine))]
 
 
-def _owner(path: str, slots: Slots) -> Owner:
+def _owner(path: str, slots: Slots, checksum: int | None) -> Owner:
     v = slots.velocity  # a variable in float8 has none
-    number = re.compile(r"#\d+$")  # of `paths`, which is no part of a path
-    return Owner(number.sub("", path), () if v is None else tuple(np.shape(v)))
+    path = re.sub(r"#\d+$", "", path)  # see `paths`
+    return Owner(path, () if v is None else tuple(v.shape), checksum)
 
 
 def assign_state(
