@@ -1,11 +1,13 @@
 """Which variable in a file belongs to which variable of the model.
 
-Keras finds weights by their place in the model, and this module does the same for their
-slots. Names are a check: Keras numbers layers as they are made, so `dense_1` in one
-process may be `dense` in another.
+The weights tell: a variable with the weights that one had when the file was saved is
+that one. Then names and places do. Keras finds weights by their place in the model, and
+names are a check, as Keras numbers layers as they are made: `dense_1` in one process
+may be `dense` in another.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ class Owner(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
+    weights: int | None = None
+    """A checksum of a sample of its weights, if these tell it from others."""
 
 
 class Alignment(NamedTuple):
@@ -27,39 +31,120 @@ class Alignment(NamedTuple):
 
 
 def aligned(
-    theirs: Sequence[Owner], mine: Sequence[Owner], *, by_name: bool = False
+    theirs: Sequence[Owner], mine: Sequence[Owner], *, in_order: bool = True
 ) -> Alignment:
     """Find the variables of a file among those of a model.
 
-    If there are as many, with the same shapes, each is at its place: unless the names,
-    apart from the numbers that Keras gives, are the same in another order, or only some
-    are the same. Otherwise the order is kept, and if there are several ways to match
-    them, only what all of them agree on counts.
+    Those with the same weights are the same. The layers' names that they show hold for
+    the other variables of these layers. If both orders are the model's, the others are
+    found by their places, with names as a check (see `_by_places`); else by their names
+    alone (see `_by_names`).
 
     Args:
         theirs: The variables in the file, in its order.
         mine: My variables, in my order.
-        by_name: Whether the same names in another order mean another order even if
-            Keras may have given them.
+        in_order: Whether both orders are the model's.
 
     Example:
         >>> a, b, c = (Owner(f"{name}/kernel", (2,)) for name in "abc")
         >>> aligned([a, b], [b, a]).places, aligned([b], [a, b, c]).places
         ([1, 0], [1])
     """
+    places: list[int | None] = _unique(theirs, mine, _weights)
+    layers = {
+        _parent(owner.path): _parent(mine[i].path)
+        for owner, i in zip(theirs, places, strict=True)
+        if i is not None
+    }
+    rest = [i for i, place in enumerate(places) if place is None]
+    free = [i for i in range(len(mine)) if i not in places]
+    called = [_in_layer(theirs[i], layers) for i in rest]
+    match = _by_places if in_order else _by_names
+    found, names_differ = match(called, [mine[i] for i in free])
+    for i, place in zip(rest, found, strict=True):
+        places[i] = None if place is None else free[place]
+    return Alignment(places, names_differ)
+
+
+def _weights(owner: Owner) -> Hashable:
+    return owner.weights if owner.weights is None else (owner.weights, owner.shape)
+
+
+def _in_layer(owner: Owner, layers: dict[str, str]) -> Owner:
+    """Return a variable under the name that its layer has here, if that is known."""
+    parent = _parent(owner.path)
+    leaf = owner.path.removeprefix(parent)
+    return owner._replace(path=layers.get(parent, parent) + leaf)
+
+
+def _unique(
+    theirs: Sequence[Owner],
+    mine: Sequence[Owner],
+    feature: Callable[[Owner], Hashable],
+) -> list[int | None]:
+    """Return the places of those with a feature that only one here and there has."""
+    places = {feature(owner): i for i, owner in enumerate(mine)}
+    counts = [Counter(map(feature, owners)) for owners in (theirs, mine)]
+    return [
+        places[f] if f is not None and all(c[f] == 1 for c in counts) else None
+        for f in map(feature, theirs)
+    ]
+
+
+def _by_names(theirs: Sequence[Owner], mine: Sequence[Owner]) -> Alignment:
+    """Match by names alone: by whole paths, then by less and less of their ends.
+
+    Only if no layer has the same name, numbers and then all names are left aside.
+    """
+    depth = max((o.path.count("/") for o in (*theirs, *mine)), default=0) + 1
+    exact = [_end(parts) for parts in range(max(depth, 2), 1, -1)]
+    loose = [] if _share_names(theirs, mine) else [_kind_of_layer, _kind]
+    found: list[int | None] = [None] * len(theirs)
+    differ = False
+    for feature in [*exact, *loose]:
+        rest = [i for i, place in enumerate(found) if place is None]
+        free = [i for i in range(len(mine)) if i not in found]
+        matches = _unique([theirs[i] for i in rest], [mine[i] for i in free], feature)
+        for i, place in zip(rest, matches, strict=True):
+            if place is not None:
+                found[i] = free[place]
+                differ = differ or feature in loose
+    return Alignment(found, differ)
+
+
+def _end(parts: int) -> Callable[[Owner], Hashable]:
+    return lambda o: (tuple(o.path.split("/")[-parts:]), o.shape)
+
+
+def _kind_of_layer(owner: Owner) -> Hashable:
+    return _without_numbers(owner.path), owner.shape
+
+
+def _kind(owner: Owner) -> Hashable:
+    return _leaf(owner.path), owner.shape
+
+
+def _by_places(theirs: Sequence[Owner], mine: Sequence[Owner]) -> Alignment:
+    """Match by places, with names as a check.
+
+    If there are as many, with the same shapes, each is at its place: unless the names,
+    apart from the numbers that Keras gives, are the same in another order, or only some
+    are the same. Otherwise the order is kept, and if there are several ways to match
+    them, only what all of them agree on counts.
+    """
     same_shapes = [o.shape for o in theirs] == [o.shape for o in mine]
-    if same_shapes and not by_name and _all_equal(theirs, mine, _without_numbers):
-        return Alignment([*range(len(theirs))])
-    for short in (_whole, _layer):
-        found = _by_name(theirs, mine, short)
-        if found is not None and (by_name or same_shapes):
-            return Alignment(found)
+    if same_shapes and _all_equal(theirs, mine, _without_numbers):
+        # Layers made in another order, most likely; or it is not the model's order.
+        differ = _permuted(theirs, mine, _layer) not in (None, [*range(len(mine))])
+        return Alignment([*range(len(theirs))], differ)
+    for short in (_whole, _layer) if same_shapes else ():
+        permuted = _permuted(theirs, mine, short)
+        if permuted is not None:
+            return Alignment(permuted)
     # Where some names are the same, others that differ mean other variables.
-    names_count = bool(
-        {_layer(o.path) for o in theirs} & {_layer(o.path) for o in mine}
-    )
+    names_count = _share_names(theirs, mine)
     if same_shapes and not names_count:
-        found = [*range(len(theirs))]
+        found: list[int | None] = [*range(len(theirs))]
     else:
         found = _in_order(theirs, mine, names_count)
     differ = any(
@@ -71,6 +156,10 @@ def aligned(
 
 def _whole(path: str) -> str:
     return path
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _layer(path: str) -> str:
@@ -86,28 +175,27 @@ def _leaf(path: str) -> str:
     return _without_numbers(path).split("/")[-1]
 
 
+def _share_names(theirs: Sequence[Owner], mine: Sequence[Owner]) -> bool:
+    return bool({_layer(o.path) for o in theirs} & {_layer(o.path) for o in mine})
+
+
 def _all_equal(
     theirs: Sequence[Owner], mine: Sequence[Owner], short: Callable[[str], Hashable]
 ) -> bool:
     return [short(o.path) for o in theirs] == [short(o.path) for o in mine]
 
 
-def _by_name(
+def _permuted(
     theirs: Sequence[Owner], mine: Sequence[Owner], short: Callable[[str], str]
 ) -> list[int | None] | None:
     """Return the places by name; None if one is missing, misfits or occurs twice."""
     places = {short(o.path): i for i, o in enumerate(mine)}
     names = [short(o.path) for o in theirs]
-    if len(places) < len(mine) or len({*names}) < len(names):
+    if len(places) < len(mine) or sorted(names) != sorted(places):
         return None
-    if not ({*names} <= places.keys() or places.keys() <= {*names}):
-        return None
-    found = [places.get(name) for name in names]
-    fits = all(
-        i is None or mine[i].shape == owner.shape
-        for i, owner in zip(found, theirs, strict=True)
-    )
-    return found if fits else None
+    found = [places[name] for name in names]
+    fits = all(mine[i].shape == o.shape for i, o in zip(found, theirs, strict=True))
+    return [*found] if fits else None
 
 
 def _likeness(a: Owner, b: Owner, names_count: bool) -> int:

@@ -121,8 +121,7 @@ class Blockwise(Float):
 
     def shape(self, weights: Shape) -> Shape:
         """See `Float.shape`."""
-        width = blockwise.BLOCK + blockwise.SCALE
-        return (blockwise.blocks(math.prod(weights)), width)
+        return shape_of_codes(weights)
 
     def initializer(self, start: Any, weights: Shape, slot: int) -> Any:
         """See `Float.initializer`."""
@@ -148,6 +147,12 @@ class Blockwise(Float):
         if draw is not None and draw.offset is not None:
             drawn = bits.draws(blocks, draw.offset, draw.step, slot)
         return blockwise.encoded(blocks, drawn, signed=_is_signed(slot))
+
+
+def shape_of_codes(weights: Shape) -> Shape:
+    """Return the shape of the bytes that keep numbers of this shape."""
+    width = blockwise.BLOCK + blockwise.SCALE
+    return (blockwise.blocks(math.prod(weights)), width)
 
 
 def as_blocks(x: Any) -> Any:
@@ -185,6 +190,17 @@ def named(slot_dtype: str | None) -> Float:
 def of(stored: Any) -> Float:
     """Return the codec of an existing slot, whatever the option says now."""
     return named(keras.backend.standardize_dtype(stored.dtype))
+
+
+def noted_dtype(attributes: Mapping[str, Any]) -> Any:
+    """Return the dtype that Keras notes beside bfloat16, which HDF5 lacks; or None."""
+    return "bfloat16" if attributes.get("dtype") == "bfloat16" else None
+
+
+def note_dtype(attributes: Any, dtype: Any) -> None:
+    """Note a dtype as Keras does, if it is such a one."""
+    if dtype.name == "bfloat16":
+        attributes["dtype"] = dtype.name
 
 
 CODES = f"uint8 in blocks of {blockwise.BLOCK}, then a float32 scale; 8-fold groups"
@@ -293,18 +309,19 @@ class Place:
 
     def understood(self, array: Any) -> Any:
         """Return numbers, given these or what a slot like this one has."""
-        is_of_slot = self._is_of_slot(array) and array.dtype == np.uint8
+        is_of_slot = self.is_of_slot(array) and array.dtype == np.uint8
         return numbers(array, self.shape, self._number) if is_of_slot else array
 
     def assign(self, values: Any) -> None:
         """Set the slot to numbers, to the bit if they come from a slot like this."""
         stored = getattr(values, "stored", None)
-        if not self._is_of_slot(stored):
+        if not self.is_of_slot(stored):
             values, dtype = np.asarray(values, "float32"), self._slot.dtype
             stored = of(self._slot).encode(values, dtype, None, self._number)
         self._slot.assign(stored)
 
-    def _is_of_slot(self, array: Any) -> bool:
+    def is_of_slot(self, array: Any) -> bool:
+        """Whether anything with a shape has that of the slot itself."""
         return getattr(array, "shape", None) == tuple(self._slot.shape)
 
 
@@ -312,6 +329,19 @@ def place(slot: Any, shape: Shape, number: int) -> Any:
     """Return a slot, or a `Place` if it is not of the shape of its weights."""
     is_same = tuple(slot.shape) == tuple(shape)
     return slot if is_same else Place(slot, shape, number)
+
+
+def fits(place: Any, value: Any) -> bool:
+    """Whether something with a shape and a dtype can go to a place."""
+    if tuple(place.shape) == value.shape:
+        return True
+    is_place = isinstance(place, Place)
+    return is_place and place.is_of_slot(value) and value.dtype == np.uint8
+
+
+def understood(place: Any, array: Any) -> Any:
+    """Return the numbers for a place, given these or what a slot like it has."""
+    return place.understood(array) if isinstance(place, Place) else array
 
 
 def places(slots: Slots, shape: Shape) -> Slots:

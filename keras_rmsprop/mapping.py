@@ -32,7 +32,7 @@ def arranged(
     Raises:
         ValueError: The mapping does not fit, or leaves something out.
     """
-    _, mine, paths = optimizer.get_state()
+    _, mine, paths, *_ = optimizer.get_state()
     pairs = resolved(mapping, paths, theirs, names or {})
     called = {key: name for name, key in (names or {}).items()}
     used = {key for key, _ in pairs}

@@ -20,16 +20,15 @@ from keras_rmsprop import (
     explaining,
     hooks,
     options,
+    restoring,
     rule,
     saving,
 )
-from keras_rmsprop.alignment import Owner
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.forms import form, name_of
-from keras_rmsprop.restoring import Restorer
-from keras_rmsprop.slots import RATE_FACTOR, Keeper, in_order_of
-from keras_rmsprop.state import State, as_array, matched
+from keras_rmsprop.slots import RATE_FACTOR, Book, Order, all_or_nothing, set_variables
+from keras_rmsprop.state import State, as_array, assign_state, fingerprint, paths
 from keras_rmsprop.step import Steps
 from keras_rmsprop.tables import Tables
 from keras_rmsprop.update import Part
@@ -275,19 +274,11 @@ class RMSprop(keras.optimizers.Optimizer):
             )
         self._rate_in_force: Any = None
         self.skipped_steps: Any = 0
-        self._keeper = Keeper()
+        self._book = Book()
         self._offset: Any = None
         self._clocks: Any = backend.clocks(self)
         self._steps = Steps(self)
-        self._restorer = Restorer(
-            self._keeper,
-            lambda: self._variables,
-            self._owners,
-            self._get_variable_index,
-            self._clocks,
-            # There is no public way to know. Without the private one it stays None.
-            lambda: vars(self).get("_self_update_uid"),
-        )
+        self._pending: Any = None  # a file, until there are variables
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse to override what a step never calls."""
@@ -309,12 +300,20 @@ class RMSprop(keras.optimizers.Optimizer):
             if any(self._knows([v]) for v in variables):
                 self._check_variables_are_known(list(variables))
             return
-        is_to_load = self._restorer.waits
         # A variable made inside a function would be initialized after it is loaded.
-        with backend.outside_functions() if is_to_load else contextlib.nullcontext():
+        is_outside = self._pending is not None
+        place = backend.outside_functions() if is_outside else contextlib.nullcontext()
+        with place, all_or_nothing(self, *self._parts()):
             self._build(variables)
+            if not self._book.order.keys:
+                self._book.order = Order().then(map(self._var_key, variables))
         if type(self).build is RMSprop.build:  # else a subclass has more to make
-            self._load_what_waits()
+            self._load_pending()
+
+    def _parts(self) -> list[Any]:
+        """Return the objects that change, too, when this is built."""
+        parts = [self._book, self._search, self._clocks]
+        return [part for part in parts if part is not None]
 
     def _build(self, variables: list[Any]) -> None:
         options.check_slots(self.slot_dtype, self.centered)
@@ -363,7 +362,7 @@ class RMSprop(keras.optimizers.Optimizer):
                     name=name_of(kind, owner),
                 )
 
-        return self._keeper.find_or_make(kind, key, owner, make, made.start)
+        return self._book.find_or_make(kind, key, make, made.start)
 
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
@@ -374,9 +373,8 @@ class RMSprop(keras.optimizers.Optimizer):
         variable that exists.
         """
         add, initial = super().add_variable, keras.initializers.get(initializer)
-        return self._keeper.find_or_make(
+        return self._book.find_or_make(
             str(kwargs.get("name")),
-            None,
             None,
             functools.partial(add, shape, initializer, dtype, **kwargs),
             lambda: initial(shape, dtype),
@@ -398,7 +396,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """Build for variables, or for more of them; load the file that waits."""
         if not self.built:
             self.build(variables)
-        self._load_what_waits()
+        self._load_pending()
         self._check_variables_are_known(variables)
 
     def _knows(self, variables: Sequence[Any]) -> bool:
@@ -407,49 +405,37 @@ class RMSprop(keras.optimizers.Optimizer):
         return self.built and all(self._var_key(v) in places for v in variables)
 
     def _check_variables_are_known(self, variables: list[Any]) -> None:
-        known = self._trainable_variables_indices
-        unknown = [v for v in variables if self._var_key(v) not in known]
-        if not unknown:
-            return
+        given = {self._var_key(v): v for v in variables}
+        known = {self._var_key(v): v for v in self._trainable_variables}
         # If some are known, layers were unfrozen. Of another model none is.
-        if len(unknown) == len(variables):
+        if given and given.keys().isdisjoint(known):
             raise ValueError(
                 "Unknown variables: the optimizer was built with others. Make another "
-                f"optimizer for them. Received: {[v.name for v in unknown]}"
+                f"optimizer for them. Received: {[v.name for v in variables]}"
             )
-        with backend.outside_functions():
-            self._build_anew(
-                in_order_of(self._trainable_variables, variables, self._var_key)
-            )
+        order = self._book.order.then(given)
+        if order.keys != self._book.order.keys:
+            with backend.outside_functions():
+                self._build_anew([(known | given)[key] for key in order.keys])
+        self._book.order = order
 
     def _build_anew(self, variables: list[Any]) -> None:
-        """Build for more variables; reuse what exists for the others."""
+        """Build for variables in this order; reuse what exists for them."""
         before = self._trainable_variables
-        self._keeper.begin()
-        self.built = False
-        try:
+        with all_or_nothing(self, *self._parts()):
+            self._book.begin()
+            self.built = False
             self.build(variables)
-        finally:
-            self.built = True
-        for kept in self._keeper.made():
-            # Averages as the weights are now.
-            backend.assign_everywhere(kept.variable, kept.start())
-        if self._search is not None:
-            self._search.restart()
-        self._put_in_order()
-        if self._clocks:
-            self._clocks.move(
-                {i: self._get_variable_index(v) for i, v in enumerate(before)}
-            )
-
-    def _put_in_order(self) -> None:
-        """Order `variables` as a new optimizer would. Keras has no public way to."""
-        own: Any = vars(self)
-        tracker = own.pop("_tracker")  # without it a list is not tracked again
-        self._variables: Any = self._keeper.in_order(own["_variables"])
-        self._tracker = tracker
-        is_variable, _ = tracker.config["variables"]
-        tracker.config["variables"] = is_variable, self._variables
+            for entry in self._book.made():
+                # Averages as the weights are now.
+                backend.assign_everywhere(entry.variable, entry.start())
+            if self._search is not None and self._book.made():
+                self._search.restart()
+            set_variables(self, self._book.in_order(self._variables))
+            if self._clocks:
+                self._clocks.move(
+                    {i: self._get_variable_index(v) for i, v in enumerate(before)}
+                )
 
     # A step. What a subclass may override, and calls with `super()`, is in `hooks.py`.
 
@@ -470,6 +456,8 @@ class RMSprop(keras.optimizers.Optimizer):
         variables = trainable_variables
         if len(grads) == 0 or (variables is None and not self.built):
             return super().apply(grads, variables)  # no step, or Keras' own error
+        if variables is None:
+            self._book.order.check()
         variables = list(self._trainable_variables if variables is None else variables)
         if len(grads) != len(variables):
             raise ValueError(
@@ -623,7 +611,7 @@ class RMSprop(keras.optimizers.Optimizer):
         If you read them outside a function, the averages of all rows are up to date.
         """
         if backend.is_eager() and not saving.is_walking():
-            self._load_what_waits()
+            self._load_pending()
             self._restart_if_changed()
             self._catch_up_all()
         return super().variables
@@ -639,7 +627,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
-        _ = self.variables  # up to date, they need no clock
+        self._bring_up_to_date()
         super().set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:
@@ -648,14 +636,15 @@ class RMSprop(keras.optimizers.Optimizer):
         Args:
             store: See `keras.optimizers.Optimizer`.
         """
-        _ = self.variables  # up to date
-        self._restorer.save(store, built=self.built)
+        self._bring_up_to_date()
+        restoring.save(store, self._contents(), self._pending)
 
     def load_own_variables(self, store: Any) -> None:
         """Load the state, or keep it until the optimizer is built, if it is not yet.
 
-        Values are matched by their place among the model's variables, with names as a
-        check. What the file does not have starts fresh, and a warning says so.
+        A value goes to the variable that has the weights that its variable had; else
+        to the one in its place among the model's variables, with names as a check. What
+        the file does not have starts fresh, and a warning says so.
 
         Args:
             store: See `keras.optimizers.Optimizer`.
@@ -663,12 +652,41 @@ class RMSprop(keras.optimizers.Optimizer):
         Raises:
             ValueError: A value in the file is not numeric; nothing is changed.
         """
-        self._restorer.load(store, built=self.built, who=self.name)
-
-    def _load_what_waits(self) -> None:
-        """Load the file that waits, if there are variables now."""
         if self.built:
-            self._restorer.load_what_waits(self.name)
+            self._catch_up_all()
+            restoring.load(store, self._contents(), self.name)
+            self._pending = None
+        else:
+            self._pending = restoring.load_later(
+                store, self._contents(), self._last_checkpoint(), self.name
+            )
+
+    def _load_pending(self) -> None:
+        """Load the file that is pending, if there are variables now."""
+        if self.built and self._pending is not None:
+            restoring.load_pending(
+                self._pending, self._contents(), self._last_checkpoint(), self.name
+            )
+            self._pending = None
+
+    def _contents(self) -> restoring.Contents:
+        return restoring.Contents(
+            self._variables,
+            self._book,
+            self._trainable_variables,
+            self._trainable_variables_indices,
+        )
+
+    def _last_checkpoint(self) -> Any:
+        """Return what changes when a `tf.train.Checkpoint` is restored.
+
+        There is no public way to know. Without the private one it stays None.
+        """
+        return vars(self).get("_self_update_uid")
+
+    def _bring_up_to_date(self) -> None:
+        """Load the file that is pending, and bring the averages of all rows along."""
+        _ = self.variables
 
     def _warn(self, message: str) -> None:
         if message:
@@ -685,22 +703,26 @@ class RMSprop(keras.optimizers.Optimizer):
             ValueError: The optimizer is not built.
         """
         self._check_built()
-        self._load_what_waits()
+        self._load_pending()
         found = []
         for i in range(len(self._velocities)):
-            slots = self._slots_of(i)
-            if i in self._clocks:
-                slots = Tables(self).caught_up(i, slots)
+            slots = Tables(self).caught_up(i, self._slots_of(i))
             shape = self._trainable_variables[i].shape
             found.append(codecs.as_numbers(slots, shape).map(as_array))
-        return State(int(as_array(self.iterations)), found, self._paths())
+        return State(
+            int(as_array(self.iterations)),
+            found,
+            self._paths(),
+            self._book.order.is_certain,
+            [*map(fingerprint, self._trainable_variables)],
+        )
 
     def set_state(self, state: State) -> None:
         """Take over a state, from `get_state` or made from another framework's.
 
         Args:
             state: One entry in `slots` for each variable that the optimizer was built
-                with, in that order. `paths` is not read.
+                with: in that order, unless `paths` say that it is another.
 
         Raises:
             TypeError: It is not a `State`.
@@ -708,35 +730,21 @@ class RMSprop(keras.optimizers.Optimizer):
                 nothing is changed, and the message says what does not fit.
         """
         self._check_built()
-        if not isinstance(state, State):
-            raise TypeError(
-                f"`state` must be a `State`, as of `get_state`. Received: {state!r}"
-            )
-        _ = self.variables  # up to date, they need no clock
-        iterations = checks.integer("iterations", state.iterations, 0)
-        places = [
-            codecs.places(self._slots_of(i), variable.shape)
-            for i, variable in enumerate(self._trainable_variables)
-        ]
-        for place, array in matched(places, state.slots, self._paths()):
-            place.assign(array.copy())  # JAX may share the memory of an array
+        self._bring_up_to_date()
         every = self.gradient_accumulation_steps or 1
-        self._iterations.assign(iterations * every)
+        assign_state(
+            state,
+            [*map(self._slots_of, range(len(self._velocities)))],
+            self._trainable_variables,
+            self._iterations,
+            steps=every,
+            in_order=self._book.order.is_certain,
+        )
         for sums in self._accumulated_gradients if every > 1 else []:
             sums.assign(ops.zeros(sums.shape, sums.dtype))
-        for i in self._clocks:
-            self._clocks[i].reset()
-
-    def _owners(self) -> list[Owner]:
-        shapes = [tuple(v.shape) for v in self._trainable_variables]
-        return list(map(Owner, self._paths(), shapes))
 
     def _paths(self) -> list[str]:
-        """Return the paths of the variables; those of TensorFlow only have names."""
-        paths = [getattr(v, "path", v.name) for v in self._trainable_variables]
-        if len({*paths}) < len(paths):
-            paths = [f"{path}#{i}" for i, path in enumerate(paths)]
-        return paths
+        return paths(self._trainable_variables)
 
     def _check_built(self) -> None:
         if not self.built:
@@ -804,8 +812,12 @@ class RMSprop(keras.optimizers.Optimizer):
         return {k: float(x) if options.is_tensor(x) else x for k, x in config.items()}
 
 
-_OF_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
-"""The options that decide how rows without a gradient are brought up to date."""
+_OF_ROWS = (
+    *("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update"),
+    "_self_update_uid",
+)
+"""The options that decide how rows without a gradient are brought up to date; and what
+TensorFlow sets before it restores a checkpoint, which may hold no counters."""
 
 
 def _dtype_of_factor() -> str:

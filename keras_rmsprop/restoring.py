@@ -1,171 +1,206 @@
-"""Saving and loading the optimizer's variables, at any time.
+"""Saving and loading the optimizer's variables, at any time: one door out, one door in.
 
 A file may be loaded before the optimizer is built, and so before there are variables to
-load it into. Then it waits, unless something else is restored in the meantime.
+load it into. Then it is pending, unless something else is restored in the meantime.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from keras_rmsprop import saving
-from keras_rmsprop.alignment import Owner
+import numpy as np
+
+from keras_rmsprop import codecs, saving
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.codecs import place
-from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, Keeper
+from keras_rmsprop.saving import File, Name, RefusedError
+from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, Book
+from keras_rmsprop.state import owners
 
 
-class Restorer:
-    """Saves and loads the variables of an optimizer.
+class Contents(NamedTuple):
+    """What an optimizer holds."""
 
-    Args:
-        keeper: Knows what the variables are.
-        variables: Returns all of them.
-        owners: Returns the model's variables, with their paths.
-        index_of: Returns the index of one of the model's variables.
-        clocks: The clocks of the tables.
-        checkpoints: Returns something else after a `tf.train.Checkpoint` was restored.
-    """
+    variables: Sequence[Any]
+    """Its variables."""
+    book: Book
+    """What these are."""
+    weights: Sequence[Any]
+    """The model's variables, in the optimizer's order."""
+    indices: Mapping[Hashable, int]
+    """Their numbers, by what stands for them in the book."""
 
-    def __init__(
-        self,
-        keeper: Keeper,
-        variables: Callable[[], Sequence[Any]],
-        owners: Callable[[], Sequence[Owner]],
-        index_of: Callable[[Any], int],
-        clocks: Any,
-        checkpoints: Callable[[], Any],
-    ) -> None:
-        self._keeper = keeper
-        self._variables = variables
-        self._owners = owners
-        self._index_of = index_of
-        self._clocks = clocks
-        self._checkpoints = checkpoints
-        self._file: saving.File | None = None
-        # The variables that there were before the file came, and their values.
-        self._before: Sequence[tuple[saving.Name, Any, Any]] = ()
-        self._checkpoints_before: Any = None
+    def named(self) -> dict[Name, Any]:
+        """Return the optimizer's variables by what they are."""
+        entries = {id(entry.variable): entry for entry in self.book.all()}
+        found = {}
+        for variable in self.variables:
+            entry = entries.get(id(variable))
+            if entry is None:
+                name = Name(variable.name)
+            else:
+                owner = entry.key.owner
+                name = Name(entry.kind, None if owner is None else self.indices[owner])
+            found[name] = variable
+        return found
 
-    @property
-    def waits(self) -> bool:
-        """Whether a file waits to be loaded."""
-        return self._file is not None
-
-    def named(self) -> list[tuple[saving.Name, Any]]:
-        """Return the optimizer's variables, and what each is."""
-        owners = self._owners()
-        kept = {id(k.variable): k for k in self._keeper.all()}
-
-        def name(variable: Any) -> saving.Name:
-            it = kept.get(id(variable))
-            if it is None:
-                return saving.Name(variable.name, "")
-            if it.owner is None:
-                return saving.Name(it.kind, "")
-            return saving.Name(it.kind, owners[self._index_of(it.owner)].path)
-
-        return [(name(v), v) for v in self._variables()]
-
-    def _places(self) -> dict[saving.Name, Any]:
-        """Return the optimizer's variables, slots as places for numbers."""
-        shapes = {owner.path: owner.shape for owner in self._owners()}
+    def places(self) -> dict[Name, Any]:
+        """Return the same, slots as places for numbers."""
         return {
-            name: v if name.slot < 0 else place(v, shapes[name.path], name.slot)
-            for name, v in self.named()
+            name: variable
+            if name.owner is None or name.slot < 0
+            else codecs.place(variable, self.weights[name.owner].shape, name.slot)
+            for name, variable in self.named().items()
         }
 
-    def save(self, store: Any, *, built: bool) -> None:
-        """Save the variables, with names by which they are found again.
+    def start_fresh(self, names: Collection[Name]) -> None:
+        """Give variables the values that they start with."""
+        entries = {id(entry.variable): entry for entry in self.book.all()}
+        for name, variable in self.named().items():
+            if name in names and id(variable) in entries:
+                entries[id(variable)].start_fresh()
 
-        Args:
-            store: What Keras passes to `save_own_variables`.
-            built: Whether the optimizer is built.
-        """
-        saved = ((name, where.numpy()) for name, where in self._places().items())
-        if self._file is not None and not built:
-            saving.write(store, saving.updated(self._file, [*saved]))
-        else:
-            saving.write(store, saved)
 
-    def load(self, store: Any, *, built: bool, who: str) -> None:
-        """Load the variables; before the optimizer is built, keep the file for then.
+class Pending:
+    """A file that was loaded before there were variables to load it into.
 
-        Args:
-            store: What Keras passes to `load_own_variables`.
-            built: Whether the optimizer is built.
-            who: What a warning calls the optimizer.
+    Args:
+        store: What Keras passes to `load_own_variables`.
+        checkpoint: What tells whether a checkpoint is restored later.
+    """
 
-        Raises:
-            ValueError: A value in the file is not numeric; nothing is changed.
-        """
-        file = saving.read(store)
-        self._file, self._before = None, ()
-        self._checkpoints_before = self._checkpoints()
-        if built:
-            try:
-                self._load(file)
-            except saving.ForeignStateError as error:
-                _skip(error, who)
-            return
-        # The learning rate may be changed before the first step: load it now, if it is
-        # one. A file without names may be that of any optimizer.
-        named = self.named()
-        self._before = [(name, v, v.numpy()) for name, v in named]
-        by_name = {name: file.values[key] for key, name in file.names.items()}
-        for name, variable in named:
-            if name in by_name:
-                variable.assign(by_name[name])
-        self._file = file if saving.has_slots(file) else None
+    def __init__(self, store: Any, checkpoint: Any) -> None:
+        self.copy = saving.copied(store)
+        self.checkpoint = checkpoint
+        self.before: dict[Name, tuple[Any, Any]] = {}
+        """Variables that have their values already: what these were, and are now."""
 
-    def load_what_waits(self, who: str) -> None:
-        """Load the file that waits, now that there are variables.
 
-        Args:
-            who: What a warning calls the optimizer.
-        """
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        before, self._before = self._before, ()
-        if self._checkpoints() != self._checkpoints_before:
-            return  # what was restored later is what was meant
-        with backend.outside_functions():
-            try:
-                self._load(file, [name for name, *_ in before] if file.names else ())
-            except (ValueError, saving.ForeignStateError) as error:
-                _skip(error, who)
-                for _, variable, value in before:
-                    variable.assign(value)
+def save(store: Any, contents: Contents, pending: Pending | None) -> None:
+    """Save the variables, with names by which they are found again.
 
-    def _load(self, file: saving.File, keep: Collection[saving.Name] = ()) -> None:
-        """Load a file, except for the variables to keep."""
-        owners = self._owners()
-        paths = [owner.path for owner in owners]
-        places, variables = self._places(), dict(self.named())
-        plan = saving.plan(file, places, owners)
-        if plan.warning:
-            warnings.warn(plan.warning, stacklevel=2)
-        kept = {id(k.variable): k for k in self._keeper.all()}
+    Args:
+        store: What Keras passes to `save_own_variables`.
+        contents: The variables.
+        pending: A file that is not loaded yet: it is saved again.
+    """
+    places = contents.places()
+    if pending is not None:
+        with saving.opened(pending.copy) as file:
+            values = (
+                (v.name, places[v.name].numpy() if v.name in places else v.read())
+                for v in file.values
+            )
+            saving.write(store, values, file.owners, in_model_order=file.in_model_order)
+        return
+    saving.write(
+        store,
+        ((name, place.numpy()) for name, place in places.items()),
+        owners(contents.weights),
+        in_model_order=contents.book.order.is_certain,
+    )
+
+
+def load(store: Any, contents: Contents, who: str) -> None:
+    """Load the variables.
+
+    Args:
+        store: What Keras passes to `load_own_variables`.
+        contents: The variables.
+        who: What a warning calls the optimizer.
+
+    Raises:
+        ValueError: A value in the file is not numeric; nothing is changed.
+    """
+    try:
+        _load(saving.read(store), contents)
+    except RefusedError as error:
+        _warn_skipped(error, who)
+
+
+def load_later(
+    store: Any, contents: Contents, checkpoint: Any, who: str
+) -> Pending | None:
+    """Return a file to be loaded when the optimizer is built, if it has slots.
+
+    What there is already, as the learning rate, may be changed before the first step:
+    that is loaded now, if the file says what its values are. Else it may be that of any
+    optimizer.
+
+    Args:
+        store: What Keras passes to `load_own_variables`.
+        contents: The variables that there are.
+        checkpoint: What tells whether a checkpoint is restored later.
+        who: What a warning calls the optimizer.
+
+    Raises:
+        ValueError: A value in the file is not numeric; nothing is changed.
+    """
+    file, places = saving.read(store), contents.places()
+    given = {}
+    try:
+        for value in file.values:
+            if value.name in places:
+                given[value.name] = saving.checked(value, places[value.name])
+    except RefusedError as error:
+        _warn_skipped(error, who)
+        return None
+    pending = Pending(store, checkpoint) if file.may_have_slots else None
+    for name, array in given.items():
+        before = places[name].numpy()
+        places[name].assign(array)
+        if pending is not None:
+            pending.before[name] = before, places[name].numpy()
+    return pending
+
+
+def load_pending(
+    pending: Pending, contents: Contents, checkpoint: Any, who: str
+) -> None:
+    """Load the file that is pending, now that there are variables.
+
+    Args:
+        pending: The file.
+        contents: The variables.
+        checkpoint: What tells whether a checkpoint was restored later.
+        who: What a warning calls the optimizer.
+    """
+    if checkpoint != pending.checkpoint:
+        return  # what was restored later is what was meant
+    with backend.outside_functions(), saving.opened(pending.copy) as file:
+        try:
+            _load(file, contents, loaded=pending.before)
+        except (ValueError, RefusedError) as error:
+            _warn_skipped(error, who)
+            places = contents.places()
+            for name, (before, now) in pending.before.items():
+                if np.array_equal(places[name].numpy(), now):  # else it is the user's
+                    places[name].assign(before)
+
+
+def _load(file: File, contents: Contents, loaded: Collection[Name] = ()) -> None:
+    """Load a file, except for what was loaded already. All is checked before."""
+    places = contents.places()
+    plan = saving.plan(
+        file,
+        places,
+        owners(contents.weights),
+        in_order=contents.book.order.is_certain,
+    )
+    for name, value in plan.values.items():
+        saving.checked(value._replace(name=name), places[name])
+    if plan.warning:
+        warnings.warn(plan.warning, stacklevel=2)
+    fresh = {*plan.fresh}
+    if any(name.kind == GRADIENT_SUM for name in fresh):
         # Parts of two searches would find a learning rate that is far too large.
-        restarts = any(name.kind == GRADIENT_SUM for name in plan.fresh)
-        for name, variable in variables.items():
-            if restarts and name.kind in OF_SEARCH:
-                kept[id(variable)].start_fresh()
-            elif name in plan.values and name not in keep:
-                places[name].assign(plan.values[name])
-            elif name in plan.fresh and id(variable) in kept:
-                kept[id(variable)].start_fresh()
-        # A table without a clock in the file has no silent rows.
-        for i in self._clocks:
-            self._clocks[i].reset()
-        for (kind, path), value in plan.clocks.items():
-            if backend.has_rows and path in paths:
-                clock = self._clocks.make(paths.index(path))
-                getattr(clock, kind.removeprefix("clock_")).assign(value)
+        fresh |= {name for name in places if name.kind in OF_SEARCH}
+    contents.start_fresh(fresh)
+    for name, value in plan.values.items():
+        if name not in fresh and name not in loaded:
+            places[name].assign(codecs.understood(places[name], value.read()))
 
 
-def _skip(error: Exception, who: str) -> None:
+def _warn_skipped(error: Exception, who: str) -> None:
     warnings.warn(
         f"Skipping variable loading for optimizer {who!r}: {error}.", stacklevel=2
     )

@@ -1,34 +1,45 @@
 """State in files: what is written, and which value belongs where when it is read.
 
 Values are saved in the places that Keras gives them, so that a file can move between
-this optimizer and `keras.optimizers.RMSprop`. An attribute beside each value says what
-it is and which variable it belongs to. So it is found again when an option has been
+this optimizer and `keras.optimizers.RMSprop`. Attributes beside each value say what it
+is and which variable it belongs to. So it is found again when an option has been
 switched on or off since, or when layers have been frozen or unfrozen.
+
+A file is read in two passes: shapes and attributes first, then the values that fit, one
+at a time. So nothing that is in a file can take more memory than the optimizer does.
 """
 
+import contextlib
+import functools
+import io
+import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_rmsprop import codecs, rule
+from keras_rmsprop import checks, codecs, rule
 from keras_rmsprop.alignment import Owner, aligned
 from keras_rmsprop.codecs import ROUNDING_OFFSET
-from keras_rmsprop.slots import OF_SEARCH, RATE, RATE_FACTOR
-from keras_rmsprop.state import is_real
+from keras_rmsprop.slots import ITERATION, OF_SEARCH, RATE, RATE_ESTIMATE, RATE_FACTOR
+from keras_rmsprop.state import is_real, wrong_numbers
 
-OURS = (ROUNDING_OFFSET, "skipped_steps")
+SKIPPED_STEPS = "skipped_steps"
+OURS = (ROUNDING_OFFSET, SKIPPED_STEPS)
 """Kinds that the built-in does not have, and that a file may lack."""
 _NOT_IN_BUILT_IN = *OURS, *OF_SEARCH
-_ORDER = "order"
-"""The attribute that says in which order variables stand: `"model"`, the model's. In
-files of version 0.1.0, which lack it, those unfrozen later come last."""
+_KIND, _OWNER = "kind", "owner"
+"""The attributes that say what a value is, and whose, as JSON."""
 _CODES, _SHAPE = "codes", "shape"
 """The attributes of what is kept in codes: in which, and the shape of the weights."""
-_KINDS_OF_0_1 = {"accumulator": "gradient_accumulator"}
+
+
+class RefusedError(Exception):
+    """A file cannot be the state of this optimizer; nothing was changed."""
 
 
 class Name(NamedTuple):
@@ -36,91 +47,204 @@ class Name(NamedTuple):
 
     kind: str
     """As in `velocity` or `iteration`."""
-    path: str
-    """The path of the model's variable that it belongs to; empty if there is none."""
+    owner: int | None = None
+    """The number of the model's variable that it belongs to; None if there is none."""
 
     @property
     def slot(self) -> int:
         """Which slot of its variable it is; -1 if it is something else."""
         kind, slots = self.kind.partition("#")[0], rule.Slots._fields
-        return slots.index(kind) if self.path and kind in slots else -1
+        is_slot = self.owner is not None and kind in slots
+        return slots.index(kind) if is_slot else -1
+
+
+class Value(NamedTuple):
+    """A value in a file."""
+
+    name: Name | None
+    """None in a file of the built-in."""
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], NDArray[Any]]
+    """Returns it."""
 
 
 class File(NamedTuple):
-    """The contents of a file."""
+    """What is in a file."""
 
-    values: dict[str, NDArray[Any]]
+    values: Sequence[Value]
     """In the order in which they were saved."""
-    names: dict[str, Name]
-    """By the same keys; empty in a file of the built-in."""
+    owners: Sequence[Owner]
+    """The model's variables; a name has the number of one."""
     in_model_order: bool = True
+    """Whether they stand in the model's order, as far as the optimizer knew."""
+
+    @property
+    def has_names(self) -> bool:
+        """Whether it says what its values are."""
+        return any(value.name for value in self.values)
+
+    @property
+    def may_have_slots(self) -> bool:
+        """Whether it may hold slots: not if it was saved before there were any."""
+        return bool(self.owners or (self.values and not self.has_names))
 
 
-def updated(file: File, values: Sequence[tuple[Name, Any]]) -> list[tuple[Name, Any]]:
-    """Return what a file holds, with other values for some of it, to be written."""
-    new = dict(values)
-    held = [
-        (file.names.get(key, Name("", "")), file.values[key]) for key in file.values
-    ]
-    return [(name, new.get(name, value)) for name, value in held]
-
-
-class Plan(NamedTuple):
-    """What loading a file would do."""
-
-    values: dict[Name, NDArray[Any]]
-    """The value for each place."""
-    fresh: list[Name]
-    """What starts fresh, as the file has nothing for it."""
-    clocks: dict[Name, NDArray[Any]]
-    """The row clocks in a file of version 0.1.0."""
-    warning: str = ""
-    """What a user should know, or nothing."""
-
-
-class ForeignStateError(Exception):
-    """A file does not hold the state of an RMSprop optimizer."""
-
-
-def write(store: Any, values: Iterable[tuple[Name, Any]]) -> None:
-    """Write arrays to a store, and their names where it can hold them.
+def write(
+    store: Any,
+    values: Iterable[tuple[Name | None, Any]],
+    owners: Sequence[Owner],
+    *,
+    in_model_order: bool,
+) -> None:
+    """Write arrays to a store, and what they are where it can hold that.
 
     Args:
         store: What Keras passes to `save_own_variables`.
         values: Names and arrays, in order.
+        owners: The model's variables.
+        in_model_order: Whether these stand in the model's order.
     """
     for number, (name, value) in enumerate(values):
         key = str(number)
         stored = getattr(value, "stored", value)
         store[key] = stored
-        attributes = _attributes(store, key)
-        attributes["kind"], attributes["path"] = name
-        attributes[_ORDER] = "model"
-        if stored is not value:
-            attributes[_CODES] = codecs.CODES
-            attributes[_SHAPE] = value.shape
+        with _dataset(store, key) as dataset:
+            if name is None or dataset is None:
+                continue
+            dataset.attrs[_KIND] = name.kind
+            if name.owner is not None:
+                more = {"number": name.owner, "in_order": in_model_order}
+                dataset.attrs[_OWNER] = json.dumps(owners[name.owner]._asdict() | more)
+            if stored is not value:
+                dataset.attrs[_CODES] = codecs.CODES
+                dataset.attrs[_SHAPE] = value.shape
 
 
 def read(store: Any) -> File:
-    """Return what a store holds.
+    """Return what a store holds; the values are read later.
 
     Args:
         store: What Keras passes to `load_own_variables`.
+
+    Raises:
+        ValueError: What the file says about a value makes no sense.
     """
-    values, names, in_order = {}, {}, True
-    # HDF5 sorts the keys as text: 10 before 2.
-    for key in sorted(store.keys(), key=lambda key: (not key.isdigit(), len(key), key)):
-        values[key] = np.asarray(store[key])
-        attributes = _attributes(store, key)
-        if "kind" in attributes:
-            kind = attributes["kind"]
-            names[key] = Name(_KINDS_OF_0_1.get(kind, kind), attributes["path"])
-            in_order = in_order and _ORDER in attributes
-            if attributes.get(_CODES) == codecs.CODES:
-                values[key] = codecs.numbers(
-                    values[key], tuple(attributes[_SHAPE]), names[key].slot
+    values: list[Value] = []
+    owners: dict[Any, Owner] = {}
+    are_in_order = []
+    for key in _keys(store):
+        with _dataset(store, key) as dataset:
+            header = np.asarray(store[key]) if dataset is None else dataset
+            shape, dtype = tuple(header.shape), header.dtype
+            attributes = {} if dataset is None else dict(dataset.attrs)
+        load = functools.partial(store.__getitem__, key)
+        if codecs.noted_dtype(attributes):
+            dtype = np.dtype("float32")  # which has all of its numbers
+        try:
+            name, owner, is_in_order = _said(attributes)
+            if name and attributes.get(_CODES) == codecs.CODES:
+                codes, shape = shape, (*map(int, attributes[_SHAPE]),)
+                if (codes, dtype) != (codecs.shape_of_codes(shape), np.uint8):
+                    raise ValueError(codes)
+                dtype = np.dtype("float32")
+                load = functools.partial(_decoded, load, shape, name.slot)
+        except (TypeError, ValueError, KeyError) as error:
+            shown = ", ".join(f"{k}={str(v)[:60]!r}" for k, v in attributes.items())
+            raise ValueError(
+                f"The file must say what value {key!r} is. Received: {shown}"
+            ) from error
+        if name and owner:
+            owners[name.owner] = owner
+            are_in_order.append(is_in_order)
+        values.append(Value(name, shape, dtype, load))
+    numbers = sorted(owners)
+    places: dict[Any, int] = {number: i for i, number in enumerate(numbers)}
+    if any(value.name for value in values):
+        values = [
+            value._replace(name=value.name._replace(owner=places.get(value.name.owner)))
+            for value in values
+            if value.name
+        ]
+    return File(values, [owners[i] for i in numbers], all(are_in_order))
+
+
+def _keys(store: Any) -> list[str]:
+    """Return the keys in the order of saving: HDF5 sorts them as text, 10 before 2."""
+    return sorted(store.keys(), key=lambda key: (not key.isdigit(), len(key), key))
+
+
+def _said(attributes: Mapping[str, Any]) -> tuple[Name | None, Owner | None, bool]:
+    """Return what attributes say: name, owner, and if owners are in the model's order.
+
+    Raises:
+        KeyError, TypeError, ValueError: It makes no sense.
+    """
+    if _KIND not in attributes:
+        return None, None, True
+    kind = attributes[_KIND]
+    if not isinstance(kind, str):
+        raise TypeError(kind)
+    if _OWNER not in attributes:
+        return Name(kind), None, True
+    given = json.loads(attributes[_OWNER])
+    number, path, weights = (given[key] for key in ("number", "path", "weights"))
+    is_good = isinstance(path, str) and isinstance(weights, int | None)
+    if not (is_good and isinstance(number, int)):
+        raise TypeError(given)
+    owner = Owner(path, (*map(int, given["shape"]),), weights)
+    return Name(kind, number), owner, bool(given["in_order"])
+
+
+def _decoded(
+    load: Callable[[], NDArray[Any]], shape: tuple[int, ...], slot: int
+) -> codecs.Numbers:
+    return codecs.numbers(load(), shape, slot)
+
+
+def copied(store: Any) -> io.BytesIO:
+    """Return a copy of what a store holds, as an HDF5 file: values as they are there.
+
+    Args:
+        store: What Keras passes to `load_own_variables`.
+
+    Raises:
+        ValueError: A value is not numeric.
+    """
+    copy = io.BytesIO()
+    with h5py.File(copy, "w") as file:
+        for key in _keys(store):
+            with _dataset(store, key) as dataset:
+                if dataset is not None:
+                    file.copy(dataset, key)
+                    continue
+            value = np.asarray(store[key])
+            if not is_real(value.dtype):
+                raise ValueError(
+                    _not_numeric(f"value {key!r}", value.shape, value.dtype)
                 )
-    return File(values, names, in_order)
+            file.create_dataset(key, data=value)
+            codecs.note_dtype(file[key].attrs, value.dtype)
+    return copy
+
+
+@contextlib.contextmanager
+def opened(copy: io.BytesIO) -> Iterator[File]:
+    """Read such a copy."""
+    with h5py.File(copy, "r") as file:
+        yield read(_Copy(file))
+
+
+class _Copy:
+    """A store, as Keras gives it."""
+
+    def __init__(self, file: Any) -> None:
+        self._h5_entry_group = file
+        self.keys = file.keys
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        dataset = self._h5_entry_group[key]
+        return np.array(dataset, dtype=codecs.noted_dtype(dataset.attrs))
 
 
 def is_walking() -> bool:
@@ -132,35 +256,52 @@ def is_walking() -> bool:
     return caller == "keras.src.saving.saving_lib"
 
 
-def has_slots(file: File) -> bool:
-    """Whether a file may hold slots: not if it was saved before there were any."""
-    if file.names:
-        return any(name.path for name in file.names.values())
-    return bool(file.values)
+@contextlib.contextmanager
+def _dataset(store: Any, key: str) -> Iterator[Any]:
+    """Give the dataset of a value; None if the store is no HDF5 file.
 
-
-def _attributes(store: Any, key: str) -> Any:
-    """Return the attributes of a value in an HDF5 file; there is no public way there.
-
-    For other stores return a dict that is thrown away: their values have no names.
+    There is no public way to it. Keras refuses what would read another file.
     """
     try:
-        if key in store._h5_entry_group:
-            return store._h5_entry_group[key].attrs
-        # In one of the other files, if weights are saved in several.
-        for name in store.current_shard_filenames:
-            store._switch_h5_file(name, mode="r")
-            if key in store._h5_entry_group:
-                return dict(store._h5_entry_group[key].attrs)
-    except (AttributeError, KeyError, TypeError):
-        pass
+        yield _found_dataset(store, key)
     finally:
         if hasattr(store, "_restore_h5_file"):
             store._restore_h5_file()
-    return {}
 
 
-def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Plan:
+def _found_dataset(store: Any, key: str) -> Any:
+    group: Any = getattr(store, "_h5_entry_group", {})
+    # In one of the other files, if weights are saved in several.
+    for name in getattr(store, "current_shard_filenames", ()):
+        if key in group:
+            break
+        store._switch_h5_file(name, mode="r")
+        group = store._h5_entry_group
+    if key not in group:
+        return None
+    link = group.get(key, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise ValueError(f"A value in a file must not be a link. Received: {key!r}")
+    dataset = group[key]
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise ValueError(f"A value must be in the file itself. Received: {key!r}")
+    return dataset
+
+
+class Plan(NamedTuple):
+    """What loading a file would do."""
+
+    values: dict[Name, Value]
+    """The value for each place."""
+    fresh: list[Name]
+    """What starts fresh, as the file has nothing for it."""
+    warning: str = ""
+    """What a user should know, or nothing."""
+
+
+def plan(
+    file: File, places: Mapping[Name, Any], owners: Sequence[Owner], *, in_order: bool
+) -> Plan:
     """Decide where each value in a file goes, and what starts fresh.
 
     Args:
@@ -168,116 +309,174 @@ def plan(file: File, places: Mapping[Name, Any], owners: Sequence[Owner]) -> Pla
         places: What there is to load into, in the optimizer's order: anything that has
             a shape.
         owners: The model's variables that the optimizer was built with.
+        in_order: Whether they stand in the model's order.
 
     Raises:
-        ForeignStateError: The file holds the state of another optimizer, or none.
+        RefusedError: The file holds the state of another optimizer, or none.
         ValueError: A value is not numeric.
     """
-    values, names_differ = _named(file, places, owners)
-    for name in values.keys() & places.keys():
-        if isinstance(place := places[name], codecs.Place):
-            values[name] = place.understood(values[name])
-    wrong = [name for name, value in values.items() if not is_real(value)]
-    if wrong:
-        shown = ", ".join(
-            f"`{name.kind}` of {name.path!r}: received {values[name].shape} of "
-            f"{values[name].dtype}"
-            for name in wrong
-        )
-        raise ValueError(f"The state in the file does not fit. {shown}")
-    clocks = {n: values.pop(n) for n in [*values] if n.kind.startswith("clock_")}
+    if file.has_names:
+        named, left, names_differ = _by_name(file, places, owners, in_order)
+    else:
+        named, left, names_differ = _by_position(file, places, in_order), [], False
+    _check_numeric([*named.items(), *((v.name, v) for v in left)], owners)
     fitting = {
-        name: values[name]
+        name: named[name]
         for name, place in places.items()
-        if name in values and tuple(place.shape) == values[name].shape
+        if name in named and codecs.fits(place, named[name])
     }
-    mine = {tuple(place.shape) for name, place in places.items() if name.path}
-    if mine and not any(name.path for name in values):
-        raise ForeignStateError("there are no averages in the file")
-    shapes = {value.shape for name, value in values.items() if name.path}
-    if mine and not shapes & mine:
-        raise ForeignStateError(f"no shape fits: {_first_misfit(values, places)}")
-    if any((v < 0).any() for n, v in fitting.items() if n.kind == "velocity"):
-        raise ForeignStateError(
-            "averages of squares cannot be negative, as some in the file are. It may "
-            "hold the state of SGD or Adam"
-        )
+    mine = [name for name in places if name.owner is not None]
+    theirs = [value for name, value in named.items() if name.owner is not None] + [
+        value for value in left if value.name and value.name.owner is not None
+    ]
+    if mine and not theirs:
+        raise RefusedError("there are no averages in the file")
+    if mine and not any(codecs.fits(places[n], v) for n in mine for v in theirs):
+        raise RefusedError(f"no shape fits: {_first_misfit(theirs, places, owners)}")
     fresh = [n for n in places if n not in fitting and n.kind not in OURS]
-    left = {n for n in values.keys() - fitting.keys() if n.kind != ROUNDING_OFFSET}
+    unused = [name for name in named if name not in fitting]
+    unused += [value.name for value in left if value.name]
+    unused = [name for name in unused if name.kind != ROUNDING_OFFSET]
     warning = ""
-    if fresh or left:
+    if fresh or unused:
         warning = (
             "The state was saved with other options or for other variables. Started "
-            f"fresh: {_counted(fresh)}. Left out: {_counted(left)}."
+            f"fresh: {_counted(fresh)}. Left out: {_counted(unused)}."
         )
     if names_differ:
         warning = (
             f"{warning} The variables in the file have other names; they were matched "
             "by their places."
         ).strip()
-    return Plan(fitting, fresh, clocks, warning)
+    return Plan(fitting, fresh, warning)
 
 
-def _named(
-    file: File, places: Mapping[Name, Any], owners: Sequence[Owner]
-) -> tuple[dict[Name, NDArray[Any]], bool]:
-    """Return a file's values under my names, and whether names contradict that."""
-    paths = [owner.path for owner in owners]
-    if not file.names:
-        keys = [key for key in file.values if key.isdigit()]
-        by_position = [
-            Name(RATE, "") if n.kind == RATE_FACTOR else n
-            for n in places
-            if n.kind not in _NOT_IN_BUILT_IN
-        ]
-        if len(keys) == len(places):
-            by_position = [*places]
-        if len(keys) != len(by_position):
-            raise ForeignStateError(
-                f"it has {len(by_position)} variables, the file {len(keys)} without "
-                "names"
-            )
-        values = {
-            name: file.values[key] for name, key in zip(by_position, keys, strict=True)
-        }
-        for key in file.values.keys() - {*keys}:
-            name = _clock_without_name(key, paths)
-            if name:
-                values[name] = file.values[key]
-        return values, False
-    theirs = [
-        Owner(name.path, file.values[key].shape)
-        for key, name in file.names.items()
-        if name.kind == "velocity"
+def _by_name(
+    file: File, places: Mapping[Name, Any], owners: Sequence[Owner], in_order: bool
+) -> tuple[dict[Name, Value], list[Value], bool]:
+    """Return values under my names, those without one, and whether names differ."""
+    # A variable that nothing belongs to, as of float8 training, is in no file.
+    mine = sorted({name.owner for name in places if name.owner is not None})
+    found, names_differ = aligned(
+        file.owners,
+        [owners[i] for i in mine],
+        in_order=in_order and file.in_model_order,
+    )
+    named, left = {}, []
+    for value in file.values:
+        kind, owner = value.name or Name("")
+        place = None if owner is None else found[owner]
+        if owner is not None and place is None:
+            left.append(value)
+        else:
+            named[Name(kind, None if place is None else mine[place])] = value
+    return named, left, names_differ
+
+
+def _by_position(
+    file: File, places: Mapping[Name, Any], in_order: bool
+) -> dict[Name, Value]:
+    """Return the values of a file without names, which may be the built-in's."""
+    count = len(file.values)
+    by_position = [
+        n._replace(kind=RATE) if n.kind == RATE_FACTOR else n
+        for n in places
+        if n.kind not in _NOT_IN_BUILT_IN
     ]
-    found, names_differ = aligned(theirs, owners, by_name=not file.in_model_order)
-    mine = {
-        owner.path: None if i is None else paths[i]
-        for owner, i in zip(theirs, found, strict=True)
-    }
-    values = {}
-    for key, (kind, path) in file.names.items():
-        to = mine.get(path) if path else ""
-        # What has no place here keeps its name, to be counted.
-        values[Name(kind, f"{path} (file)" if to is None else to)] = file.values[key]
-    return values, names_differ
+    if count == len(places):
+        by_position = [*places]
+    if count != len(by_position):
+        shapes = [value.shape for value in file.values if value.shape]
+        is_of_pairs = bool(shapes) and shapes[::2] == shapes[1::2]
+        raise RefusedError(
+            f"it holds the state of {'Adam, or of ' if is_of_pairs else ''}no RMSprop "
+            f"with these options: {count} values without names, not {len(by_position)}"
+        )
+    if not in_order:
+        raise RefusedError(
+            "its values have no names, and the order of the model's variables is not "
+            "known. Call `optimizer.build(model.trainable_variables)` before"
+        )
+    return dict(zip(by_position, file.values, strict=True))
 
 
-def _clock_without_name(key: str, paths: Sequence[str]) -> Name | None:
-    """Return what a key like `clock_3_last` of version 0.1.0 stands for."""
-    kind, index, what = [*key.split("_"), "", ""][:3]
-    if kind != "clock" or not index.isdigit() or int(index) >= len(paths):
-        return None
-    return Name(f"clock_{what}", paths[int(index)])
+def _check_numeric(
+    values: Sequence[tuple[Name | None, Value]], owners: Sequence[Owner]
+) -> None:
+    wrong = [
+        _not_numeric(described(name, owners), value.shape, value.dtype)
+        for name, value in values
+        if name and not is_real(value.dtype)
+    ]
+    if wrong:
+        raise ValueError(f"The state in the file does not fit. {', '.join(wrong)}")
+
+
+def _not_numeric(what: str, shape: Any, dtype: Any) -> str:
+    return f"{what}: received {shape} of {dtype}"
+
+
+def described(name: Name, owners: Sequence[Owner]) -> str:
+    """Return what a value is, and whose, for a message."""
+    if name.owner is None or name.owner >= len(owners):
+        return f"`{name.kind}`"
+    return f"`{name.kind}` of {owners[name.owner].path!r}"
+
+
+def checked(value: Value, place: Any) -> NDArray[Any]:
+    """Read a value, and check it as the constructor would.
+
+    Args:
+        value: The value, with its name among mine.
+        place: Where it is to go.
+
+    Raises:
+        RefusedError: It cannot be.
+        ValueError: It is not numeric.
+    """
+    assert value.name is not None
+    name, kind = value.name, value.name.kind.partition("#")[0]
+    if not is_real(value.dtype):
+        raise ValueError(_not_numeric(f"`{kind}`", value.shape, value.dtype))
+    if not codecs.fits(place, value):
+        raise RefusedError(
+            f"`{kind}` must have shape {tuple(place.shape)}. Received: {value.shape}"
+        )
+    array = codecs.understood(place, value.read())
+    why = wrong_numbers(kind, array) if name.slot >= 0 else ""
+    if why:
+        other = "" if "NaN" in why else ". It may be of SGD or Adam"
+        raise RefusedError(f"`{kind}`: {why}{other}")
+    if name.owner is None:
+        try:
+            _check_number(kind, array, place)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+    return array
+
+
+def _check_number(kind: str, array: NDArray[Any], place: Any) -> None:
+    if kind in (ITERATION, *OURS):
+        most = np.iinfo(str(place.dtype)).max
+        if not np.all((array == np.floor(array)) & (array >= 0) & (array <= most)):
+            raise ValueError(
+                f"`{kind}` must be an integer in [0, {most}]. Received: {array}"
+            )
+    elif kind in (RATE, RATE_FACTOR):
+        checks.number(kind, float(array), checks.NOT_NEGATIVE)
+    elif kind == RATE_ESTIMATE:
+        distance, gain, steps, path = map(float, array)
+        for number in (distance, abs(gain), steps, path):  # the gain has any sign
+            checks.number(kind, number, checks.NOT_NEGATIVE)
 
 
 def _first_misfit(
-    values: Mapping[Name, NDArray[Any]], places: Mapping[Name, Any]
+    theirs: Sequence[Value], places: Mapping[Name, Any], owners: Sequence[Owner]
 ) -> str:
-    name = next(n for n in places if n.path)
-    received = [v.shape for n, v in values.items() if n.kind == name.kind]
+    name = next(n for n in places if n.owner is not None)
+    received = [v.shape for v in theirs if v.name is None or v.name.kind == name.kind]
     return (
-        f"`{name.kind}` of {name.path!r}: expected shape {tuple(places[name].shape)}, "
+        f"{described(name, owners)}: expected shape {tuple(places[name].shape)}, "
         f"received {', '.join(map(str, received[:3])) or 'nothing'}"
     )
 

@@ -5,8 +5,10 @@ that it belongs to. So when an optimizer is built anew for more variables, as af
 layers were unfrozen, it reuses each slot that exists, in any subclass, too.
 """
 
+import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 WEIGHT_AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
@@ -17,22 +19,8 @@ RATE_ESTIMATE = "learning_rate_estimate"
 OF_SEARCH = FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
 RATE, RATE_FACTOR = "learning_rate", "learning_rate_factor"
 """The names of the learning rate, and of the factor on one that is found."""
-
-
-class Kept(NamedTuple):
-    """A variable of the optimizer, and what it is."""
-
-    variable: Any
-    kind: str
-    """With a number, as in `norm#1`, if there are several of a kind."""
-    owner: Any
-    """The model's variable that it belongs to; None if to no single one."""
-    start: Callable[[], Any]
-    """Returns what it starts with."""
-
-    def start_fresh(self) -> None:
-        """Give it the value that it starts with."""
-        self.variable.assign(self.start())
+ITERATION = "iteration"
+"""The name of the step count."""
 
 
 class Key(NamedTuple):
@@ -45,23 +33,112 @@ class Key(NamedTuple):
     """Which of this kind and owner it is: nearly always the first, 0."""
 
 
-class Keeper:
-    """The variables of an optimizer, by kind and owner.
+class Entry(NamedTuple):
+    """A variable of the optimizer, and what it is."""
+
+    variable: Any
+    key: Key
+    start: Callable[[], Any]
+    """Returns what it starts with."""
+
+    @property
+    def kind(self) -> str:
+        """Return its kind, with a number, as in `norm#1`, if there are several."""
+        return (
+            f"{self.key.kind}#{self.key.number}" if self.key.number else self.key.kind
+        )
+
+    def start_fresh(self) -> None:
+        """Give it the value that it starts with."""
+        self.variable.assign(self.start())
+
+
+class Order(NamedTuple):
+    """The order of the model's variables, as far as lists of some of them showed it.
+
+    Lists of a part of a model show the order of that part. The order of all is certain
+    if each stood beside the next in some list, or if one list had all.
 
     Example:
-        >>> keeper = Keeper()
+        >>> parts = Order().then("bc").then("ab")
+        >>> parts.keys, parts.is_certain
+        (('a', 'b', 'c'), True)
+        >>> apart = Order().then("ac").then("ab")
+        >>> apart.is_certain, apart.then("acb").keys
+        (False, ('a', 'c', 'b'))
+    """
+
+    keys: tuple[Hashable, ...] = ()
+    """What stands for each variable."""
+    neighbors: frozenset[tuple[Hashable, Hashable]] = frozenset()
+    """Those that stood beside each other in a list."""
+    is_certain: bool = True
+
+    def then(self, given: Iterable[Hashable]) -> "Order":
+        """Return the order after one more list: of known variables, new ones, or both.
+
+        A list in another order changes nothing that is certain.
+        """
+        given = tuple(dict.fromkeys(given))
+        known, new = {*self.keys}, {*given} - {*self.keys}
+        if self.is_certain and not new:
+            return self
+        if known <= {*given}:
+            return Order(given)
+        keys = list(self.keys)
+        if not self.is_certain:
+            places = [i for i, key in enumerate(keys) if key in given]
+            here = [key for key in given if key in known]
+            for place, key in zip(places, here, strict=True):
+                keys[place] = key
+        for i, key in enumerate(given):
+            if key not in new:
+                continue
+            if i:
+                keys.insert(keys.index(given[i - 1]) + 1, key)
+            else:
+                later = (keys.index(k) for k in given if k in known)
+                keys.insert(next(later, len(keys)), key)
+        neighbors = self._pairs() | self.neighbors | {*itertools.pairwise(given)}
+        certain = all(pair in neighbors for pair in itertools.pairwise(keys))
+        return Order(tuple(keys), neighbors, certain)
+
+    def check(self) -> None:
+        """Fail if the order is not certain: for what goes by position.
+
+        Raises:
+            ValueError: It is not.
+        """
+        if not self.is_certain:
+            raise ValueError(
+                "The order of the model's variables is not known: they came in parts. "
+                "Call `optimizer.build(model.trainable_variables)` first, or give the "
+                "variables with their gradients."
+            )
+
+    def _pairs(self) -> frozenset[tuple[Hashable, Hashable]]:
+        return frozenset(itertools.pairwise(self.keys) if self.is_certain else ())
+
+
+class Book:
+    """The variables of an optimizer, by kind and owner.
+
+    Attributes:
+        order: The order of the model's variables.
+
+    Example:
+        >>> book = Book()
         >>> for owners in ("b",), ("a", "b"):  # built, and built anew for one more
-        ...     keeper.begin()
+        ...     book.begin()
         ...     for owner in owners:
-        ...         _ = keeper.find_or_make(
-        ...             "velocity", owner, owner, object, start=lambda: 0
-        ...         )
-        >>> [kept.owner for kept in keeper.all()], len(keeper.made())
+        ...         _ = book.find_or_make("velocity", owner, object, start=lambda: 0)
+        >>> [entry.key.owner for entry in book.all()], len(book.made())
         (['a', 'b'], 1)
     """
 
     def __init__(self) -> None:
-        self._by_key: dict[Key, Kept] = {}
+        self.order = Order()
+        self._by_key: dict[Key, Entry] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -73,8 +150,7 @@ class Keeper:
     def find_or_make(
         self,
         kind: str,
-        owner_key: Hashable,
-        owner: Any,
+        owner: Hashable,
         make: Callable[[], Any],
         start: Callable[[], Any],
     ) -> Any:
@@ -82,25 +158,23 @@ class Keeper:
 
         Args:
             kind: What it is.
-            owner_key: Something hashable that stands for its owner, or None.
-            owner: The model's variable that it belongs to, or None.
+            owner: What stands for the model's variable that it belongs to, or None.
             make: Makes it.
             start: Returns what it starts with.
         """
-        key = Key(kind, owner_key, self._count[kind, owner_key])
-        self._count[kind, owner_key] += 1
+        key = Key(kind, owner, self._count[kind, owner])
         if key not in self._by_key:
-            numbered = f"{kind}#{key.number}" if key.number else kind
-            self._by_key[key] = Kept(make(), numbered, owner, start)
+            self._by_key[key] = Entry(make(), key, start)
             self._made.append(key)
+        self._count[kind, owner] += 1
         self._built.append(key)
         return self._by_key[key].variable
 
-    def all(self) -> list[Kept]:
+    def all(self) -> list[Entry]:
         """Return what the optimizer was last built with, in that order."""
         return [self._by_key[key] for key in self._built]
 
-    def made(self) -> list[Kept]:
+    def made(self) -> list[Entry]:
         """Return those of them that were not there before."""
         return [self._by_key[key] for key in self._made]
 
@@ -110,26 +184,55 @@ class Keeper:
         Args:
             variables: All of the optimizer's; those it has kept go to the end.
         """
-        ordered = [kept.variable for kept in self.all()]
+        ordered = [entry.variable for entry in self.all()]
         ids = {id(variable) for variable in ordered}
         return [v for v in variables if id(v) not in ids] + ordered
 
 
-def in_order_of(known: Sequence[Any], given: Sequence[Any], key: Any) -> list[Any]:
-    """Return all of the model's variables, old and new, in the model's order.
+def set_variables(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Replace the list of an optimizer's variables. Keras has no public way to."""
+    own = vars(optimizer)
+    tracker = own.pop("_tracker")  # without it a list is not tracked again
+    try:
+        optimizer._variables = [*variables]
+    finally:
+        own["_tracker"] = tracker
+    is_variable, _ = tracker.config["variables"]
+    tracker.config["variables"] = is_variable, own["_variables"]
+
+
+@contextlib.contextmanager
+def all_or_nothing(optimizer: Any, *others: Any) -> Iterator[None]:
+    """Build an optimizer: if that fails, it is as it was, and so are its parts.
 
     Args:
-        known: Those known so far.
-        given: Those of a step. If it has all that are known, its order is the model's;
-            else new ones come last.
-        key: Function from a variable to something that stands for it.
-
-    Example:
-        >>> in_order_of("bd", "abcd", key=str), in_order_of("bd", "ab", key=str)
-        (['a', 'b', 'c', 'd'], ['b', 'd', 'a'])
+        optimizer: The optimizer.
+        others: Objects that building changes, too.
     """
-    distinct = list({key(v): v for v in given}.values())
-    if {key(v) for v in known} <= {key(v) for v in distinct}:
-        return distinct
-    keys = {key(v) for v in known}
-    return [*known, *(v for v in distinct if key(v) not in keys)]
+    things = [optimizer, optimizer._tracker, *others]
+    before = [
+        (vars(thing), {k: (x, _content(x)) for k, x in vars(thing).items()})
+        for thing in things
+    ]
+    try:
+        # Lists that TensorFlow tracks cannot be put back: building fills copies.
+        set_variables(optimizer, optimizer._variables)
+        optimizer._trainable_variables_indices = {
+            **optimizer._trainable_variables_indices
+        }
+        yield
+    except BaseException:
+        for own, attributes in before:
+            for name in own.keys() - attributes.keys():
+                del own[name]
+            for name, (value, content) in attributes.items():
+                own[name] = value
+                if content is not None:
+                    value.clear()
+                    (value.extend if type(value) is list else value.update)(content)
+        raise
+
+
+def _content(value: Any) -> Any:
+    """Return a copy of a plain list, dict or set, which may change in place."""
+    return value.copy() if type(value) in (list, dict, set) else None

@@ -108,7 +108,7 @@ def to_torch(
     import torch
 
     groups, names = _torch_groups(state_dict)
-    iterations, mine, paths = optimizer.get_state()
+    iterations, mine, paths, *_ = optimizer.get_state()
     states, places, given = {}, [], []
     for (number, axes), slots in zip(
         resolved(mapping, paths, groups, names), mine, strict=True
@@ -171,7 +171,7 @@ def to_keras(optimizer: RMSprop, builtin: Any) -> None:
     Raises:
         ValueError: Something does not fit; nothing is changed.
     """
-    iterations, mine, paths = optimizer.get_state()
+    iterations, mine, paths, *_ = optimizer.get_state()
     if not optimizer.lr_in_momentum:
         rate = float(builtin.learning_rate)
         mine = [slots.with_momentum_times(rate) for slots in mine]

@@ -21,8 +21,6 @@ def places(theirs, mine, **options):
     ("theirs", "mine"),
     [
         (["a/kernel", "b/kernel"], ["a/kernel", "b/kernel"]),
-        # Numbers that Keras gives, as layers were made in another order.
-        (["dense/kernel", "dense_1/kernel"], ["dense_1/kernel", "dense/kernel"]),
         (["dense_7/kernel", "dense_8/kernel"], ["dense/kernel", "dense_1/kernel"]),
         # The names of models count for nothing.
         (["model/a/kernel", "model/b/kernel"], ["a/kernel", "b/kernel"]),
@@ -45,15 +43,15 @@ def test_other_names_at_the_same_places_are_told():
 
 def test_by_name_numbers_count_too():
     theirs = ["dense/kernel", "dense_1/kernel"]
-    assert places(theirs, theirs[::-1], by_name=True) == [1, 0]
+    assert places(theirs, theirs[::-1], in_order=False) == [1, 0]
     # Of other shapes, too: where the order in the file is not the model's.
     a, b, c = Owner("a", (1,)), Owner("b", (2,)), Owner("c", (3,))
-    assert aligned([b, c, a], [a, b, c], by_name=True).places == [1, 2, 0]
+    assert aligned([b, c, a], [a, b, c], in_order=False).places == [1, 2, 0]
     # One name for two says nothing.
     twice = owners("x/a/kernel", "y/a/kernel")
-    assert aligned(twice, twice[::-1], by_name=True).places == [1, 0]
+    assert aligned(twice, twice[::-1], in_order=False).places == [1, 0]
     other = owners("z/a/kernel", "w/a/kernel")
-    assert aligned(twice, other, by_name=True) == ([0, 1], False)
+    assert aligned(twice, other, in_order=False).places == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +110,7 @@ some = st.lists(
         Owner,
         st.builds("{}/{}".format, names, leaves),
         st.sampled_from([(1,), (2,), (2, 2)]),
+        st.none(),
     ),
     max_size=6,
 )
@@ -165,9 +164,52 @@ def test_names_of_variables_alone():
     [
         ("ca", "abc", [2, 0]),
         ("cba", "ac", [1, None, 0]),
-        # Neither has all of the other: then the order counts, and leaves it open.
-        ("cax", "abc", [None] * 3),
+        ("cax", "abc", [2, 0, None]),
     ],
 )
 def test_by_name_some_of_them(theirs, mine, expected):
-    assert places(theirs, mine, by_name=True) == expected
+    assert places(theirs, mine, in_order=False) == expected
+
+
+def test_numbers_in_another_order_are_told():
+    # Layers made in another order, most likely; or not the model's order.
+    theirs = owners("dense/kernel", "dense_1/kernel")
+    assert aligned(theirs, theirs[::-1]) == ([0, 1], True)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_weights_tell_before_names_and_places(in_order):
+    def layer(name, weights):
+        return [Owner(f"{name}/kernel", (2,), weights), Owner(f"{name}/bias", (2,))]
+
+    theirs = [*layer("a", 1), *layer("b", 2)]
+    mine = [*layer("b", 1), *layer("a", 2)]  # the biases are all 0, and tell nothing
+    assert aligned(theirs, mine, in_order=in_order) == ([0, 1, 2, 3], False)
+    # The same weights twice, or in another shape, tell nothing either.
+    same = [Owner("a/x", (2,), 1), Owner("b/x", (2,), 1)]
+    assert aligned(same, same[::-1], in_order=in_order).places == [1, 0]
+    other = [Owner("a/x", (3,), 1)]
+    assert aligned(other, [Owner("b/x", (2,), 1)], in_order=in_order).places == [None]
+
+
+def test_without_an_order_what_names_leave_open_stays_so():
+    a = owners("m/dense_7/kernel")
+    assert aligned(a, owners("dense/kernel"), in_order=False) == ([0], True)
+    two = owners("dense/kernel", "dense_1/kernel")
+    assert aligned(a, two, in_order=False).places == [None]
+    # `dense_1` is here and there, so `dense` is not the other one here.
+    other = owners("dense_1/kernel", "dense_2/kernel")
+    assert aligned(two, other, in_order=False).places == [None, 0]
+
+
+@given(some, some, st.randoms())
+def test_without_an_order_no_order_counts(theirs, mine, random):
+    def pairs(theirs, mine):
+        found = aligned(theirs, mine, in_order=False).places
+        pairs = zip(theirs, found, strict=True)
+        return {(a, mine[i]) for a, i in pairs if i is not None}
+
+    expected = pairs(theirs, mine)
+    assert all(a.shape == b.shape for a, b in expected)
+    shuffled = [random.sample(owners, len(owners)) for owners in (theirs, mine)]
+    assert pairs(*shuffled) == expected

@@ -1,62 +1,79 @@
-"""State in files, with dicts for stores and arrays for variables."""
+"""State in files: HDF5 files in memory and dicts for stores, arrays for variables."""
 
-import types
+import io
+import json
 
+import h5py
 import numpy as np
 import pytest
 
 from keras_rmsprop import saving
 from keras_rmsprop.alignment import Owner
-from keras_rmsprop.saving import File, ForeignStateError, Name, Plan, plan, updated
+from keras_rmsprop.saving import File, Name, Value, plan
 
 
-class Store(dict):
+class Store:
     """A store as Keras gives it with HDF5: values with attributes, keys as text."""
 
     def __init__(self):
-        self._h5_entry_group = {}
+        self._h5_entry_group = h5py.File(io.BytesIO(), "w")
+        self.keys = self._h5_entry_group.keys
+        self.read = []
 
     def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        self._h5_entry_group[key] = types.SimpleNamespace(attrs={})
+        self._h5_entry_group[key] = value
 
-    def keys(self):
-        return sorted(super().keys())
+    def __getitem__(self, key):
+        self.read.append(key)
+        return np.array(self._h5_entry_group[key])
+
+    def attributes(self, key):
+        return self._h5_entry_group[key].attrs
 
 
 A, B = Owner("a/kernel", (2,)), Owner("b/kernel", (3,))
-ITERATION, RATE = Name("iteration", ""), Name("learning_rate", "")
+ITERATION, RATE = Name("iteration"), Name("learning_rate")
 
 
 def v(owner):
-    return Name("velocity", owner.path)
+    return Name("velocity", owner)
 
 
 def m(owner):
-    return Name("momentum", owner.path)
+    return Name("momentum", owner)
 
 
 def state(*owners, momentum=False, start=0):
     """Return what is written for these owners: each value has numbers of its own."""
-    names = [ITERATION, RATE, *map(v, owners), *(map(m, owners) if momentum else ())]
-    shapes = {owner.path: owner.shape for owner in owners}
+    numbers = range(len(owners))
+    names = [ITERATION, RATE, *map(v, numbers), *(map(m, numbers) if momentum else ())]
     return {
-        name: np.full(shapes.get(name.path, ()), start + number, "float32")
-        for number, name in enumerate(names)
+        name: np.full(
+            () if name.owner is None else owners[name.owner].shape, start + i, "float32"
+        )
+        for i, name in enumerate(names)
     }
 
 
-def file_of(values, **options):
-    keys = [*map(str, range(len(values)))]
+def file_of(values, owners, **options):
     return File(
-        dict(zip(keys, values.values(), strict=True)),
-        dict(zip(keys, values, strict=True)),
+        [Value(n, x.shape, x.dtype, lambda x=x: x) for n, x in values.items()],
+        owners,
         **options,
     )
 
 
 def unnamed(values):
-    return file_of(values)._replace(names={})
+    file = file_of(values, [])
+    return file._replace(values=[v._replace(name=None) for v in file.values])
+
+
+def planned(file, places, owners, **options):
+    return plan(file, places, owners, **{"in_order": True, **options})
+
+
+def arrays(done):
+    return {name: value.read() for name, value in done.values.items()}
 
 
 def assert_same(got, expected):
@@ -65,64 +82,128 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(got[name], value)
 
 
+def written(values, owners, store=None):
+    store = Store() if store is None else store
+    saving.write(store, values.items(), owners, in_model_order=True)
+    return store
+
+
 def test_what_was_written_is_read():
-    values = {Name("velocity", f"{n}/kernel"): np.full(n, n) for n in range(12)}
-    store = Store()
-    saving.write(store, values.items())
+    owners = [Owner(f"{n}/kernel", (n,), n) for n in range(12)]
+    values = {v(n): np.full(n, n) for n in range(12)}
+    store = written(values, owners)
     assert [*store.keys()][:3] == ["0", "1", "10"]
     read = saving.read(store)
-    assert_same(read.values, {str(n): np.full(n, n) for n in range(12)})
-    assert [*read.names.values()] == [*values]
+    assert not store.read  # shapes first
+    assert [value.shape for value in read.values] == [(n,) for n in range(12)]
+    assert_same({value.name: value.read() for value in read.values}, values)
+    assert [*read.owners] == owners
     assert read.in_model_order
     # What other versions will look for.
-    attributes = store._h5_entry_group["2"].attrs
-    assert attributes == {"kind": "velocity", "path": "2/kernel", "order": "model"}
+    attributes = dict(store.attributes("2"))
+    assert attributes.pop("kind") == "velocity"
+    assert json.loads(attributes.pop("owner")) == {
+        "path": "2/kernel",
+        "shape": [2],
+        "weights": 2,
+        "number": 2,
+        "in_order": True,
+    }
+    assert not attributes
+
+
+def test_owners_of_which_there_is_nothing_are_left_out():
+    store = written({m(1): np.ones(3), m(2): np.zeros(2)}, [A, B, A])
+    read = saving.read(store)
+    assert read.owners == [B, A]
+    assert [value.name for value in read.values] == [m(0), m(1)]
+
+
+def test_an_order_that_is_not_certain_is_told():
+    store = Store()
+    saving.write(store, state(A).items(), [A], in_model_order=False)
+    assert not saving.read(store).in_model_order
 
 
 def test_without_attributes_places_are_left():
-    store = {}
-    saving.write(store, state(A).items())
+    store = written(state(A), [A], {})
     assert [*store] == ["0", "1", "2"]
     read = saving.read(store)
-    assert read.names == {}
+    assert not read.has_names
     assert read.in_model_order
-    assert_same(plan(read, state(A), [A]).values, state(A))
+    assert_same(arrays(planned(read, state(A), [A])), state(A))
 
 
-def test_files_of_0_1_0():
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kind": 3},
+        {"kind": np.ones(2)},
+        {"owner": 3},
+        {"owner": "no JSON"},
+        {"owner": "[]"},
+        {"owner": "{}"},
+        {"owner": json.dumps({"number": "x"})},
+        {"codes": saving.codecs.CODES},
+        {"codes": saving.codecs.CODES, "shape": [10**9]},
+    ],
+    ids=str,
+)
+def test_attributes_that_say_nothing_are_an_error(attributes):
+    store = written(state(A), [A])
+    for name, value in attributes.items():
+        store.attributes("2")[name] = value
+    with pytest.raises(ValueError, match="The file must say what value '2' is. Rec"):
+        saving.read(store)
+
+
+def test_what_is_not_in_the_file_itself_is_an_error(tmp_path):
+    store = written(state(A), [A])
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["x"] = np.ones(2)
+    store._h5_entry_group["3"] = h5py.ExternalLink(tmp_path / "other.h5", "x")
+    for read in saving.read, saving.copied:
+        with pytest.raises(ValueError, match="must not be a link. Received: '3'"):
+            read(store)
+
+
+@pytest.mark.parametrize("made", [Store, dict], ids=["HDF5", "dict"])
+def test_a_copy_is_read_as_the_store_is(made):
+    store = written(state(A, B), [A, B], made())
+    with saving.opened(saving.copied(store)) as file:
+        expected = saving.read(store)
+        assert [x.name for x in file.values] == [x.name for x in expected.values]
+        assert file.owners == expected.owners
+        for x, y in zip(file.values, state(A, B).values(), strict=True):
+            np.testing.assert_array_equal(x.read(), y)
+
+
+def test_a_copy_takes_no_more_than_is_in_the_file():
     store = Store()
-    saving.write(store, [(Name("accumulator", "a/kernel"), np.ones(2))])
-    del store._h5_entry_group["0"].attrs["order"]
-    store["clock_0_last"] = np.ones(2)
-    read = saving.read(store)
-    assert read.names == {"0": Name("gradient_accumulator", "a/kernel")}
-    assert [*read.values] == ["0", "clock_0_last"]
-    assert not read.in_model_order
+    more = {"shape": (10**8,), "dtype": "f4", "chunks": (2**20,), "compression": "gzip"}
+    store._h5_entry_group.create_dataset("0", **more)
+    assert len(saving.copied(store).getvalue()) < 10**5
 
 
-def test_some_values_are_written_anew():
-    file = file_of(state(A, B))
-    new = np.full(3, 9.0)
-    written = updated(file, [(v(B), new), (Name("velocity", "other"), new)])
-    assert_same(dict(written), state(A, B) | {v(B): new})
-    # What has no name keeps its place.
-    (kept,) = updated(unnamed({ITERATION: 5}), [(ITERATION, 6)])
-    assert kept == (Name("", ""), 5)
+def test_a_copy_of_text_is_refused():
+    with pytest.raises(ValueError, match=r"value '0': received \(1,\) of <U1"):
+        saving.copied({"0": np.array(["x"])})
 
 
 def test_what_fits_is_taken_over_without_a_word():
     values = state(A, B, momentum=True)
-    for file in file_of(values), unnamed(values):
-        done = plan(file, state(A, B, momentum=True, start=50), [A, B])
-        assert_same(done.values, values)
-        assert done == Plan(done.values, [], {}, "")
+    places = state(A, B, momentum=True, start=50)
+    for file in file_of(values, [A, B]), unnamed(values):
+        done = planned(file, places, [A, B])
+        assert_same(arrays(done), values)
+        assert (done.fresh, done.warning) == ([], "")
 
 
 def test_an_option_switched_on_or_off():
     with_m, without = state(A, B, momentum=True), state(A, B)
     on = plan(file_of(without), with_m, [A, B])
     assert_same(on.values, without)
-    assert on.fresh == [m(A), m(B)]
+    assert on.fresh == [m(0), m(1)]
     assert on.warning == (
         "The state was saved with other options or for other variables. "
         "Started fresh: 2 `momentum`. Left out: nothing."
@@ -136,10 +217,10 @@ def test_an_option_switched_on_or_off():
 def test_layers_frozen_or_unfrozen():
     more = plan(file_of(state(A)), state(A, B), [A, B])
     assert_same(more.values, state(A))
-    assert more.fresh == [v(B)]
+    assert more.fresh == [v(1)]
     assert "fresh: 1 `velocity`. Left out: nothing" in more.warning
     fewer = plan(file_of(state(A, B)), state(B), [B])
-    assert_same(fewer.values, {n: state(A, B)[n] for n in (ITERATION, RATE, v(B))})
+    assert_same(fewer.values, {n: state(A, B)[n] for n in (ITERATION, RATE, v(1))})
     assert "fresh: nothing. Left out: 1 `velocity`" in fewer.warning
 
 
@@ -157,7 +238,7 @@ def test_by_the_order_of_the_model_or_by_name():
 def test_other_names_are_told():
     other = Owner("other/kernel", (2,))
     done = plan(file_of(state(A)), state(other), [other])
-    np.testing.assert_array_equal(done.values[v(other)], state(A)[v(A)])
+    np.testing.assert_array_equal(done.values[v(other)], state(A)[v(0)])
     assert done.warning == (
         "The variables in the file have other names; they were matched by their places."
     )
@@ -193,8 +274,8 @@ def test_clocks_of_0_1_0():
 
 
 def test_what_is_left_out_is_counted_by_its_kind():
-    a, b = Name("average_gradient", A.path), Name("average_gradient", B.path)
-    more = state(A, B) | {b: np.ones(3), m(A): np.ones(2), a: np.ones(2)}
+    a, b = Name("average_gradient", 0), Name("average_gradient", 1)
+    more = state(A, B) | {b: np.ones(3), m(0): np.ones(2), a: np.ones(2)}
     done = plan(file_of(more), state(A, B), [A, B])
     assert done.warning.endswith("Left out: 2 `average_gradient`, 1 `momentum`.")
 
@@ -202,7 +283,7 @@ def test_what_is_left_out_is_counted_by_its_kind():
 def test_a_shape_that_does_not_fit_starts_fresh():
     wide = Owner("b/kernel", (5,))
     done = plan(file_of(state(A, B)), state(A, wide), [A, wide])
-    assert_same(done.values, {n: state(A)[n] for n in (ITERATION, RATE, v(A))})
+    assert_same(done.values, {n: state(A)[n] for n in (ITERATION, RATE, v(0))})
     assert done.fresh == [v(wide)]
     assert "fresh: 1 `velocity`. Left out: 1 `velocity`" in done.warning
 
@@ -222,7 +303,7 @@ def test_a_shape_that_does_not_fit_starts_fresh():
             "received nothing",
         ),
         (
-            state(A) | {v(A): np.array([1.0, -1e-9])},
+            state(A) | {v(0): np.array([1.0, -1e-9])},
             "averages of squares cannot be negative, as some in the file are. It may "
             "hold the state of SGD or Adam",
         ),
@@ -236,7 +317,7 @@ def test_the_state_of_another_optimizer_is_refused(values, message):
 
 
 def test_averages_may_be_zero():
-    values = state(A) | {v(A): np.array([0.0, 1e-9])}
+    values = state(A) | {v(0): np.array([0.0, 1e-9])}
     assert_same(plan(file_of(values), state(A), [A]).values, values)
 
 
@@ -247,7 +328,7 @@ def test_without_names_the_number_must_be_right():
 
 
 def test_what_is_no_number_is_an_error():
-    bad = state(A, B) | {v(A): np.array(["x", "y"]), v(B): np.ones(3, "complex64")}
+    bad = state(A, B) | {v(0): np.array(["x", "y"]), v(1): np.ones(3, "complex64")}
     with pytest.raises(
         ValueError, match=r"does not fit. `velocity` of 'a/kernel': rec"
     ) as e:
