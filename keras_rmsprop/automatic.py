@@ -13,10 +13,10 @@ from keras import ops
 
 from keras_rmsprop import checks
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.estimate import Estimate, Part, farthest, find
+from keras_rmsprop.estimate import EPSILON, Estimate, Part, farthest, find
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
-from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE
+from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE, RATE_FACTOR
 from keras_rmsprop.state import as_array
 from keras_rmsprop.tables import Tables
 
@@ -113,6 +113,15 @@ class AutoLearningRate:
             "restarts": self.restarts,
         }
 
+    def defaults(
+        self, centered: bool, bias_correction: bool | None, epsilon: float
+    ) -> tuple[bool | None, float]:
+        """Return `bias_correction` and `epsilon` as they are unless they were given."""
+        if centered:  # the variance of the first gradients is 0
+            return bias_correction, epsilon
+        corrects = True if bias_correction is None else bias_correction
+        return corrects, EPSILON if epsilon == 1e-7 else epsilon
+
     def __repr__(self) -> str:
         """Return the call that makes an equal one."""
         names = "initial", "coefficient", "growth", "sample_every", "restarts"
@@ -140,6 +149,34 @@ def asked_for(learning_rate: Any) -> AutoLearningRate | None:
     if isinstance(learning_rate, str) and learning_rate == "auto":
         return AutoLearningRate()
     return learning_rate if isinstance(learning_rate, AutoLearningRate) else None
+
+
+def check_same(auto: AutoLearningRate, mine: AutoLearningRate | None) -> None:
+    """Fail if a way to find a learning rate is not the one of an optimizer.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if mine is None or not mine.looks_like(auto):
+        raise ValueError(
+            "How a learning rate is found must be said when the optimizer is made. "
+            f"Received: learning_rate={auto!r}"
+        )
+
+
+def form_of_factor(factor: float) -> dict[str, Any]:
+    """Return the arguments of `add_variable` for a factor on a learning rate.
+
+    Rates do not have its dtype: `tf.train.Checkpoint` compares no names, but refuses to
+    load one dtype into another.
+    """
+    rates = str(keras.config.floatx())
+    other = "float32" if rates == "float64" else "float64"
+    return {
+        "initializer": keras.initializers.Constant(factor),
+        "dtype": other if backend.has_rows else rates,
+        "name": RATE_FACTOR,
+    }
 
 
 class Trained(NamedTuple):
@@ -236,17 +273,25 @@ class Search:
                 self.restart()
                 self.trained = now
 
-    def end_fit(self, variables: Sequence[Any]) -> None:
+    def end_fit(self, variables: Sequence[Any]) -> str:
         """Note how far the weights are, so that the next step sees if they are others.
 
         Args:
             variables: The model's variables.
+
+        Returns:
+            What a user should know about the estimate, or nothing.
         """
+        if not self.is_known():
+            return ""
+        message = self.complaint()
+        self.restart_if_changed(variables)  # it may be the first that is seen of `fit`
         known = self.known()
         if self.options.restarts and known.steps and _ends_fit():
             reach = farthest(self._parts(variables))
             known = known._replace(reach=float(reach))
             backend.assign_everywhere(self.estimate, np.array(known, "float32"))
+        return message
 
     def _parts(
         self,
@@ -299,6 +344,17 @@ class Search:
         """Return the learning rate of a distance: with momentum, steps add up."""
         return ops.cast(factor, "float32") * distance * (1 - self._optimizer.momentum)
 
+    def current_rate(self, factor: Any) -> Any:
+        """Return the learning rate of the last step; None before the first.
+
+        Args:
+            factor: The factor on the distance.
+        """
+        if not self.is_known():
+            return self.rate_of(self.estimate[0], factor)
+        known = self.known()
+        return float(self.rate_of(known.distance, factor)) if known.steps else None
+
     def is_known(self) -> bool:
         """Whether the estimate is known now, and not in a function being traced."""
         if self.estimate is None:
@@ -313,6 +369,8 @@ class Search:
 
     def complaint(self) -> str:
         """Return what a user should know about the estimate; see `complaint`."""
+        if not self.is_known():
+            return ""
         return complaint(self.known(), self.options)
 
 

@@ -199,7 +199,7 @@ class Clocks(tf.Module):
 
     Args:
         optimizer: The optimizer, an object whose `_trainable_variables`, `use_ema`,
-            `_accumulated_gradients` and `_catch_up_all` are read.
+            `_accumulated_gradients` and `_doors` are read.
 
     Attributes:
         refused: Something that stands for each table that a graph updates without a
@@ -284,7 +284,7 @@ class Clocks(tf.Module):
                     continue
                 with tf.init_scope():
                     if not tf.convert_to_tensor(ticks.shared):
-                        other._optimizer._catch_up_all()
+                        other._optimizer._doors.catch_up()
                         ticks.shared.assign(True)
 
     def _put(self, index: int, clock: Clock) -> None:
@@ -310,7 +310,7 @@ class Clocks(tf.Module):
     def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
         # A checkpoint that is written asks for what to write, and says that it does.
         if save_type == "checkpoint" and tf.executing_eagerly():
-            self._optimizer._catch_up_all()
+            self._optimizer._doors.catch_up()
         given = () if save_type is None else (save_type,)
         return super()._trackable_children(*given, **kwargs)
 

@@ -7,7 +7,8 @@ from typing import Any
 from keras_rmsprop import codecs, hooks
 from keras_rmsprop.automatic import Search
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.step import Steps
+from keras_rmsprop.building import codec_of
+from keras_rmsprop.stepping import Steps
 from keras_rmsprop.update import Update, Way
 
 MOST_NAMES = 4
@@ -38,7 +39,9 @@ def explain(steps: Steps, paths: Sequence[str]) -> str:
         text += f"\nNo kernel: {why}."
     if steps.has_blocks():
         stored = [
-            Way(*codecs.explained(update.slots, optimizer._codec(update.variable)[1]))
+            Way(
+                *codecs.explained(update.slots, codec_of(optimizer, update.variable)[1])
+            )
             for update in updates
         ]
         text += "\n" + "\n".join(explained({"State between steps:": stored}, names))
@@ -49,11 +52,11 @@ def explain(steps: Steps, paths: Sequence[str]) -> str:
 
 def _way(update: Update, steps: Steps, *, xla: bool) -> Way:
     optimizer: Any = steps.optimizer
-    if optimizer._own() & hooks.UPDATE_STEP:
+    if steps.own() & hooks.UPDATE_STEP:
         return Way("by its own `update_step`", "as Keras would")
     if update.slots.velocity is None:
         return Way("replaced by its gradient", "as of float8 training")
-    why = optimizer._why_all_rows(update.variable)
+    why = steps.why_all_rows(update.variable)
     if update.rows is not None and why:
         return Way("by all rows", f"sparse gradients, but {why}")
     way = backend.way(update, steps.constants(0.0), xla=xla)

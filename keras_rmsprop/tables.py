@@ -18,6 +18,14 @@ if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import catching_up, sparse
 
 
+OPTIONS_OF_ROWS = (
+    *("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update"),
+    "_self_update_uid",
+)
+"""The options that decide how rows without a gradient are brought up to date; and what
+TensorFlow sets before it restores a checkpoint, which may hold no counters."""
+
+
 class Tables:
     """Makes the parts of a step; those of tables have distinct rows.
 
@@ -52,7 +60,7 @@ class Tables:
             if not backend.is_slices(gradient):
                 continue
             index = optimizer._get_variable_index(variable)
-            if index not in clocks and not optimizer._why_all_rows(variable):
+            if index not in clocks and not optimizer._steps.why_all_rows(variable):
                 sparse.check_ids(gradient, variable)
                 found.add(index)
         if not backend.is_eager():
@@ -90,7 +98,7 @@ class Tables:
         indices = [optimizer._get_variable_index(v) for v in variables]
         if own:
             for i in {*indices} & {*clocks}:
-                optimizer._catch_up(i)  # such a step knows no counter
+                self.catch_up(i)  # such a step knows no counter
             return {}
         return {
             place: clocks[i]
@@ -100,7 +108,7 @@ class Tables:
             if backend.is_slices(gradient)
             and i in clocks
             and indices.count(i) == 1
-            and not optimizer._why_all_rows(variable)
+            and not optimizer._steps.why_all_rows(variable)
         }
 
     def why_all_rows(self, variable: Any) -> str:
@@ -110,13 +118,13 @@ class Tables:
         i = optimizer._trainable_variables_indices.get(key)
         if options.is_tensor(optimizer.rho):
             return "`rho` may change unseen"
-        if i is not None and codecs.are_in_blocks(optimizer._slots_of(i)):
+        if i is not None and codecs.are_in_blocks(optimizer._steps.slots_of(i)):
             return "its slots are stored in blocks, not in rows"
         if key in optimizer._clocks.refused:
             return "a graph updates the table densely"
         if options.is_on(optimizer.momentum):
             return "`momentum` moves rows without a gradient"
-        if optimizer._decay_of(variable) is not None:
+        if optimizer._steps.decay_of(variable) is not None:
             return "`weight_decay` moves rows without a gradient"
         return ""
 
@@ -135,7 +143,7 @@ class Tables:
         shape = optimizer._trainable_variables[i].shape
         catching_up.catch_up(
             optimizer._clocks[i],
-            optimizer._slots_of(i),
+            optimizer._steps.slots_of(i),
             optimizer.rho,
             codecs.Draw(optimizer._offset, optimizer.iterations),
             gradient_sums=search and search.sums[i],
