@@ -32,9 +32,7 @@ def test_what_is_there_serves_again():
         [kind, owner] for kind in ("velocity", "momentum") for owner in "ac"
     ]
     assert [entry.variable for entry in book.all()] == list(second.values())
-    assert book.all()[0] == Entry(
-        ["velocity", "a"], Key("velocity", "a", 0), "start"
-    )
+    assert book.all()[0] == Entry(["velocity", "a"], Key("velocity", "a", 0), "start")
 
 
 def test_what_is_not_asked_for_is_left_out_and_not_lost():
@@ -107,7 +105,9 @@ def test_the_order_of_the_model(lists, expected, is_certain):
             order.check()
 
 
-@given(st.permutations("abcdef"), st.lists(st.sets(st.sampled_from("abcdef")), max_size=8))
+@given(
+    st.permutations("abcdef"), st.lists(st.sets(st.sampled_from("abcdef")), max_size=8)
+)
 def test_an_order_that_is_certain_is_the_models(model, lists):
     # Parts that each have a variable in common with those before, in the model's order.
     order = Order()
@@ -148,13 +148,18 @@ def test_an_interrupted_build_leaves_all_as_it_was():
     build(book, "a")
     before = book.all()
     variables = optimizer._variables
-    with pytest.raises(KeyboardInterrupt), all_or_nothing(optimizer, book):
-        book.begin()
-        book.find_or_make("velocity", "b", object, None)
-        optimizer._variables.append("velocity")
-        optimizer._trainable_variables_indices["b"] = 0
-        optimizer.momentums = []
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with all_or_nothing(optimizer, book):
+            book.begin()
+            book.find_or_make("velocity", "b", object, None)
+            optimizer._variables.append("velocity")
+            optimizer._trainable_variables_indices["b"] = 0
+            optimizer.momentums = []
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert vars(optimizer).keys() == vars(Built()).keys()
     assert optimizer._variables is variables
     assert variables == ["iteration"]
