@@ -30,6 +30,7 @@ from keras_rmsprop.slots import (
     FIRST_WEIGHT,
     GRADIENT_SUM,
     RATE_FACTOR,
+    UNKNOWN_ORDER,
     WEIGHT_AVERAGE,
     Book,
     Order,
@@ -310,7 +311,7 @@ class RMSprop(keras.optimizers.Optimizer):
         self._runner = backend.Runner()
         self._clocks: Any = backend.clocks(
             lambda: self._trainable_variables,
-            self._catch_up_all,
+            self._before_checkpoint,
             lambda: self.use_ema,
             lambda: bool(vars(self).get("_accumulated_gradients")),
         )
@@ -1105,6 +1106,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
         self._bring_up_to_date()
+        self._warn_of_order()
         super().set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:
@@ -1160,6 +1162,14 @@ class RMSprop(keras.optimizers.Optimizer):
         There is no public way to know. Without the private one it stays None.
         """
         return vars(self).get("_self_update_uid")
+
+    def _before_checkpoint(self) -> None:
+        self._catch_up_all()
+        self._warn_of_order()  # a checkpoint goes by position
+
+    def _warn_of_order(self) -> None:
+        if not self._book.order.is_certain:
+            self._warn(UNKNOWN_ORDER)
 
     def _bring_up_to_date(self) -> None:
         """Load the file that is pending, and bring the averages of all rows along."""

@@ -46,10 +46,16 @@ def test_once_all_are_given_they_stand_in_that_order():
     np.testing.assert_allclose(expected, [0.271, 19.0, 1900.0], rtol=1e-4)
 
 
-def test_an_order_that_is_not_known_is_told():
+def test_an_order_that_is_not_known_is_told(tmp_path):
     variables, optimizer = in_parts([0, 2], [0, 1])
     with pytest.raises(ValueError, match="order of the model's variables is not known"):
         optimizer.apply([tensor([1.0, 1.0])] * 3)
+    state = [v.numpy() for v in optimizer.variables]
+    with pytest.warns(UserWarning, match="order of the model's variables is not known"):
+        optimizer.set_weights(state)
+    if BACKEND == "tensorflow":
+        with pytest.warns(UserWarning, match="order of the model's variables is not"):
+            tf.train.Checkpoint(optimizer=optimizer).write(str(tmp_path / "c"))
     optimizer.build(variables)
     optimizer.apply([tensor([0.0, 0.0])] * 3)
     v = velocities(optimizer, variables)
