@@ -7,9 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-from keras_rmsprop import saving
+from keras_rmsprop import planning, saving
 from keras_rmsprop.alignment import Owner
-from keras_rmsprop.saving import File, Name, RefusedError, Value, plan
+from keras_rmsprop.planning import RefusedError, plan
+from keras_rmsprop.saving import File, Name, Value
 
 
 class Store:
@@ -348,7 +349,7 @@ def value_of(kind, x, owner=None):
 BAD = [
     *(("iteration", x) for x in (-5, np.nan, np.inf, 1.5, 2.0**31)),
     *(("skipped_steps", x) for x in (-1, np.nan)),
-    *((kind, x) for kind in saving.OURS for x in (-1, 0.5)),
+    *((kind, x) for kind in planning.OURS for x in (-1, 0.5)),
     *(
         (k, x)
         for k in (RATE.kind, "learning_rate_factor")
@@ -362,21 +363,21 @@ BAD = [
 @pytest.mark.parametrize(("kind", "x"), BAD, ids=str)
 def test_numbers_that_cannot_be_are_refused(kind, x):
     with pytest.raises(RefusedError, match=f"`{kind}` must be"):
-        saving.checked(value_of(kind, x), np.zeros(np.shape(x), "int32"))
+        planning.checked(value_of(kind, x), np.zeros(np.shape(x), "int32"))
 
 
 @pytest.mark.parametrize("kind", ["velocity", "momentum", "average_gradient"])
 def test_slots_with_nan_are_refused(kind):
     with pytest.raises(RefusedError, match=f"`{kind}`: it has NaN"):
-        saving.checked(value_of(kind, [1, np.nan], 0), np.zeros(2))
+        planning.checked(value_of(kind, [1, np.nan], 0), np.zeros(2))
 
 
 def test_averages_of_squares_may_be_zero_and_not_less():
     place = np.zeros(2)
     for kind, x in (("velocity", [0, 1e-9]), ("momentum", [-1.0, 0])):
-        np.testing.assert_array_equal(saving.checked(value_of(kind, x, 0), place), x)
+        np.testing.assert_array_equal(planning.checked(value_of(kind, x, 0), place), x)
     with pytest.raises(RefusedError, match=r"cannot be negative. It may be of SGD or"):
-        saving.checked(value_of("velocity", [1, -1e-9], 0), place)
+        planning.checked(value_of("velocity", [1, -1e-9], 0), place)
 
 
 def test_numbers_that_may_be():
@@ -388,7 +389,7 @@ def test_numbers_that_may_be():
         ("own", np.nan),  # a subclass' own
     ):
         place = np.zeros(np.shape(x), "int32")
-        np.testing.assert_array_equal(saving.checked(value_of(kind, x), place), x)
+        np.testing.assert_array_equal(planning.checked(value_of(kind, x), place), x)
 
 
 def test_slots_in_a_file():
