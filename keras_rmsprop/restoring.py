@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_rmsprop import codecs, saving
+from keras_rmsprop import codecs, planning, saving
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.saving import File, Name, RefusedError
+from keras_rmsprop.planning import RefusedError
+from keras_rmsprop.saving import File, Name
 from keras_rmsprop.slots import GRADIENT_SUM, OF_SEARCH, Book
 from keras_rmsprop.state import owners
 
@@ -140,7 +141,7 @@ def load_later(
     try:
         for value in file.values:
             if value.name in places:
-                given[value.name] = saving.checked(value, places[value.name])
+                given[value.name] = planning.checked(value, places[value.name])
     except RefusedError as error:
         _warn_skipped(error, who)
         return None
@@ -180,14 +181,14 @@ def load_pending(
 def _load(file: File, contents: Contents, loaded: Collection[Name] = ()) -> None:
     """Load a file, except for what was loaded already. All is checked before."""
     places = contents.places()
-    plan = saving.plan(
+    plan = planning.plan(
         file,
         places,
         owners(contents.weights),
         in_order=contents.book.order.is_certain,
     )
     for name, value in plan.values.items():
-        saving.checked(value._replace(name=name), places[name])
+        planning.checked(value._replace(name=name), places[name])
     if plan.warning:
         warnings.warn(plan.warning, stacklevel=2)
     fresh = {*plan.fresh}

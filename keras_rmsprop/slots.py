@@ -23,6 +23,12 @@ ITERATION = "iteration"
 """The name of the step count."""
 
 
+UNKNOWN_ORDER = (
+    "The order of the model's variables is not known: they came in parts. Call "
+    "`optimizer.build(model.trainable_variables)` first"
+)
+
+
 class Key(NamedTuple):
     """The key by which a variable of the optimizer is found again."""
 
@@ -110,11 +116,7 @@ class Order(NamedTuple):
             ValueError: It is not.
         """
         if not self.is_certain:
-            raise ValueError(
-                "The order of the model's variables is not known: they came in parts. "
-                "Call `optimizer.build(model.trainable_variables)` first, or give the "
-                "variables with their gradients."
-            )
+            raise ValueError(f"{UNKNOWN_ORDER}, or give variables with gradients.")
 
     def _pairs(self) -> frozenset[tuple[Hashable, Hashable]]:
         return frozenset(itertools.pairwise(self.keys) if self.is_certain else ())

@@ -30,7 +30,7 @@ class State(NamedTuple):
     in_model_order: bool = True
     """Whether that order is the model's, as far as the optimizer knew."""
     checksums: Sequence[int | None] = ()
-    """Of the weights of each variable, by which it is found first; see `fingerprint`."""
+    """Of the weights of each variable, which tell it from others (`fingerprint`)."""
 
 
 def is_real(dtype: Any) -> bool:

@@ -4,6 +4,7 @@ The oracle is a twin that was never saved: weights, slots and averages of each v
 must be its, or a warning must say that something started fresh.
 """
 
+import contextlib
 import pickle
 
 import keras
@@ -183,14 +184,17 @@ def check(door, model, target, twin, history, folder):
     train(twin, history)
     train(model, history)
     known = state_of(twin)
-    with user_warnings() as warned:
-        try:
-            loaded = door(model, target, folder)
-        except ValueError as error:  # it says so
-            assert door is through_state, error
-            assert len(known) < 2 * LAYERS or not twin.optimizer._book.order.is_certain
-            return
+    says_so = contextlib.nullcontext()
+    if door is through_state and not (
+        len(known) == 2 * LAYERS and twin.optimizer._book.order.is_certain
+    ):
+        says_so = contextlib.suppress(ValueError)
+    loaded = None
+    with user_warnings() as warned, says_so:
+        loaded = door(model, target, folder)
         loaded.optimizer.build(loaded.trainable_variables)
+    if loaded is None:
+        return
     found = state_of(loaded)
     for place, state in known.items():
         for x, y in zip(found[place], state, strict=True):

@@ -1,19 +1,32 @@
-"""Files that come too early wait: with plain objects, no optimizer."""
+"""Files that come too early are pending: with plain objects, no optimizer."""
 
+import io
+import re
+
+import h5py
 import numpy as np
 import pytest
+<<<<<<< HEAD
 from keras_rmsprop.backends.plain import NoClocks
 
 from keras_rmsprop.alignment import Owner
 from keras_rmsprop.restoring import Restorer
 from keras_rmsprop.slots import Keeper
+=======
+from small_models import user_warnings
+
+from keras_rmsprop import restoring
+from keras_rmsprop.restoring import Contents
+from keras_rmsprop.slots import Book, Order
+>>>>>>> h-files
 
 
-class Place:
+class Variable:
     """A variable, as far as saving knows one."""
 
     def __init__(self, value, name=""):
-        self.value, self.name, self.shape = np.array(value), name, np.shape(value)
+        self.value, self.name, self.path = np.array(value, "float32"), name, name
+        self.shape, self.dtype = np.shape(value), "float32"
 
     def assign(self, value):
         self.value = np.array(value)
@@ -21,97 +34,161 @@ class Place:
     def numpy(self):
         return self.value
 
+    def __array__(self, dtype=None, copy=None):
+        return self.value
 
-class Store(dict):
-    """Holds arrays, and their names as HDF5 does."""
 
-    class Attributes:
-        def __init__(self):
-            self.attrs = {}
+class Store:
+    """A store as Keras gives it with HDF5."""
 
     def __init__(self):
-        super().__init__()
-        self._h5_entry_group = {}
+        self._h5_entry_group = h5py.File(io.BytesIO(), "w")
+        self.keys = self._h5_entry_group.keys
 
     def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        self._h5_entry_group[key] = self.Attributes()
+        if key in self._h5_entry_group:
+            del self._h5_entry_group[key]
+        self._h5_entry_group[key] = value
+
+    def __getitem__(self, key):
+        return np.array(self._h5_entry_group[key])
 
 
 def made(rate=0.5):
-    """Return a restorer, what builds its optimizer, and the variables there are."""
-    keeper, variables, owners = Keeper(), [Place(rate, "learning_rate")], []
-    restored = [0]
+    """Return what an optimizer holds before it is built, and a function to build it."""
+    contents = Contents([Variable(rate, "learning_rate")], Book(), [], {})
 
     def build():
-        owners.append(Owner("dense/kernel", (2,)))
-        slot = keeper.find_or_make(
-            "velocity", 0, 0, lambda: Place([0.0, 0.0]), lambda: [0.0, 0.0]
+        contents.weights.append(Variable([1.0, 2.0], "dense/kernel"))
+        contents.indices["key"] = 0
+        contents.book.order = Order().then(["key"])
+        slot = contents.book.find_or_make(
+            "velocity", "key", lambda: Variable([0.0, 0.0]), lambda: [0.0, 0.0]
         )
-        variables.append(slot)
+        contents.variables.append(slot)
 
-    restorer = Restorer(
-        keeper, lambda: variables, lambda: owners, int, NoClocks(), lambda: restored[0]
-    )
-    return restorer, build, variables, restored
+    return contents, build
+
+
+def values(contents):
+    return [v.value.tolist() for v in contents.variables]
 
 
 @pytest.fixture
 def store():
-    restorer, build, variables, _ = made(rate=0.25)
+    contents, build = made(rate=0.25)
     build()
-    variables[1].assign([3.0, 4.0])
+    contents.variables[1].assign([3.0, 4.0])
     found = Store()
-    restorer.save(found, built=True)
+    restoring.save(found, contents, None)
     return found
 
 
 def test_what_is_there_is_loaded_at_once(store):
-    restorer, build, variables, _ = made()
+    contents, build = made()
     build()
-    restorer.load(store, built=True, who="it")
-    assert not restorer.waits
-    assert [v.value.tolist() for v in variables] == [0.25, [3.0, 4.0]]
+    restoring.load(store, contents, "it")
+    assert values(contents) == [0.25, [3.0, 4.0]]
 
 
-def test_slots_wait_and_a_rate_set_meanwhile_stays(store):
-    restorer, build, variables, _ = made()
-    restorer.load(store, built=False, who="it")
-    assert restorer.waits
-    assert variables[0].value == 0.25
-    variables[0].assign(0.125)
+def test_slots_are_pending_and_a_rate_set_meanwhile_stays(store):
+    contents, build = made()
+    pending = restoring.load_later(store, contents, 0, "it")
+    assert values(contents) == [0.25]
+    contents.variables[0].assign(0.125)
+    store._h5_entry_group.close()  # the file may be gone by then
     build()
-    restorer.load_what_waits("it")
-    assert not restorer.waits
-    assert [v.value.tolist() for v in variables] == [0.125, [3.0, 4.0]]
+    restoring.load_pending(pending, contents, 0, "it")
+    assert values(contents) == [0.125, [3.0, 4.0]]
 
 
 def test_a_checkpoint_that_comes_later_counts(store):
-    restorer, build, variables, restored = made()
-    restorer.load(store, built=False, who="it")
+    contents, build = made()
+    pending = restoring.load_later(store, contents, 0, "it")
     build()
-    restored[0] += 1
-    restorer.load_what_waits("it")
-    assert variables[1].value.tolist() == [0.0, 0.0]
+    restoring.load_pending(pending, contents, 1, "it")
+    assert values(contents)[1] == [0.0, 0.0]
 
 
-def test_what_waits_is_saved_again(store):
-    restorer, _, variables, _ = made()
-    restorer.load(store, built=False, who="it")
-    variables[0].assign(0.125)
+def test_what_is_pending_is_saved_again(store):
+    contents, _ = made()
+    pending = restoring.load_later(store, contents, 0, "it")
+    contents.variables[0].assign(0.125)
     again = Store()
-    restorer.save(again, built=False)
-    assert [np.asarray(x).tolist() for x in again.values()] == [0.125, [3.0, 4.0]]
-
-
-def test_state_that_is_foreign_is_skipped_and_the_rate_put_back(store):
-    store["1"] = np.array([-3.0, 4.0])
-    store._h5_entry_group["1"].attrs |= {"kind": "velocity", "path": "dense/kernel"}
-    restorer, build, variables, _ = made()
-    restorer.load(store, built=False, who="it")
+    restoring.save(again, contents, pending)
+    contents, build = made()
     build()
-    with pytest.warns(
-        UserWarning, match="Skipping variable loading for optimizer 'it'"
-    ):
-        restorer.load_what_waits("it")
-    assert [v.value.tolist() for v in variables] == [0.5, [0.0, 0.0]]
+    restoring.load(again, contents, "it")
+    assert values(contents) == [0.125, [3.0, 4.0]]
+
+
+def test_a_file_before_any_slots_is_not_pending():
+    contents, _ = made(rate=0.25)
+    store = Store()
+    restoring.save(store, contents, None)
+    other, _ = made()
+    assert restoring.load_later(store, other, 0, "it") is None
+    assert values(other) == [0.25]
+
+
+def put(store, key, value):
+    attributes = dict(store._h5_entry_group[key].attrs)
+    store[key] = value
+    for name, attribute in attributes.items():
+        store._h5_entry_group[key].attrs[name] = attribute
+
+
+SKIPPED = "Skipping variable loading for optimizer 'it'"
+
+
+@pytest.mark.parametrize("changed", [None, 0.125])
+def test_what_is_refused_leaves_the_rate_as_it_was_or_as_it_was_set(store, changed):
+    put(store, "1", np.array([-3.0, 4.0]))
+    contents, build = made()
+    pending = restoring.load_later(store, contents, 0, "it")
+    if changed is not None:
+        contents.variables[0].assign(changed)
+    build()
+    with pytest.warns(UserWarning, match=f"{SKIPPED}: `velocity`: .* negative"):
+        restoring.load_pending(pending, contents, 0, "it")
+    assert values(contents) == [changed or 0.5, [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("0", np.nan, "`learning_rate` must be finite and >= 0"),
+        ("0", np.ones(3), r"`learning_rate` must have shape \(\). Received: \(3,\)"),
+        ("1", np.array([1.0, np.nan]), "`velocity`: it has NaN"),
+    ],
+)
+@pytest.mark.parametrize("built", [True, False])
+def test_what_is_refused_changes_nothing(store, key, value, message, built):
+    put(store, key, value)
+    contents, build = made()
+    if built:
+        build()
+    before = values(contents)
+    if built and np.shape(value) == (3,):
+        message = "Started fresh: 1 `learning_rate`"  # the rest fits
+        before[1] = [3.0, 4.0]
+    with user_warnings() as warned:
+        if built:
+            restoring.load(store, contents, "it")
+        else:
+            pending = restoring.load_later(store, contents, 0, "it")
+            build()
+            before.append([0.0, 0.0])
+            if pending:
+                restoring.load_pending(pending, contents, 0, "it")
+    assert len(warned) == 1
+    assert re.search(message, warned[0])
+    assert values(contents) == before
+
+
+def test_an_attribute_of_another_type_is_an_error_at_once(store):
+    store._h5_entry_group["1"].attrs["kind"] = 3
+    contents, _ = made()
+    with pytest.raises(ValueError, match="The file must say what value '1' is"):
+        restoring.load_later(store, contents, 0, "it")
+    assert values(contents) == [0.5]

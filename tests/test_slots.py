@@ -148,13 +148,18 @@ def test_an_interrupted_build_leaves_all_as_it_was():
     build(book, "a")
     before = book.all()
     variables = optimizer._variables
-    with pytest.raises(KeyboardInterrupt), all_or_nothing(optimizer, book):
-        book.begin()
-        book.find_or_make("velocity", "b", object, None)
-        optimizer._variables.append("velocity")
-        optimizer._trainable_variables_indices["b"] = 0
-        optimizer.momentums = []
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with all_or_nothing(optimizer, book):
+            book.begin()
+            book.find_or_make("velocity", "b", object, None)
+            optimizer._variables.append("velocity")
+            optimizer._trainable_variables_indices["b"] = 0
+            optimizer.momentums = []
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert vars(optimizer).keys() == vars(Built()).keys()
     assert optimizer._variables is variables
     assert variables == ["iteration"]
