@@ -1308,7 +1308,10 @@ _METHODS_OF_AVERAGES = {
 }
 """Methods that would see averages which have followed already."""
 
-_OF_SILENT_ROWS = ("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update")
+_OF_SILENT_ROWS = (
+    *("rho", "centered"),
+    *("use_ema", "ema_momentum", "ema_warmup", "sparse_update"),
+)
 """The options that decide how silent rows are brought up to date."""
 
 _signature = options.signature(RMSprop.__init__)

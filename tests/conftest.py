@@ -14,8 +14,8 @@ if BACKEND == "tensorflow":
 elif BACKEND == "torch":
     from keras_rmsprop.kernel import torch as kernel
 
-# A plugin for `make test-keras` that imports torch; not to be searched for doctests.
-collect_ignore = ["keras_suite.py"]
+# A plugin for `make test-keras`, which imports torch, and what `make fuzz` runs.
+collect_ignore = ["keras_suite.py", "fuzz"]
 
 DOCTESTS = {
     "keras_rmsprop.optimizer.RMSprop.explain": "the ways of its steps",
