@@ -101,7 +101,7 @@ sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sani
 	build/step_test
 
 fuzz: $(READY)  ## random programs against NumPy; ARGS='--programs 5000 --hypothesis-seed 7'
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/fuzz/machine.py tests/fuzz/known.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix tests/fuzz/,machine.py replicas.py known.py) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
