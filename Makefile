@@ -21,7 +21,7 @@ FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--c
 EXAMPLES := regression linear_regression text_classifier resume
 SHORT := wgan_digits dqn_cartpole policy_gradient char_lm compare_optimizers sensitivity
 
-.PHONY: environments help train test test-slow test-rest test-peers test-backends test-oldest test-clients test-keras mutants sanitize lint bench bench-quick tune tuning compare examples docs wheel clean
+.PHONY: environments help train test test-slow test-rest test-peers test-backends test-oldest test-clients test-keras mutants sanitize fuzz lint bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -112,6 +112,9 @@ sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sani
 		-fsanitize=address,undefined $(addprefix keras_rmsprop/kernel/,blocks.cc step.cc rows.cc search.cc) \
 		tests/step_test.cc -o build/step_test
 	build/step_test
+
+fuzz: $(READY)  ## random programs against NumPy; ARGS='--programs 5000 --hypothesis-seed 7'
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix tests/fuzz/,machine.py replicas.py known.py) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -310,7 +310,7 @@ class Clocks(tf.Module):
     def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
         # A checkpoint that is written asks for what to write, and says that it does.
         if save_type == "checkpoint" and tf.executing_eagerly():
-            self._optimizer._doors.catch_up()
+            self._optimizer._doors.before_checkpoint()
         given = () if save_type is None else (save_type,)
         return super()._trackable_children(*given, **kwargs)
 

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_rmsprop import codecs, restoring
 from keras_rmsprop.building import slots_of
+from keras_rmsprop.slots import UNKNOWN_ORDER
 from keras_rmsprop.state import State, as_array, assign_state, fingerprint, paths
 from keras_rmsprop.tables import Tables
 
@@ -36,6 +37,16 @@ class Doors:
         """Bring all rows of all tables up to date."""
         for i in self._optimizer._clocks:
             Tables(self._optimizer).catch_up(i)
+
+    def before_checkpoint(self) -> None:
+        """Bring all rows up to date; a `tf.train.Checkpoint` goes by position."""
+        self.catch_up()
+        self.warn_of_order()
+
+    def warn_of_order(self) -> None:
+        """Warn that variables are not in the model's order, if that is not known."""
+        if not self._optimizer._book.order.is_certain:
+            self._optimizer._warn(UNKNOWN_ORDER)
 
     def save(self, store: Any) -> None:
         """Save the state; see `restoring.save`."""

@@ -213,7 +213,8 @@ class Monitor(Callback):
         iterations, paths, velocities, weights = after
         iterations_before, _, velocities_before, weights_before = before
         sizes = [v.shape for v in optimizer._trainable_variables]
-        skipped = int(optimizer.skipped_steps)
+        skipped = optimizer.skipped_steps
+        skipped = skipped if isinstance(skipped, int) else int(as_array(skipped))
         added = []
         for i, path in enumerate(paths):
             v, was = velocities[i], velocities_before[i]

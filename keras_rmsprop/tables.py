@@ -19,7 +19,8 @@ if keras.backend.backend() == "tensorflow":
 
 
 OPTIONS_OF_ROWS = (
-    *("rho", "use_ema", "ema_momentum", "ema_warmup", "sparse_update"),
+    *("rho", "centered", "sparse_update"),
+    *("use_ema", "ema_momentum", "ema_warmup"),
     "_self_update_uid",
 )
 """The options that decide how rows without a gradient are brought up to date; and what

@@ -15,8 +15,8 @@ if BACKEND == "tensorflow":
 elif BACKEND == "torch":
     from keras_rmsprop.kernel import torch as kernel
 
-# A plugin for `make test-keras` that imports torch; not to be searched for doctests.
-collect_ignore = ["keras_suite.py"]
+# A plugin for `make test-keras`, which imports torch, and what `make fuzz` runs.
+collect_ignore = ["keras_suite.py", "fuzz"]
 if find_spec("keras_tuner") is None:
     collect_ignore.append("clients")  # for `make test-clients`
 

@@ -182,6 +182,24 @@ def test_sparse_update(before, after, options):
     assert_close([table.numpy()], [twin.numpy()], 1e-5)
 
 
+@pytest.mark.tensorflow("rows of embeddings")
+def test_centered_off_and_on_again_with_rows_that_had_no_gradient():
+    ids = [[0, 1, 2], [1], [1], [2], [0, 1, 2]]
+    centered = [True, True, False, False, True]
+    tables = [keras.Variable(np.ones((3, 2), "float32")) for _ in range(2)]
+    ours, theirs = (
+        kind(0.1, epsilon=0.1, centered=True) for kind in (RMSprop, BUILT_IN)
+    )
+    for step, (rows, value) in enumerate(zip(ids, centered, strict=True)):
+        values = arrays([(len(rows), 2)], seed=step)[0]
+        dense = np.zeros((3, 2), "float32")
+        dense[rows] = values
+        ours.centered = theirs.centered = value
+        ours.apply([tf.IndexedSlices(tensor(values), tensor(rows))], tables[:1])
+        theirs.apply([tensor(dense)], tables[1:])
+    assert_close(*([v.numpy()] for v in tables), 1e-6)
+
+
 GIVEN_LATER = [
     {"momentum": 0.5},
     {"centered": True, "epsilon": 0.1},

@@ -68,7 +68,7 @@ def assert_equals_dense(optimizer, table, shape, kinds, **options):
     ],
 )
 @pytest.mark.parametrize("jit_compile", ["auto", True])
-@pytest.mark.parametrize(("dense", "sparse"), itertools.product(WAYS, WAYS))
+@pytest.mark.parametrize(("dense", "sparse"), [*itertools.product(WAYS, WAYS)])
 def test_each_way_with_each(dense, sparse, jit_compile, kinds):
     shape = (8, 2)
     table = keras.Variable(np.ones(shape, "float32"))

@@ -6,19 +6,11 @@ import re
 import h5py
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from keras_rmsprop.backends.plain import NoClocks
-
-from keras_rmsprop.alignment import Owner
-from keras_rmsprop.restoring import Restorer
-from keras_rmsprop.slots import Keeper
-=======
 from small_models import user_warnings
 
 from keras_rmsprop import restoring
 from keras_rmsprop.restoring import Contents
 from keras_rmsprop.slots import Book, Order
->>>>>>> h-files
 
 
 class Variable:

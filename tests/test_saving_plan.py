@@ -9,12 +9,8 @@ import pytest
 
 from keras_rmsprop import planning, saving
 from keras_rmsprop.alignment import Owner
-<<<<<<< HEAD
-from keras_rmsprop.saving import File, Name, Value, plan
-=======
 from keras_rmsprop.planning import RefusedError, plan
 from keras_rmsprop.saving import File, Name, Value
->>>>>>> h-files
 
 
 class Store:

@@ -1,0 +1,51 @@
+"""Programs that random ones found to fail, and nobody has mended yet.
+
+Once one passes, it moves to the everyday tests, and the machine may do what it does.
+"""
+
+import functools
+
+import pytest
+from machine import NAMES, Programs
+
+EAGER = {"way": "eager", "missing": set(), "ids": None, "bad": False}
+fails = functools.partial(pytest.mark.xfail, strict=True, raises=AssertionError)
+
+
+def program(**options):
+    state = Programs()
+    given = {"epsilon": 0.01} | options
+    state.begin(given=given, dtype="float64", constraint=None)
+    return state
+
+
+@fails(reason="in a file, places win over names")
+def test_a_file_after_layers_were_given_in_another_order(monkeypatch):
+    monkeypatch.setattr("machine.BUILT_IN_ORDER", False)
+    state = program()
+    state.steps(names=["vector", "table", "matrix"], seeds=[1, 2], **EAGER)
+    state.whole_model()  # says nothing, and the slots of the vector start anew
+    state.check_state()
+
+
+@fails(reason="slots of layers that are frozen now are dropped without a warning")
+@pytest.mark.parametrize("door", ["whole_model", "weights_file"])
+def test_a_file_that_knows_a_layer_which_is_frozen_now(door, monkeypatch):
+    monkeypatch.setattr("machine.FROZEN_IS_LOST", False)
+    state = program()
+    state.steps(names=NAMES, seeds=[1, 2], **EAGER)
+    state.freeze({"matrix"})
+    state.whole_model() if door == "whole_model" else state.weights_file(built=True)
+    state.freeze(set())
+    state.steps(names=NAMES, seeds=[3], **EAGER)
+
+
+@fails(reason="an average that is off in the first step starts from 0, as Keras' does")
+def test_an_average_that_is_off_in_the_first_step(monkeypatch):
+    monkeypatch.setattr("machine.AVERAGE_FROM_ZERO", False)
+    state = program(use_ema=True)
+    state.change({"use_ema": False})
+    state.steps(names=NAMES, seeds=[1], **EAGER)
+    state.change({"use_ema": True})
+    state.steps(names=NAMES, seeds=[2], **EAGER)
+    state.check_state()
