@@ -277,8 +277,8 @@ class RMSprop(keras.optimizers.Optimizer):
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its slots, given its gradient after clipping.
 
-        A subclass may override it: it gets the whole gradient of one variable after the
-        other. Unless `jit_compile=True`, an eager step then runs operation by operation.
+        A subclass may override it: it gets the whole gradient of one variable after
+        the other. An eager step then runs operation by operation, as Keras' own does.
         """
         self._steps.update_one(gradient, variable, learning_rate)
 
@@ -321,7 +321,7 @@ class RMSprop(keras.optimizers.Optimizer):
             self._warn(self._search.end_fit(self._trainable_variables))
 
     def explain(self) -> str:
-        """Say how each variable is updated, and why.
+        r"""Say how each variable is updated, and why.
 
         Raises:
             ValueError: The optimizer is not built.
@@ -350,6 +350,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
         self._doors.bring_up_to_date()
+        self._doors.warn_of_order()
         super().set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:

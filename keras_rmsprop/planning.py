@@ -197,7 +197,7 @@ def _check_number(kind: str, array: NDArray[Any], place: Any) -> None:
     elif kind in (RATE, RATE_FACTOR):
         checks.number(kind, float(array), checks.NOT_NEGATIVE)
     elif kind == RATE_ESTIMATE:
-        distance, gain, steps, path = map(float, array)
+        distance, gain, steps, path, _ = map(float, array)
         for number in (distance, abs(gain), steps, path):  # the gain has any sign
             checks.number(kind, number, checks.NOT_NEGATIVE)
 

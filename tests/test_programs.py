@@ -14,7 +14,7 @@ from stepping import arrays, assert_close, python, train
 
 from keras_rmsprop import RMSprop
 from keras_rmsprop.backends import programs
-from keras_rmsprop.backends.tensorflow import XLA_IN_GRAPH_ELEMENTS
+from keras_rmsprop.backends.programs import XLA_IN_GRAPH_ELEMENTS
 
 pytestmark = pytest.mark.tensorflow("programs of eager steps")
 

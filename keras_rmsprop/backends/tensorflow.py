@@ -211,8 +211,8 @@ class TensorFlow(Backend):
         self, grads: Gradients, norm: float | None, global_norm: float | None
     ) -> list[Any] | None:
         """See `Backend`. Under XLA, Keras' norms take one thread."""
-        if not inside_xla():
-            return None
+        if not (inside_xla() or tf.is_tensor(norm) or tf.is_tensor(global_norm)):
+            return None  # but if a tensor is an option, Keras asks whether it is > 0
         squares = [
             [tf.reduce_sum(part) for part in folded(tf.square(g), tf.add)]
             for g in grads
