@@ -92,7 +92,7 @@ def test_it_goes_on_as_a_new_optimizer_with_these_slots(make, change, options):
         old, state = model.optimizer.get_state(), new.get_state()
         names = [[p.partition("/")[2] for p in one.paths] for one in (old, state)]
         slots = dict(zip(names[0], old.slots, strict=True))
-        assert len(slots) == 2
+        assert len(slots) >= 2
         known = [slots.get(n, s) for n, s in zip(names[1], state.slots, strict=True)]
         steps = int(model.optimizer.iterations)
         new.set_state(state._replace(iterations=steps, slots=known))
