@@ -187,14 +187,13 @@ class Trained(NamedTuple):
     model: Any = None
     """A weak reference to the model whose `fit` trains them, if it is known."""
     train_function: Any = None
-    """One to what `fit` calls: there is another one after `compile`."""
+    """One to what `fit` calls; None: unknown, or `compile` has dropped it."""
 
     def differs_from(self, other: "Trained") -> bool:
         """Whether layers were frozen or unfrozen, or a model was compiled again."""
-        both = self.train_function, other.train_function
-        return self.trainable != other.trainable or (
-            None not in both and both[0] is not both[1]
-        )
+        before = other.train_function
+        is_compiled = before is not None and self.train_function is not before
+        return self.trainable != other.trainable or is_compiled
 
 
 class Search:
@@ -379,12 +378,13 @@ def _trained(variables: Sequence[Any], before: Trained | None) -> Trained:
     trainable = tuple(getattr(v, "trainable", True) for v in variables)
     known = (before or Trained(()))._replace(trainable=trainable)
     model = _fitting() or (known.model and known.model())
-    function = getattr(model, "train_function", None)
-    if function is None:  # it is compiled, and `fit` has not begun
+    if model is None:
         return known
-    if known.train_function is not None and known.train_function() is function:
+    function, last = model.train_function, known.train_function
+    if last is not None and last() is function is not None:
         return known
-    return Trained(trainable, weakref.ref(model), weakref.ref(function))
+    now = None if function is None else weakref.ref(function)
+    return Trained(trainable, weakref.ref(model), now)
 
 
 def _fitting() -> Any:

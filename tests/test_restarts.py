@@ -89,18 +89,22 @@ def test_it_goes_on_as_a_new_optimizer_with_these_slots(make, change, options):
     if change != "unfrozen":  # else there are slots of the head alone
         new.set_state(model.optimizer.get_state())
     else:
-        slots = dict(zip(*model.optimizer.get_state()[:0:-1], strict=True))
-        state = new.get_state()
-        known = [slots.get(p, s) for p, s in zip(state.paths, state.slots, strict=True)]
+        old, state = model.optimizer.get_state(), new.get_state()
+        names = [[p.partition("/")[2] for p in one.paths] for one in (old, state)]
+        slots = dict(zip(names[0], old.slots, strict=True))
+        assert len(slots) >= 2
+        known = [slots.get(n, s) for n, s in zip(names[1], state.slots, strict=True)]
         steps = int(model.optimizer.iterations)
         new.set_state(state._replace(iterations=steps, slots=known))
     twin.layers[0].trainable = model.layers[0].trainable
     compile_again(twin, "mae" if change == "compiled" else "mse")
-    np.testing.assert_allclose(fit(model), fit(twin), rtol=1e-5)
-    assert steps_of(model) == 12
+    np.testing.assert_allclose(fit(model), fit(twin), rtol=1e-3)
+    known, new = model.optimizer._search.known(), twin.optimizer._search.known()
+    assert known.steps == 12
+    assert known.distance == pytest.approx(new.distance, rel=0.05)
     for a, b in zip(model.weights, twin.weights, strict=True):
         if not options.get("use_ema"):  # else the averages are of other pasts
-            np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(a.numpy(), b.numpy(), atol=5e-4)
 
 
 def test_old_steps_in_a_momentum_buffer_do_not_go_on():
@@ -131,10 +135,6 @@ def test_unfreezing_is_no_worse_than_beginning_anew():
         assert losses[1] < 1.1 * losses[0]
 
 
-def goes_on(model, epochs):
-    assert steps_of(model) == 6 * epochs
-
-
 @pytest.mark.parametrize("options", [{}, EMA], ids=str)
 def test_a_second_fit_goes_on(options):
     model = dense_model(RMSprop("auto", **options))
@@ -142,10 +142,10 @@ def test_a_second_fit_goes_on(options):
     fit(model)
     fit(model, epochs=6, initial_epoch=4)
     fit(model, batch_size=4)  # traced anew
-    assert steps_of(model) == 6 + 6 + 12 + 12 + 2 * 6 - 12 + 24 - 12
     model.evaluate(*data(model), verbose=0)
+    _ = model.optimizer.variables
     fit(model, epochs=1)
-    assert steps_of(model) == 54 - 12
+    assert steps_of(model) == 12 + 12 + 12 + 24 + 6
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
@@ -179,9 +179,6 @@ def test_a_restart_that_is_yet_to_come_is_saved(tmp_path, change):
     again = dense_model(RMSprop("auto", momentum=0.5))
     compile_again(again, "mae" if change == "compiled" else "mse")
     again.load_weights(tmp_path / "model.weights.h5")
-    if change == "compiled":
-        assert again.optimizer._search.known() == model.optimizer._search.known()
-        return
     for one in (model, again):
         fit(one)
         assert steps_of(one) == 12
