@@ -734,8 +734,9 @@ class RMSprop(keras.optimizers.Optimizer):
         if not self._clocks:
             return [None] * len(variables)
         indices = [self._get_variable_index(v) for v in variables]
-        if self.gradient_accumulation_steps and backend.inside_xla():
-            return [None] * len(indices)  # which rows have sums is not known there
+        sums_up = self.gradient_accumulation_steps and self.sparse_update != "lazy"
+        if sums_up and backend.inside_xla():
+            return [None] * len(indices)  # how many rows have sums is not known there
         if self._has_own_step():
             for i in {*indices} & {*self._clocks}:
                 self._catch_up(i)  # as such a step knows no clock
