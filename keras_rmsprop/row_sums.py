@@ -41,27 +41,36 @@ def mean_of_sums(
         steps: The number of steps that were summed up.
     """
     accumulate(gradients, ids, clock, sums)
-    rows = tf.cast(_pending(clock), ids.dtype)
+    rows = tf.cast(_pending(clock, sums), ids.dtype)
     return read(sums, rows) / steps, rows
 
 
-def _pending(clock: Clock) -> Any:
-    """Return the rows that may have sums."""
+def _pending(clock: Clock, sums: Any) -> Any:
+    """Return the rows that have sums; who wrote them may be unknown.
 
-    def all_rows() -> Any:
-        return tf.range(clock.shape[0], dtype=tf.int64)
+    Under XLA, which wants to know how many there are, there is an index for each row of
+    the table: for a row without sums, one just outside, where XLA writes nothing.
+    """
+
+    def looked_for() -> Any:
+        found = tf.not_equal(read(sums, None), 0)
+        found = tf.reduce_any(found, range(1, len(found.shape)))
+        if not inside_xla():
+            return tf.where(found)[:, 0]
+        n = clock.shape[0]
+        return tf.where(found, tf.range(n, dtype=tf.int64), n)
 
     if inside_xla():
-        return all_rows()
+        return looked_for()
     known = tf.convert_to_tensor(clock.pending)
-    return tf.cond(tf.convert_to_tensor(clock.all_pending), all_rows, lambda: known)
+    return tf.cond(tf.convert_to_tensor(clock.all_pending), looked_for, lambda: known)
 
 
 def reset(ids: Any, clock: Clock, sums: Any) -> None:
     """Begin new sums.
 
     Args:
-        ids: The rows that have sums; None: all.
+        ids: The rows that have sums, as of `mean_of_sums`; None: all.
         clock: The table's clock.
         sums: The variable that keeps the sums.
     """

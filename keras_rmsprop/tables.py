@@ -94,8 +94,10 @@ class Tables:
         clocks = optimizer._clocks
         if not clocks:
             return {}
-        if optimizer.gradient_accumulation_steps and backend.inside_xla():
-            return {}  # which rows have sums is not known there
+        is_exact = optimizer.sparse_update != "lazy"
+        sums_up = optimizer.gradient_accumulation_steps and is_exact
+        if sums_up and backend.inside_xla():
+            return {}  # how many rows have sums is not known there
         indices = [optimizer._get_variable_index(v) for v in variables]
         if own:
             for i in {*indices} & {*clocks}:

@@ -206,27 +206,6 @@ def test_end_to_end_each_gets_its_own_numbers(kinds, shapes):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("kinds", KINDS)
-def test_on_one_axis_and_back(kinds):
-    ((gradient, variable, slots),) = several = numbered([(2, 3, 2)], kinds)
-    before, expected = values_of(several), expected_of(several)
-    for undecided, want in ((False, before), (True, expected)):
-        layouts.update_on_one_axis(
-            gradient, variable, slots, toy, tf.constant(undecided)
-        )
-        for x, y in zip(values_of(several)[0], want[0], strict=True):
-            assert x.shape == y.shape
-            np.testing.assert_array_equal(x, y)
-
-
-def test_the_first_step_on_one_axis():
-    variable = keras.Variable(np.ones((64, 64, 3, 3), "float32"))
-    optimizer = RMSprop(0.1, jit_compile=True)
-    optimizer.apply([np.ones(variable.shape, "float32")], [variable])
-    np.testing.assert_allclose(variable.numpy(), 1 - 0.1 / 0.1**0.5, rtol=1e-5)
-    assert "on one axis" in optimizer.explain()
-
-
 def test_the_largest_that_is_small():
     assert layouts.is_small(tf.zeros([4, layouts.SMALL_ELEMENTS // 4]))
     assert not layouts.is_small(tf.zeros([layouts.SMALL_ELEMENTS + 1]))

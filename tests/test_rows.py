@@ -363,6 +363,42 @@ class TestLazy:
             np.testing.assert_array_equal(average.numpy()[[0, 3]], np.ones((2, 2)))
             assert (average.numpy()[[1, 2]] < 1).all()
 
+    @pytest.mark.parametrize("way", ["eager", "tf.function", "XLA"])
+    @pytest.mark.parametrize(
+        "name", ["a variable", "bytes", "a graph", "bytes, a graph", "sums, averages"]
+    )
+    def test_rows_without_a_gradient_never_move(self, name, way):
+        rho = keras.Variable(0.5) if name == "a variable" else 0.5
+        options = {"momentum": 0.9, "sparse_update": "lazy", "rho": rho}
+        if "bytes" in name:
+            options["slot_dtype"] = "uint8"
+        if name == "sums, averages":
+            options |= {"gradient_accumulation_steps": 2, "use_ema": True}
+        table = keras.Variable(np.ones((600, 8), "float32"), name="table")
+        optimizer = RMSprop(0.01, **options)
+        optimizer.build([table])
+        first = tf.function(optimizer.apply) if "graph" in name else optimizer.apply
+        apply = optimizer.apply
+        if way != "eager":
+            apply = tf.function(apply, jit_compile=way == "XLA")
+        for _ in range(2):
+            first([tf.ones((600, 8))])
+        before, v = table.numpy(), optimizer.get_state().slots[0].velocity
+        for _ in range(2):
+            apply([tf.IndexedSlices(tf.ones((1, 8)), tf.constant([3]))])
+        moved = (table.numpy() != before).any(1)
+        assert np.flatnonzero(moved).tolist() == [3]
+        assert "table" in optimizer.explain().split("by rows")[1]
+        # v of the others still shrinks.
+        updates = 1 if name == "sums, averages" else 2
+        state = optimizer.get_state().slots[0]
+        rtol = 0.1 if "bytes" in name else 1e-6
+        np.testing.assert_allclose(state.velocity[4], 0.5**updates * v[4], rtol=rtol)
+        if "graph" in name:  # which knows no clock, and finds all rows up to date
+            first([tf.zeros((600, 8))])
+            state = optimizer.get_state().slots[0]
+            np.testing.assert_allclose(state.velocity[4], 0.125 * v[4], rtol=rtol)
+
     def test_equals_exact_where_exact_needs_the_rows_only(self):
         rng = np.random.default_rng(0)
         shape, steps = (20, 3), batches(rng, 20, (3,), 6)

@@ -90,7 +90,7 @@ def trained(shape, options, way, sparse):
     return weights, [v.numpy() for v in optimizer.variables], optimizer
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(40)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -127,7 +127,7 @@ class Biases(keras.Model):
         return tf.reduce_sum(tf.reshape(rows, [tf.size(ids), -1]), 1, keepdims=True)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("name", ["auto", "bfloat16", "auto, EMA", "accumulation"])
 @pytest.mark.parametrize("shape", [(5000,), (5000, 1), (4100, 2, 1)], ids=str)

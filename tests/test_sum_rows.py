@@ -129,6 +129,21 @@ def test_silent_rows_are_left_alone(way):
     assert "all rows" not in optimizer.explain()
 
 
+def test_the_rows_that_have_sums_are_known():
+    optimizer = RMSprop(0.05, gradient_accumulation_steps=3)
+    made(optimizer)
+    known = []
+    for ids in ([0, 1], [5, 1, 5], [2], [7, 3], [3], [7]):
+        values = tf.ones((len(ids), WIDTH))
+        optimizer.apply([tf.IndexedSlices(values, tf.constant(ids)), tf.ones(2)])
+        clock = optimizer._clocks[0]
+        known.append(sorted(clock.pending.numpy().tolist()))
+    assert known == [[0, 1], [0, 1, 5], [], [3, 7], [3, 7], []]
+    assert not clock.all_pending.numpy()
+    _ = optimizer.variables  # to which a reader may write
+    assert clock.all_pending.numpy()
+
+
 def test_lazily_the_rows_of_all_the_calls_are_updated():
     optimizer = RMSprop(
         0.05, momentum=0.9, gradient_accumulation_steps=2, sparse_update="lazy"
