@@ -149,21 +149,6 @@ def test_an_average_follows_some_rows():
     np.testing.assert_allclose(average, expected)
 
 
-def test_reads_of_a_table_do_not_copy_it():
-    # TensorFlow switches to copies at the first scatter; this switches back.
-    @tf.function
-    def written(ids):
-        sparse.write(weights, tf.ones([2, WIDTH]), ids)
-
-    weights = table()
-    for xla in (False, True):
-        function = tf.function(written.python_function, jit_compile=xla)
-        graph = function.get_concrete_function(tf.constant([0, 1])).graph
-        kinds = [op.type for op in graph.get_operations()]
-        assert kinds.count("ResourceScatterUpdate") == 1
-        assert kinds.count("DisableCopyOnRead") == (not xla)
-
-
 def test_clocks_go_with_their_tables():
     tables, asked = [table(), table(), table()], []
     clocks = sparse.Clocks(lambda: tables, lambda: asked.append(1))
