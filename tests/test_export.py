@@ -1,6 +1,7 @@
 """A step in a SavedModel, and in TFLite."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from stepping import python
@@ -99,3 +100,43 @@ def test_tflite_converts_a_step_without_the_kernel(options, has_table, tmp_path)
     tflite = convert(trainer, tmp_path)
     [train] = tf.lite.Interpreter(model_content=tflite).get_signature_list()
     assert train == "train"
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"centered": True},
+        {"use_ema": True},
+        {"sparse_update": "lazy", "momentum": 0.9},
+        {"gradient_accumulation_steps": 2},
+    ],
+)
+@pytest.mark.parametrize("jit_compile", ["auto", False])
+def test_reads_of_a_table_do_not_copy_it(options, jit_compile):
+    """TensorFlow switches to copies at the first scatter; a step switches back.
+
+    TFLite does not know how to, so a step with `jit_compile=False` does not.
+    """
+    weights = keras.Variable(np.ones((50, 4), "float32"))
+    optimizer = RMSprop(jit_compile=jit_compile, **options)
+
+    @tf.function
+    def step(ids):
+        gradient = tf.IndexedSlices(tf.ones([2, 4]), ids)
+        optimizer.apply([gradient], [weights])
+
+    graph = step.get_concrete_function(tf.constant([0, 1])).graph.as_graph_def()
+    functions = [
+        graph.node,
+        *(function.node_def for function in graph.library.function),
+    ]
+    scattered = 0
+    for nodes in functions:
+        to, back = (
+            {node.input[0] for node in nodes if node.op == op}
+            for op in ("ResourceScatterUpdate", "DisableCopyOnRead")
+        )
+        assert back == (set() if jit_compile is False else to)
+        scattered += len(to)
+    assert scattered > 2

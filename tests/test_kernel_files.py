@@ -16,9 +16,7 @@ from keras_rmsprop.kernel import SWITCH, build, files, loaded
 
 CODE = bytes(range(256)) * 40
 NOBODY = 65534
-needs_root = pytest.mark.skipif(
-    os.geteuid() != 0, reason="only root can give files away"
-)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
 
 @pytest.fixture
@@ -180,9 +178,7 @@ def compiler(tmp_path, script):
 
 
 @pytest.mark.parametrize("umask", [0, 0o077, 0o277])
-def test_whatever_the_umask_files_are_for_this_user(
-    umask, cache, tmp_path, monkeypatch
-):
+def test_whatever_the_umask_files_are_private(umask, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, 'echo code > "$out"'))
     before = os.umask(umask)
     try:

@@ -23,9 +23,7 @@ def main() -> None:
 
     def made(library: build.Library) -> str:
         found = None
-        with contextlib.suppress(
-            RuntimeError, OSError
-        ):  # what is no good is built anew
+        with contextlib.suppress(RuntimeError, OSError):  # what is bad is replaced
             found = None if given.force else build.found(library)
         if found is None:
             return f"Built the kernel: {build.build(library, given.folder)}"

@@ -124,8 +124,8 @@ def found(library: Library) -> files.Checked | None:
         RuntimeError: There are some, but none that may be loaded.
     """
     file, refused = name(library), []
-    places: tuple[Callable[[], Path], ...] = (lambda: HERE, cache)
-    for folder in places:
+    folders: tuple[Callable[[], Path], ...] = (lambda: HERE, cache)
+    for folder in folders:
         try:
             path = folder() / file
             if os.path.lexists(path):

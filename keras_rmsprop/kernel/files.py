@@ -99,7 +99,7 @@ def _check(path: Path, status: os.stat_result, *, is_above: bool = False) -> Non
 
 
 def _is_private(gid: int) -> bool:
-    """Whether a group is of this user alone. Many systems make one for each but root."""
+    """Whether a group is of this user alone; many systems make one for each user."""
     try:
         user = import_module("pwd").getpwuid(os.geteuid())
         group = import_module("grp").getgrgid(gid)
