@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_rmsprop import checks
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.complaints import complaint
 from keras_rmsprop.estimate import EPSILON, Estimate, Part, farthest, find
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
@@ -20,16 +21,6 @@ from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE, RATE_
 from keras_rmsprop.state import as_array
 from keras_rmsprop.tables import Tables
 
-STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
-"""The rate must have grown after so many steps; a larger distance is too large."""
-SMALL_FACTOR = 0.1
-"""With a smaller factor, on average, it is no wonder that the rate has not grown."""
-EARLY_STEPS, TINY_FACTOR = 10, 2e-3
-"""After so few steps, a factor as small as that is a rate which is meant for steps."""
-LIKE_A_RATE, LARGEST_DROP = 1e-2, 1 / 50
-"""A number assigned is no factor if it is smaller, and such a part of the last one."""
-LARGE_INITIAL = 1e-3
-"""A larger initial rate may exceed the right one, which is then not found."""
 INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
 COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
 
@@ -370,7 +361,7 @@ class Search:
         """Return what a user should know about the estimate; see `complaint`."""
         if not self.is_known():
             return ""
-        return complaint(self.known(), self.options)
+        return complaint(self.known(), self.options.initial)
 
 
 def _trained(variables: Sequence[Any], before: Trained | None) -> Trained:
@@ -405,58 +396,3 @@ def _ends_fit() -> bool:
     while frame is not None and frame.f_code.co_name == "finalize_variable_values":
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "fit"
-
-
-def complaint(estimate: Estimate, options: AutoLearningRate) -> str:
-    """Return what a user should know about an estimate, with the remedy; or nothing.
-
-    Args:
-        estimate: The estimate, as numbers.
-        options: How it was looked for.
-    """
-    distance, _, steps, path, _ = estimate
-    if not distance <= RUNAWAY_DISTANCE:  # NaN, too
-        return (
-            f"The learning rate found, {distance:.3g}, is larger than weights should "
-            "move in a step. If the loss does not fall, use "
-            "`AutoLearningRate(coefficient=0.5, growth=1.02)`, or clip gradients"
-        )
-    if not steps or distance > options.initial * (1 + 1e-6):  # which is a float32
-        return ""
-    factor = path / (steps * distance)
-    small = SMALL_FACTOR if steps >= STUCK_STEPS else TINY_FACTOR
-    if steps >= EARLY_STEPS and 0 < factor < small:
-        return _no_factor(factor)
-    if steps < STUCK_STEPS:
-        return ""
-    is_large = options.initial > LARGE_INITIAL
-    why = "it may be too large" if is_large else "the gradients do not agree"
-    other = 1e-5 if is_large else 100 * options.initial
-    return (
-        f"The learning rate is still at its initial value of {options.initial:g} "
-        f"after {steps:.0f} steps: {why}. If the loss does not fall, use "
-        f"`AutoLearningRate(initial={other:g})`"
-    )
-
-
-def complaint_of_factor(new: Any, old: Any) -> str:
-    """Return what a user should know about a factor, when it is assigned; or nothing.
-
-    Args:
-        new: The factor.
-        old: The one so far.
-    """
-    if not isinstance(new, float) or not has_value(old):
-        return ""
-    is_rate = 0 < new < LIKE_A_RATE and new <= LARGEST_DROP * float(old)
-    return _no_factor(new) if is_rate else ""
-
-
-def _no_factor(factor: float) -> str:
-    return (
-        f"`learning_rate` is {factor:.3g}, but it is a factor on the learning rate "
-        "that is found: steps are that much shorter, too short to find it. Set "
-        "`optimizer.learning_rate = 1.0`, or remove the callback that sets it; one "
-        "that lets the rate decay must start from 1, as "
-        "`LearningRateScheduler(lambda epoch: 0.9**epoch)` does"
-    )

@@ -338,8 +338,6 @@ class RMSprop(keras.optimizers.Optimizer):
         check_built(self)
         return explaining.explain(self._steps, paths(self._trainable_variables))
 
-    # Its state; see `doors.py`.
-
     @property
     def variables(self) -> list[Any]:
         """The optimizer's variables, in the built-in's order; all rows up to date."""
@@ -370,9 +368,6 @@ class RMSprop(keras.optimizers.Optimizer):
         """Return the slots and the step count as NumPy arrays, in float32 at least.
 
         Without the EMA of the weights and the estimate behind `learning_rate="auto"`.
-
-        Raises:
-            ValueError: The optimizer is not built.
         """
         return self._doors.state()
 
@@ -383,13 +378,9 @@ class RMSprop(keras.optimizers.Optimizer):
         in that order, unless `paths` say that it is another.
 
         Raises:
-            TypeError: It is not a `State`.
-            ValueError: The optimizer is not built, or the state does not fit; nothing
-                is changed.
+            ValueError: The state does not fit; nothing is changed.
         """
         self._doors.set_state(state)
-
-    # Its configuration.
 
     @property
     def current_learning_rate(self) -> Any:

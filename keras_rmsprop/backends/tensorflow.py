@@ -400,8 +400,7 @@ class TensorFlow(Backend):
         return {f"{eager}:": xla, graph: in_graph}
 
 
-_kernel = kernel
-"""The same, where an argument has its name."""
+_kernel = kernel  # where an argument has its name
 
 
 def _distinct(gradient: tf.IndexedSlices, variable: Any, *, may: bool) -> Any:

@@ -1,0 +1,72 @@
+"""What a user should know about a learning rate that is found, and what to change."""
+
+from typing import Any
+
+from keras_rmsprop.estimate import Estimate
+from keras_rmsprop.options import has_value
+
+STUCK_STEPS, RUNAWAY_DISTANCE = 100, 10.0
+"""The rate must have grown after so many steps; a larger distance is too large."""
+SMALL_FACTOR = 0.1
+"""With a smaller factor, on average, it is no wonder that the rate has not grown."""
+EARLY_STEPS, TINY_FACTOR = 10, 2e-3
+"""After so few steps, a factor as small as that is a rate which is meant for steps."""
+LIKE_A_RATE, LARGEST_DROP = 1e-2, 1 / 50
+"""A number assigned is no factor if it is smaller, and such a part of the last one."""
+LARGE_INITIAL = 1e-3
+"""A larger initial rate may exceed the right one, which is then not found."""
+
+
+def complaint(estimate: Estimate, initial: float) -> str:
+    """Return what a user should know about an estimate, with the remedy; or nothing.
+
+    Args:
+        estimate: The estimate, as numbers.
+        initial: The rate of the first step.
+    """
+    distance, _, steps, path, _ = estimate
+    if not distance <= RUNAWAY_DISTANCE:  # NaN, too
+        return (
+            f"The learning rate found, {distance:.3g}, is larger than weights should "
+            "move in a step. If the loss does not fall, use "
+            "`AutoLearningRate(coefficient=0.5, growth=1.02)`, or clip gradients"
+        )
+    if not steps or distance > initial * (1 + 1e-6):  # which is a float32
+        return ""
+    factor = path / (steps * distance)
+    small = SMALL_FACTOR if steps >= STUCK_STEPS else TINY_FACTOR
+    if steps >= EARLY_STEPS and 0 < factor < small:
+        return _no_factor(factor)
+    if steps < STUCK_STEPS:
+        return ""
+    is_large = initial > LARGE_INITIAL
+    why = "it may be too large" if is_large else "the gradients do not agree"
+    other = 1e-5 if is_large else 100 * initial
+    return (
+        f"The learning rate is still at its initial value of {initial:g} "
+        f"after {steps:.0f} steps: {why}. If the loss does not fall, use "
+        f"`AutoLearningRate(initial={other:g})`"
+    )
+
+
+def complaint_of_factor(new: Any, old: Any) -> str:
+    """Return what a user should know about a factor, when it is assigned; or nothing.
+
+    Args:
+        new: The factor.
+        old: The one so far.
+    """
+    if not isinstance(new, float) or not has_value(old):
+        return ""
+    is_rate = 0 < new < LIKE_A_RATE and new <= LARGEST_DROP * float(old)
+    return _no_factor(new) if is_rate else ""
+
+
+def _no_factor(factor: float) -> str:
+    return (
+        f"`learning_rate` is {factor:.3g}, but it is a factor on the learning rate "
+        "that is found: steps are that much shorter, too short to find it. Set "
+        "`optimizer.learning_rate = 1.0`, or remove the callback that sets it; one "
+        "that lets the rate decay must start from 1, as "
+        "`LearningRateScheduler(lambda epoch: 0.9**epoch)` does"
+    )
