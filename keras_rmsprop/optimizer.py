@@ -13,6 +13,7 @@ import keras
 from keras_rmsprop import automatic, building, checks, explaining, hooks, options
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.complaints import complaint_of_factor
 from keras_rmsprop.doors import Doors, check_built
 from keras_rmsprop.saving import is_walking
 from keras_rmsprop.slots import Book
@@ -218,10 +219,7 @@ class RMSprop(keras.optimizers.Optimizer):
     # The variables that it makes.
 
     def build(self, variables: list[Any]) -> None:
-        """Create slots for variables; if it is built for some, for the others, too.
-
-        A step does that by itself, but not inside `fit` on JAX.
-        """
+        """Create slots for variables; if it is built for some, for the others, too."""
         if self.built:
             if any(building.knows(self, [v]) for v in variables):
                 building.build_for(self, variables)
@@ -275,10 +273,9 @@ class RMSprop(keras.optimizers.Optimizer):
         return self._steps.run(grads, variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Update one variable and its slots, given its gradient after clipping.
+        """Update one variable and its slots, given its whole gradient after clipping.
 
-        A subclass may override it: it gets the whole gradient of one variable after
-        the other. An eager step then runs operation by operation, as Keras' own does.
+        If a subclass overrides it, an eager step runs operation by operation.
         """
         self._steps.update_one(gradient, variable, learning_rate)
 
@@ -356,11 +353,10 @@ class RMSprop(keras.optimizers.Optimizer):
         self._doors.save(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load the state, or keep it until the optimizer is built, if it is not yet.
+        """Load the state, now or, if the optimizer is not built yet, when it is.
 
-        A value goes to the variable that has the weights that its variable had; else
-        to the one in its place among the model's variables, with names as a check. What
-        the file does not have starts fresh, and a warning says so.
+        A value goes to the variable with the weights that its variable had; else by
+        place, with names as a check. A warning says what starts fresh.
         """
         self._doors.load(store)
 
@@ -386,8 +382,8 @@ class RMSprop(keras.optimizers.Optimizer):
     def current_learning_rate(self) -> Any:
         """The learning rate in use: that of the last step if it is found, else as set.
 
-        With `learning_rate="auto"` it is `learning_rate` times the distance, times
-        `1 - momentum`; None before the first step. A warning says if it seems wrong.
+        With "auto" it is None before the first step, and a warning says if it seems
+        wrong.
         """
         factor = self._get_current_learning_rate()
         if self._search is None:
@@ -411,7 +407,7 @@ class RMSprop(keras.optimizers.Optimizer):
             learning_rate = auto.factor
         elif self._search is not None:
             old = super().learning_rate
-            self._warn(automatic.complaint_of_factor(learning_rate, old))
+            self._warn(complaint_of_factor(learning_rate, old))
         inherited: Any = keras.optimizers.Optimizer.learning_rate
         inherited.fset(self, checks.learning_rate(learning_rate))
 

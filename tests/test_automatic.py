@@ -18,7 +18,8 @@ from small_models import (
 )
 from stepping import LOOP, WAYS, assert_close, python, tensor
 
-from keras_rmsprop import AutoLearningRate, RMSprop, automatic, estimate, reference
+from keras_rmsprop import AutoLearningRate, RMSprop, estimate, reference
+from keras_rmsprop.complaints import complaint
 
 SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2)]
 FOUND = ("first_weight", "gradient_sum", "learning_rate_estimate")
@@ -703,7 +704,7 @@ def test_a_rate_that_is_stuck_is_told_of():
     with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
         assert model.optimizer.current_learning_rate == pytest.approx(1e-5)
     known = estimate.Estimate(0.03, 0.0, 100.0, 3.0, 0.0)
-    words = automatic.complaint(known, AutoLearningRate(initial=0.03))
+    words = complaint(known, 0.03)
     assert "too large" in words
     assert "(initial=1e-05)" in words
 

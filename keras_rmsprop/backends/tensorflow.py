@@ -27,14 +27,7 @@ from keras_rmsprop.folding import folded
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla, unwrapped, widened
-from keras_rmsprop.update import (
-    Change,
-    Constants,
-    Update,
-    Way,
-    same,
-    update_one,
-)
+from keras_rmsprop.update import Change, Constants, Update, Way, same, update_one
 
 ROWS, KERNEL, IN_TURN = "by rows", "native kernel", "one after the other"
 CONCATENATED, ALONE = "concatenated with others", "on its own"
@@ -417,7 +410,7 @@ def _is_for_kernel(update: Update, constants: Constants, xla: bool) -> bool:
 def _encoded(
     like: Update, constants: Constants, gradient: Any, weights: Any, slots: Slots
 ) -> Change:
-    """Return what to subtract from weights, and the new slots as they are stored."""
+    """Return the change of weights, and the new slots as they are stored."""
     change, new = constants.change(
         gradient, weights, slots, dtype=like.dtype, decay=like.decay
     )
