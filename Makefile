@@ -130,7 +130,7 @@ short-%: $(READY)
 	$(BIN)/python examples/$*.py --short
 
 docs: $(DOCS)  ## build the site: site/index.html; a dead link is an error
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 wheel: $(READY)  ## build dist/*.whl, with the kernel for each TensorFlow here
 	rm -rf $(WHEELS)/parts $(WHEELS)/keras_rmsprop-*.whl

@@ -91,6 +91,12 @@ class RMSprop(keras.optimizers.Optimizer):
       w &\leftarrow (1 - \eta\,\omega)\,w - k \odot u
     \end{aligned}$$
 
+    Where a line has two ways, the first is the default and an option takes the second:
+    $c_t$ `bias_correction`, $d$ `epsilon_inside_sqrt=False`, $u$ `nesterov`. $\mu$ is
+    `momentum`; $s$ is 1, or -1 with `maximize`; $\omega$ is `weight_decay`, or 0 with
+    `decoupled_weight_decay=False`, and then $\lambda$ is `weight_decay`, else 0; $k$ is
+    1, or a mask with `cautious`. Without `centered`, $a$ is 0.
+
     The slots $v$ (`velocity`), $m$ (`momentum`) and $a$ (`average_gradient`) have the
     shape of their weight. Their dtype is the weight's, but never less than float32,
     so that averages of float16 and bfloat16 weights do not stall (see `slot_dtype`).
@@ -141,24 +147,22 @@ class RMSprop(keras.optimizers.Optimizer):
         gradient_accumulation_steps: Integer >= 2 or `None`: the number of calls for one
             update, which takes their mean gradient.
         name: Name of the optimizer, the prefix of its variables' paths.
-        epsilon_inside_sqrt: Which $d$: `True` the first, `False` the second, where
-            epsilon is in units of the gradient. The second has no finite derivative
-            by $v$ at 0: for gradients through a step, on JAX. Defaults to `True`.
+        epsilon_inside_sqrt: Whether $\epsilon$ is added inside the root of $d$. Outside
+            it is in units of the gradient, and $d$ has no finite derivative by $v$ at
+            0: that matters for gradients through a step, on JAX. Defaults to `True`.
         initial_accumulator_value: $v_0$ >= 0, in units of the squared gradient; 1
             keeps the first steps short. Defaults to `0.0`.
-        bias_correction: Which $c_t$: `False` 1; `True` the second, so that $\hat v$ is
-            the mean square over the steps so far. Defaults to `False`.
-        nesterov: Which $u$: `False` the first; `True` the second, the sum of updates as
-            the next step would have it. Without momentum both are the same. Defaults to
-            `False`.
+        bias_correction: Whether to divide $v$ by $1 - \rho^t$, as Adam does, so that it
+            is the mean square over the steps so far. Defaults to `False`.
+        nesterov: Whether $u$ looks one step ahead of the momentum buffer. Without
+            momentum it makes no difference. Defaults to `False`.
         lr_in_momentum: Whether $\eta$ enters the sum of updates, as above; else
             $m \leftarrow \mu m + g / d$ and the update is $\eta\,k \odot u$, so that a
             changed learning rate scales past updates, too. Defaults to `True`.
         decoupled_weight_decay: Whether `weight_decay` is $\omega$, which leaves the
             slots alone; else it is $\lambda$, the L2 penalty, added to the gradient
             after clipping. Defaults to `True`.
-        maximize: Whether to go up the gradient: $s = -1$, else $s = 1$. Defaults to
-            `False`.
+        maximize: Whether to maximize instead of minimize. Defaults to `False`.
         cautious: With momentum, whether to skip elements where the update would go
             against the gradient and to enlarge the others instead:
             $k = [u g > 0]$ over its mean in the variable (0.001 at least); else
