@@ -2,7 +2,7 @@
 
 from keras_rmsprop import callbacks, dialects, transfer
 from keras_rmsprop.automatic import AutoLearningRate
-from keras_rmsprop.dialects import documents as rmsprop_optimizer
+from keras_rmsprop.dialects import textbook as rmsprop_optimizer
 from keras_rmsprop.optimizer import RMSprop
 
 __all__ = [

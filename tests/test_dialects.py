@@ -283,14 +283,14 @@ def test_keras(options, dtype):
 @pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize("options", [{}, {"rho": 0.875, "epsilon": EPSILON}])
-def test_documents(options, dtype):
+def test_textbook(options, dtype):
     names = {"rho": "beta", "epsilon": "epsilon"}
     given = {"beta": 0.9, "epsilon": 1e-8} | {names[k]: x for k, x in options.items()}
 
     def step(w, g, state):
         return reference.step(w, g, state, alpha=LR, **given)
 
-    check(dialects.documents(LR, **options), train_formula(step, dtype), dtype)
+    check(dialects.textbook(LR, **options), train_formula(step, dtype), dtype)
 
 
 @pytest.mark.peers
