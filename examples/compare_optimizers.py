@@ -235,11 +235,11 @@ def draw(path: Path, title: str, rivals: Rivals) -> None:
     middle.axvline(seconds, color=mnist_report.GREY, ls="--", lw=1)
     where: Any = "data", "axes fraction"
     middle.annotate(f" {fastest} is done", (seconds, 1), xycoords=where)
-    left.set_ylabel("test digits told wrong", size=12)
+    left.set_ylabel("test error, %", size=12)
     left.set_xlabel("epoch", size=12)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     middle.set_xlabel("seconds of training, without compiling", size=12)
-    right.set_xlabel("at the end, by seed; bar: mean", size=12)
+    right.set_xlabel("at the end: a dot per seed, a bar for the mean", size=12)
     right.xaxis.set_major_formatter("{x:g} %")
     right.set_yticks(range(len(rivals)), list(rivals), size=12)
     right.invert_yaxis()
