@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -184,18 +185,36 @@ def test_figures_in_sentences_are_what_was_measured(monkeypatch):
 
 def test_the_figures_of_mnist_are_those_of_make_tuning():
     page, results = (
-        (ROOT / f"docs/{name}.md").read_text()
-        for name in ("learning_rate", "benchmarks")
+        (ROOT / name).read_text()
+        for name in ("docs/learning_rate.md", "benchmarks/results/tuning.json")
     )
-    [measured] = re.findall(r"^\| MNIST, accuracy % \|(.*)$", results, re.MULTILINE)
     shown = re.findall(r"^\| .* \| ([\d.]+) % \|$", page, re.MULTILINE)
     assert len(shown) == 5
-    means = [float(cell.split()[0]) for cell in measured.strip(" |").split("|")]
-    assert {*map(float, shown)} <= {*means}
+    means = [row[1].split()[0] for row in json.loads(results)["table"][1:]]
+    assert {*shown} <= {*means}
+
+
+def test_the_means_on_the_page_are_those_of_make_tuning():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    results = json.loads((ROOT / "benchmarks/results/tuning.json").read_text())
+    for who, *cells in results["table"]:
+        means = [cell if who == "" else cell.split()[0] for cell in cells]
+        assert f"| {' | '.join([who, *means])} |\n" in page
 
 
 def test_the_table_of_make_tune_is_what_came_out():
-    page = (ROOT / "docs/learning_rate.md").read_text()
+    page = (ROOT / "docs/choosing.md").read_text()
     shown = page.split("<!-- of `make tune` -->\n")[1].split("<!-- end -->")[0]
     results = (ROOT / "benchmarks/results/sensitivity.md").read_text()
     assert shown.strip() in results
+
+
+def test_the_tables_of_make_bench_are_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("report")
+    tables = report.tables(report.load(ROOT / "benchmarks/results/bench.json"))
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    everything = (ROOT / "benchmarks/results/bench.md").read_text()
+    for title in report.SHOWN.values():
+        assert report.markdown({"": tables[title]}) in page
+    assert report.markdown(tables) in everything
