@@ -172,9 +172,7 @@ def verdicts(results: Results) -> list[str]:
                     behind.append(f"{task} ({mine.mean:.4g} to {other.mean:.4g})")
         if count:
             ahead = count - len(behind)
-            words = (
-                f'"auto" with EMA against {name}: ahead on {ahead} of {count}'
-            )
+            words = f'"auto" with EMA against {name}: ahead on {ahead} of {count}'
             sentences.append(
                 words + (f"; behind on {', '.join(behind)}" * bool(behind))
             )

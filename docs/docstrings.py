@@ -6,7 +6,7 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Calls a section as it expects, and says the type of an option without its check."""
+    """Calls a section as it expects, and shows types without checks."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
         """Change the docstring of an object, if it has one."""

@@ -94,10 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> list[str]:
     history = train(digits, RMSprop("auto"), monitor)
     found = finder.plot()
     found.axes[0].set_yscale("log")
+    watched = monitor.plot()
+    watched.set_size_inches(9, 4.5)
     pictures = {
         "average": draw_average(digits),
         "finder": found,
-        "monitor": monitor.plot(),
+        "monitor": watched,
         "auto": draw_auto(monitor, history["loss"]),
     }
     for name, figure in pictures.items():

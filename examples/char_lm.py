@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> Bits:
         xz=8 * (packed[0] - packed[1]) / len(test),
         network=loss / np.log(2),
     )
-    print(f"\nBits a letter, on {len(test):,} unseen ones:\n")
+    print(f"\nBits per character, on {len(test):,} held-out ones:\n")
     print(f"  by how frequent each letter is  {bits.frequencies:.2f}")
     print(f"  by xz, after the same text      {bits.xz:.2f}")
     print(f"  by this network                 {bits.network:.2f}")
