@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> Bits:
         steps=800,
         short=3,
         unit=f"batches of {BATCH_SIZE} pieces of {LENGTH} letters",
+        gives="2.2 bits per character, after two minutes",
     )
     options = parser.parse_args(arguments)
     keras.utils.set_random_seed(options.seed)

@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LARGEST = 2**32 - 1  # the largest seed of NumPy
 
@@ -23,7 +24,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def example_parser(
-    name: str, description: str, *, steps: int, short: int, unit: str
+    name: str, description: str, *, steps: int, short: int, unit: str, gives: str
 ) -> OptionParser:
     """Return a parser with the options that the short examples have in common.
 
@@ -33,6 +34,7 @@ def example_parser(
         steps: How many steps it takes unless told otherwise.
         short: How many are enough to see that it runs.
         unit: What a step is.
+        gives: What a run of all steps comes to.
     """
     parser = OptionParser(
         prog=f"{name}.py",
@@ -43,7 +45,7 @@ def example_parser(
     add("--steps", type=whole(1), default=steps, help=unit)
     add(
         "--short",
-        action="store_const",
+        action=functools.partial(Short, gives),
         dest="steps",
         const=short,
         default=argparse.SUPPRESS,
@@ -52,6 +54,29 @@ def example_parser(
     add("--seed", type=whole(0), default=0, help="decides all that is random")
     add("--output", type=folder, default=f"runs/{name}", help="folder for the results")
     return parser
+
+
+class Short(argparse.Action):
+    """Few steps, and a word that they are few."""
+
+    def __init__(self, gives: str, **kwargs: Any) -> None:
+        super().__init__(nargs=0, **kwargs)
+        self.gives = gives
+
+    def __call__(self, parser: Any, namespace: Any, *_: Any) -> None:
+        """Set the number of steps."""
+        setattr(namespace, self.dest, self.const)
+        announce_short(self.gives)
+
+
+def announce_short(gives: str) -> None:
+    """Say that a run is short.
+
+    Args:
+        gives: What the long one gives, and how long it takes.
+    """
+    print("A short run: it shows that the program works, and learns next to nothing.")
+    print(f"Without --short: {gives}.")
 
 
 def whole(smallest: int) -> Callable[[str], int]:

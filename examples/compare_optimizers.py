@@ -21,7 +21,7 @@ import mnist_data
 import mnist_report
 import mnist_train
 import numpy as np
-from command_line import OptionParser, folder, whole
+from command_line import OptionParser, announce_short, folder, whole
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -293,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> Rivals:
     options = parser.parse_args(arguments)
     if options.short:
         options.epochs, options.seeds, options.data = 2, 1, "sample"
+        announce_short("five epochs of MNIST with three seeds, in some minutes")
     try:
         digits = mnist_data.load(options.data, 0)
     except mnist_data.MnistUnavailableError as error:

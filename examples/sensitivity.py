@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mnist_data
 import mnist_train
 import numpy as np
-from command_line import OptionParser, folder, whole
+from command_line import OptionParser, announce_short, folder, whole
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich import box
@@ -256,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> Accuracies:
     options = option_parser().parse_args(arguments)
     if options.short:
         options.epochs, options.data = 1, "sample"
+        announce_short("135 trainings of three epochs, in a quarter of an hour")
     console = Console()
     try:
         digits = mnist_data.load(options.data, options.seed)

@@ -1,4 +1,4 @@
-"""RMSprop for Keras: a drop-in optimizer that is right, fast and compiled with XLA."""
+"""RMSprop for Keras: a drop-in replacement with an automatic learning rate."""
 
 from keras_rmsprop import callbacks, dialects, transfer
 from keras_rmsprop.automatic import AutoLearningRate

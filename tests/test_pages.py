@@ -120,6 +120,17 @@ def test_make_has_what_it_is_told_to_make(page):
     assert named <= targets
 
 
+def test_workflows_call_targets():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for workflow in ROOT.glob(".github/workflows/*.yml"):
+        text = workflow.read_text()
+        named = re.findall(r"run: make ([a-z-]+)", text)
+        for matrix in re.findall(r"target: \[(.*)\]", text):
+            named += matrix.split(", ")
+        assert named
+        assert {*named} <= targets, workflow
+
+
 def test_the_tests_that_are_named_exist():
     text = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     there = {p.stem for p in (ROOT / "tests").glob("test_*.py")}
