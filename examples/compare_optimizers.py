@@ -217,7 +217,7 @@ def table(rivals: Rivals) -> Table:
 
 
 def draw(path: Path, title: str, rivals: Rivals) -> None:
-    """Draw the share of test digits told wrong: over epochs, over time, at the end."""
+    """Draw the test error: over epochs, over time, at the end."""
     figure = Figure(figsize=(15, 6.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
     for row, (name, rival) in enumerate(rivals.items()):
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> Rivals:
     add = parser.add_argument
     add("--epochs", type=whole(1), default=5, help="times through the digits")
     add("--seeds", type=whole(1), default=3, help="how many times, from other weights")
-    add("--batch-size", type=whole(1), default=128, help="digits a step")
+    add("--batch-size", type=whole(1), default=128, help="digits per step")
     data = ("auto", "tfds", "sample")
     add("--data", choices=data, default="auto", help="as with mnist_train.py")
     short = "--epochs=2 --seeds=1 --data=sample: see that it runs"

@@ -243,7 +243,7 @@ def option_parser() -> OptionParser:
     )
     add = parser.add_argument
     add("--epochs", type=whole(1), default=3, help="epochs of each training")
-    add("--batch-size", type=whole(1), default=128, help="digits a step")
+    add("--batch-size", type=whole(1), default=128, help="digits per step")
     add("--data", choices=["auto", "tfds", "sample"], default="auto", help="digits")
     add("--seed", type=whole(0), default=0, help="decides all that is random")
     add("--short", action="store_true", help="a coarse grid, an epoch, a sample")

@@ -66,7 +66,7 @@ def tensorflow_v1(
 
     $v$ starts at 1 and epsilon stands inside the root. Dense gradients give the same
     results. (For sparse ones the original updates rows as `sparse_update="lazy"` does,
-    but without the decay of silent rows.)
+    but without the decay of rows without a gradient.)
 
     Args:
         learning_rate: $\eta$.

@@ -103,7 +103,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     On the TensorFlow backend a step taken eagerly - in a notebook or a custom training
     loop - runs as one program: unscaling, clipping, decay, update and averages. On CPUs
-    a native kernel takes the update, if there is one (`python -m keras_rmsprop.kernel`
+    a native kernel runs the update, if there is one (`python -m keras_rmsprop.kernel`
     builds it); else XLA compiles the program (see `jit_compile` for the exceptions). It
     is traced once for each set of gradients.
     An attribute assigned between two eager steps takes effect with the next. A new
@@ -156,7 +156,7 @@ class RMSprop(keras.optimizers.Optimizer):
             is the mean square over the steps so far. Defaults to `False`.
         nesterov: Whether $u$ looks one step ahead of the momentum buffer. Without
             momentum it makes no difference. Defaults to `False`.
-        lr_in_momentum: Whether $\eta$ enters the sum of updates, as above; else
+        lr_in_momentum: Whether $\eta$ enters the momentum buffer, as above; else
             $m \leftarrow \mu m + g / d$ and the update is $\eta\,k \odot u$, so that a
             changed learning rate scales past updates, too. Defaults to `True`.
         decoupled_weight_decay: Whether `weight_decay` is $\omega$, which leaves the
@@ -180,8 +180,8 @@ class RMSprop(keras.optimizers.Optimizer):
             `None`.
         float32_slots: With `slot_dtype="uint8"`, names: a variable that has one of them
             in its path keeps its slots as without it, and so does one with fewer than
-            4096 elements. Of a table in blocks, a sparse gradient is taken as dense.
-            Defaults to `("embeddings",)`.
+            4096 elements. Sparse gradients of a quantized table are converted to dense
+            ones. Defaults to `("embeddings",)`.
         ema_warmup: Whether the average of the weights begins with a short memory: after
             $t$ updates its decay rate is the smaller one of `ema_momentum` and
             $(1 + t) / (10 + t)$, so that a short run does not drag its first weights
@@ -195,10 +195,10 @@ class RMSprop(keras.optimizers.Optimizer):
             itself. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient
             (of an embedding) does. `"exact"` gives the result of the same dense
-            gradient. It costs what its rows cost if silent rows (those without a
-            gradient) stay as they are: no momentum, no weight decay of that variable,
-            and with `use_ema` no constraint and no accumulation. Averages of silent
-            rows, those of the weights included, are brought up to date when they are
+            gradient. It costs what its rows cost if rows without a gradient stay as
+            they are: no momentum, no weight decay of that variable,
+            and with `use_ema` no constraint and no accumulation. The state of rows
+            without a gradient, their EMA included, is brought up to date when it is
             read. `"lazy"` updates the rows only, whatever the options, except for
             accumulation with `use_ema`. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, how a step is compiled. `"auto"`: on
