@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +44,10 @@ def example_parser(
     add("--steps", type=whole(1), default=steps, help=unit)
     add(
         "--short",
-        action=functools.partial(Short, gives),
+        action=Short,
+        nargs=0,
         dest="steps",
-        const=short,
+        const=(short, gives),
         default=argparse.SUPPRESS,
         help=f"--steps={short}: see that it runs",
     )
@@ -59,14 +59,11 @@ def example_parser(
 class Short(argparse.Action):
     """Few steps, and a word that they are few."""
 
-    def __init__(self, gives: str, **kwargs: Any) -> None:
-        super().__init__(nargs=0, **kwargs)
-        self.gives = gives
-
     def __call__(self, parser: Any, namespace: Any, *_: Any) -> None:
         """Set the number of steps."""
-        setattr(namespace, self.dest, self.const)
-        announce_short(self.gives)
+        steps, gives = self.const
+        setattr(namespace, self.dest, steps)
+        announce_short(gives)
 
 
 def announce_short(gives: str) -> None:

@@ -136,10 +136,10 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
         )
     print()
     Console().print(table)
-    print(f"\n{difference_in_words(runs)}")
     logs = output / "tensorboard"
     if logs.exists():
-        print(f"To see it in a browser: tensorboard --logdir {logs}")
+        print(f"\nTo see it in a browser: tensorboard --logdir {logs}")
+    print(f"\n{difference_in_words(runs)}")
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"Written to {output}: {files}")
 
