@@ -122,7 +122,7 @@ lint: $(READY)  ## run ruff, mypy and, if it is there, actionlint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@if command -v actionlint; then actionlint; else echo "No actionlint here."; fi
+	@if command -v actionlint >/dev/null; then actionlint; else echo "No actionlint here."; fi
 
 bench: $(BENCH)  ## time this optimizer and its peers (an hour or two)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
