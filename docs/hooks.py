@@ -1,11 +1,13 @@
 """For MkDocs: linked programs and data, and formulas that need no script.
 
 On GitHub a page reaches `examples/resume.py` as `../examples/resume.py`. Here each such
-file becomes a part of the site: a program a page that shows it, any other file itself.
+file becomes a part of the site: a program or a notebook a page that shows it, any other
+file itself.
 Formulas become MathML, which browsers draw by themselves, so nothing is fetched.
 """
 
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 def _target(path: str) -> str:
     """Return what the site calls a file of the project."""
-    return f"{path}.md" if path.endswith(".py") else path
+    return f"{path}.md" if path.endswith((".py", ".ipynb")) else path
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -37,6 +39,8 @@ def on_files(files: Any, config: Any) -> Any:
         if path.endswith(".py"):
             text = source.read_text()
             given = {"content": f"{NOT_SEARCHED}# {path}\n\n````python\n{text}````\n"}
+        elif path.endswith(".ipynb"):
+            given = {"content": NOT_SEARCHED + _shown(json.loads(source.read_text()))}
         elif path.endswith(".md"):
             text = source.read_text().replace("](docs/", "](")
             given = {"content": NOT_SEARCHED + text}
@@ -46,6 +50,24 @@ def on_files(files: Any, config: Any) -> Any:
             )
         )
     return files
+
+
+def _shown(notebook: Any) -> str:
+    """Return a stored notebook as a page: text, code, and its outputs."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{source}\n```" if code else source)
+        for output in cell.get("outputs", []):
+            picture = output.get("data", {}).get("image/png")
+            if picture:
+                parts.append(
+                    f"![Output](data:image/png;base64,{''.join(picture.split())})"
+                )
+            elif "text" in output:
+                parts.append(f"```text\n{''.join(output['text'])}```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
