@@ -1,12 +1,14 @@
 # `make train` and `make test` do all the set-up they need, once, in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 BENCH := $(VENV)/.bench
 MUTANTS := $(VENV)/.mutants
 DOCS := $(VENV)/.docs
+NOTEBOOK := $(VENV)/.notebook
+RELEASE := $(VENV)/.release
 OLDEST := .venv-oldest
 CLIENTS := .venv-clients
 WHEELS := dist
@@ -21,10 +23,13 @@ FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--c
 EXAMPLES := regression linear_regression text_classifier resume
 SHORT := wgan_digits dqn_cartpole policy_gradient char_lm compare_optimizers sensitivity
 
-.PHONY: environments help train test test-slow test-rest test-peers test-backends test-oldest test-clients test-keras mutants sanitize fuzz lint bench bench-quick tune tuning compare examples docs wheel clean
+.PHONY: environments help train notebook test test-slow test-rest test-peers test-backends test-oldest test-clients test-keras mutants sanitize fuzz lint dist bench bench-quick tune tuning compare examples docs wheel clean
 
-help:  ## say what there is to make
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+help:  ##! list targets
+	@echo 'To use it:'
+	@sed -nE 's/^([a-z-]+):.*##! /  \1\t/p' Makefile | expand -t 18
+	@echo 'To develop it:'
+	@sed -nE 's/^([a-z-]+):.*## /  \1\t/p' Makefile | expand -t 18
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): once, a few minutes."
@@ -54,6 +59,16 @@ $(DOCS): $(READY)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
+$(NOTEBOOK): $(READY)
+	@echo "Adding JupyterLab."
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[notebook]'
+	@touch $@
+
+$(RELEASE): $(READY)
+	@echo "Adding what checks a release."
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[release]'
+	@touch $@
+
 # The pins that are not in constraints-oldest.txt, or in constraints-clients.txt, are those
 # of constraints.txt.
 $(OLDEST)/.ready: setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
@@ -74,69 +89,73 @@ $(CLIENTS)/.ready: setup.cfg pyproject.toml constraints.txt constraints-clients.
 
 environments: $(READY) $(OLDEST)/.ready $(CLIENTS)/.ready
 
-train: $(READY)  ## train on MNIST beside the built-in; options: make train EPOCHS=2
+train: $(READY)  ##! train MNIST beside the built-in; options: make train EPOCHS=2
 	@$(BIN)/python examples/mnist_train.py $(FLAGS)
 
-test: $(READY)  ## the everyday tests
+notebook: $(NOTEBOOK)  ##! open the notebooks in a browser
+	$(BIN)/jupyter lab --notebook-dir=examples $(ARGS)
+
+test: $(READY)  ##! run the everyday tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-slow: $(READY)  ## the long tests that CI also runs
+test-slow: $(READY)  ## run the long tests that CI also runs
 	$(BIN)/python -m pytest -n 2 -m "slow and not peers" $(ARGS)
 
-test-rest: $(READY)  ## more cases of the everyday tests: before a release
+test-rest: $(READY)  ## run more cases of the everyday tests, before a release
 	$(BIN)/python -m pytest -n 2 -m rest $(ARGS)
 
-test-peers: $(PEERS)  ## the tests beside PyTorch, optax, timm and tf_keras
+test-peers: $(PEERS)  ## compare with PyTorch, optax, timm and tf_keras
 	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)
 
-test-backends: $(PEERS)  ## the everyday tests, and those beside peers, on JAX and on PyTorch
+test-backends: $(PEERS)  ## run the tests on JAX and on PyTorch
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow and not rest" $(ARGS)
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 -m "not slow and not rest" $(ARGS)
 
-test-oldest: $(OLDEST)/.ready  ## the everyday tests with the oldest Keras and TensorFlow
+test-oldest: $(OLDEST)/.ready  ## run the everyday tests with the oldest Keras and TensorFlow
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
 
-test-clients: $(CLIENTS)/.ready  ## the tests beside keras-tuner, scikeras, mlflow and optuna
+test-clients: $(CLIENTS)/.ready  ## run the tests beside keras-tuner, scikeras, mlflow and optuna
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
-test-keras: $(READY)  ## Keras' own tests with this and the built-in; ARGS=--quick: part of them
+test-keras: $(READY)  ## run Keras' own tests with this optimizer; ARGS=--quick for part of them
 	$(BIN)/python tests/run_keras_suite.py $(ARGS)
 
-mutants: $(MUTANTS)  ## change the code in many places, one at a time, and see tests fail: hours
+mutants: $(MUTANTS)  ## mutation testing (hours)
 	$(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
 
-sanitize:  ## the kernel's arithmetic under address and undefined-behaviour sanitizers
+sanitize:  ## run the kernel under address and undefined-behaviour sanitizers
 	@mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -DONE_PROCESSOR -ffp-contract=off -fno-sanitize-recover=all \
 		-fsanitize=address,undefined $(addprefix keras_rmsprop/kernel/,blocks.cc step.cc rows.cc search.cc) \
 		tests/step_test.cc -o build/step_test
 	build/step_test
 
-fuzz: $(READY)  ## random programs against NumPy; ARGS='--programs 5000 --hypothesis-seed 7'
+fuzz: $(READY)  ## run random programs against NumPy; ARGS='--programs 5000 --hypothesis-seed 7'
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix tests/fuzz/,machine.py replicas.py known.py) $(ARGS)
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## run ruff, mypy and, if it is there, actionlint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v actionlint >/dev/null; then actionlint; else echo "No actionlint here."; fi
 
-bench: $(BENCH)  ## time this optimizer and its peers: an hour on a quiet machine
+bench: $(BENCH)  ## time this optimizer and its peers (an hour or two)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-quick: $(BENCH)  ## the same in three minutes, of less; ARGS='--against ../other'
+bench-quick: $(BENCH)  ## the same in three minutes; ARGS='--against ../other'
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
-tune: $(READY)  ## how sensitive is RMSprop? heat maps on MNIST: a quarter of an hour
+tune: $(READY)  ## draw heat maps over learning rate, rho and epsilon (15 minutes)
 	$(BIN)/python examples/sensitivity.py $(ARGS)
 
-tuning: $(BENCH)  ## who needs a learning rate? eight networks, all rates, three seeds: two hours
+tuning: $(BENCH)  ## compare learning rates on eight networks (two hours)
 	$(BIN)/python benchmarks/tuning.py $(ARGS)
 
-compare: $(READY)  ## this optimizer, SGD, Adam and others on MNIST, at equal time: minutes
+compare: $(READY)  ## compare with SGD, Adam and others on MNIST (minutes)
 	$(BIN)/python examples/compare_optimizers.py $(ARGS)
 
-examples: $(EXAMPLES:%=example-%) $(SHORT:%=short-%)  ## run all example programs, the long ones in short mode
+examples: $(EXAMPLES:%=example-%) $(SHORT:%=short-%)  ##! run all example programs, the long ones in short mode
 
 example-resume: ARGS := --fit
 example-%: $(READY)
@@ -145,10 +164,10 @@ example-%: $(READY)
 short-%: $(READY)
 	$(BIN)/python examples/$*.py --short
 
-docs: $(DOCS)  ## build the site: site/index.html; a dead link is an error
-	$(BIN)/mkdocs build --strict $(ARGS)
+docs: $(DOCS)  ##! build the documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
-wheel: $(READY)  ## build dist/*.whl, with the kernel for each TensorFlow here
+wheel: $(READY)  ## build dist/*.whl with the native kernel
 	rm -rf $(WHEELS)/parts $(WHEELS)/keras_rmsprop-*.whl
 	$(BIN)/python -m build --wheel --outdir $(WHEELS)/parts .
 	$(BIN)/wheel unpack --dest $(WHEELS)/parts $(WHEELS)/parts/*.whl
@@ -163,6 +182,16 @@ wheel: $(READY)  ## build dist/*.whl, with the kernel for each TensorFlow here
 	fi
 	rm -r $(WHEELS)/parts
 
-clean:  ## remove what was made, the virtual environments too
+dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+dist: $(RELEASE)  ## build and check what goes to PyPI: the same bytes for a commit
+	rm -rf $(WHEELS)/keras_rmsprop-*
+	$(BIN)/python -m build --outdir $(WHEELS) .
+	cd $(WHEELS) && tar xzf keras_rmsprop-*.tar.gz && for name in keras_rmsprop-*/; do \
+		tar c --sort=name --mtime=@$$SOURCE_DATE_EPOCH --mode=u+rw,go+r,go-w --owner=0 --group=0 \
+			--numeric-owner $$name | gzip -n > $${name%/}.tar.gz && rm -r $$name; done
+	$(BIN)/twine check --strict $(WHEELS)/keras_rmsprop-*
+	$(BIN)/check-wheel-contents $(WHEELS)/keras_rmsprop-*.whl
+
+clean:  ## remove all build products and virtual environments
 	rm -rf $(VENV) $(OLDEST) $(CLIENTS) runs mutants site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -147,7 +147,7 @@ def rows(results: Mapping[Run, Result]) -> list[list[str]]:
     import tuning_report
 
     tasks = [t for t in RATES if any(run.task == t for run in results)]
-    table = [["", "bytes a parameter"]]
+    table = [["", "bytes per parameter"]]
     for task in tasks:
         of = tuning_report.EVERY[task]
         metric = "accuracy %" if of.metric == "accuracy" else "loss"

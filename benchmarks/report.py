@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -27,7 +26,16 @@ DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- of `make bench`{} -->\n", "<!-- end -->\n"
 """What stands around the tables in pages that are written by hand."""
 PEERS = "best of torch foreach, optax"
-TIMES = {"time": "Milliseconds a step", "first": "Seconds to first step"}
+UPDATE = "One update, {}: times of others over this; torch, optax over eager"
+TIMES = {"time": "Milliseconds per step", "first": "Seconds to first step"}
+SHOWN = {
+    "embeddings": "Milliseconds per step, uniform ids, without XLA",
+    "updates": UPDATE.format("plain"),
+    "fit": "Milliseconds per step of fit, default",
+}
+"""The tables on the page, by their places; all of them are in `bench.md`."""
+DRAWN = "MNIST network", "ResNet-50", "300 tiny", "4 x 4096 x 4096"
+"""The sets of variables in the picture of updates."""
 COLORS = {"this": "#2a78d6", "Keras": "#e8710a", "torch": "#1a9076"}
 GREY = "#6b6a66"
 Rows = list[list[str]]
@@ -83,8 +91,7 @@ def _updates(update: Part) -> Pages:
             pairs += [(who, "this, eager") for who in others]
             ratios = (update.ratio((a, what, how), (b, what, how)) for a, b in pairs)
             table.append([what, *(str(ratio or "") for ratio in ratios)])
-        title = f"One update, {how}: times of others over this; torch, optax over eager"
-        pages[title] = table
+        pages[UPDATE.format(how)] = table
     for what in update.whats:
         table = [["", *(h for how in update.hows for h in (f"{how}, ms", "x limit"))]]
         table[0] += ["everything / plain", "first step, s"]
@@ -134,8 +141,8 @@ def _peaks(memory: Part) -> Pages:
             row += [memory.text(case), memory.text(case, "state")]
         kept.append(row)
     return {
-        f"State a parameter, and memory that a step adds, {what}": table,
-        f"An eager update of {figures.KEPT}, by how slots are kept": kept,
+        f"State per parameter, and memory that a step adds, {what}": table,
+        f"An eager update of {figures.KEPT}, by dtype of the slots": kept,
     }
 
 
@@ -146,7 +153,7 @@ def _embeddings(part: Part) -> Pages:
         table = [["", *part.whos]]
         for what in part.whats:
             table.append([what, *(part.text((who, what, how)) for who in part.whos)])
-        pages[f"Milliseconds a step, {how}"] = table
+        pages[f"{TIMES['time']}, {how}"] = table
         this = "this", LARGE, how
         faster = part.ratio(("Keras", LARGE, how), this)
         slower = part.ratio(this, ("this", SMALL, how))
@@ -227,59 +234,37 @@ def publish(folder: Path) -> dict[str, Part]:
     Args:
         folder: Where the figures are; any but the usual one gets the pages, too.
     """
-    pages: dict[Path, str] = {}
-
-    def insert(page: Path, text: str, place: str = "") -> None:
-        begin = BEGIN.format(place)
-        before, _, rest = (pages.get(page) or page.read_text()).partition(begin)
-        pages[page] = before + begin + text + END + rest.partition(END)[2]
-
-    parts = load(folder / FIGURES)
-    rest, page = dict(parts), DOCS / "benchmarks.md"
-    if embedding := rest.pop("embedding", None):
-        draw_embeddings(folder / "embedding.png", embedding)
-        text = f"Measured on: {sentence(embedding.machine)}.\n"
-        text += markdown(tables({"embedding": embedding}))
-        insert(page, text, ": embeddings")
-    if "update" in rest:
-        draw_updates(folder / "bench.png", rest["update"])
-        insert(DOCS.parent / "README.md", markdown({"": _eager(rest["update"])}))
-    text = "".join(f"- {name}: {sentence(of.machine)}\n" for name, of in rest.items())
-    insert(page, text + markdown(tables(rest)), ": updates, fit and memory")
+    parts, page = load(folder / FIGURES), DOCS / "benchmarks.md"
+    machines = (f"- {name}: {sentence(of.machine)}\n" for name, of in parts.items())
+    found = tables(parts)
+    text = "# All tables of `make bench`\n\nMeasured on:\n\n" + "".join(machines)
+    pages = {folder / "bench.md": text + markdown(found), page: page.read_text()}
+    for place, title in SHOWN.items():
+        if title in found:
+            begin = BEGIN.format(f": {place}")
+            before, _, rest = pages[page].partition(begin)
+            table = markdown({"": found[title]})
+            pages[page] = before + begin + table + END + rest.partition(END)[2]
+    if "embedding" in parts:
+        draw_embeddings(folder / "embedding.png", parts["embedding"])
+    if "update" in parts:
+        draw_updates(folder / "bench.png", parts["update"])
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
-        text = pages.get(page) or page.read_text()
-        pages[page] = sentences.filled(text, parts)
+        pages[page] = sentences.filled(pages.get(page) or page.read_text(), parts)
     for page, text in pages.items():
-        if folder == RESULTS or text != page.read_text():
+        if folder == RESULTS or not page.exists() or text != page.read_text():
             (page if folder == RESULTS else folder / page.name).write_text(text)
     if folder == RESULTS:
         picture.main()
     return parts
 
 
-def _eager(update: Part) -> Rows:
-    """Return the table of the README."""
-    whos = "Keras, eager", "this, eager", "torch, foreach", "optax, jit"
-    names = "Keras", "this", "times faster (range)", "torch foreach", "optax, jitted"
-    table = [["variables", *names]]
-    for what in (what for sets in figures.EAGER.values() for what in sets):
-        cases = [(who, what, "plain") for who in whos]
-        times = [spread(update.values(case)) for case in cases]
-        cells = [f"{short(x.median)} ms" if x else "failed" for x in times]
-        cells.insert(2, str(update.ratio(cases[0], cases[1]) or ""))
-        table.append([what, *cells])
-    return table
-
-
 def draw_updates(path: Path, update: Part) -> None:
-    """Draw the times of one update, a panel for each set."""
+    """Draw the times of one update, a panel for each of some sets."""
     whos = [who for who in update.whos if who != "limit"][::-1]
-    rows = math.ceil(len(update.whats) / 3)
-    picture = Picture(figsize=(11, 0.9 + 2.7 * rows), layout="constrained")
-    panels = list(picture.subplots(rows, 3, sharey=True, squeeze=False).flat)
-    for axes in panels[len(update.whats) :]:
-        axes.remove()
-    for axes, what in zip(panels, update.whats, strict=False):
+    picture = Picture(figsize=(9, 10), layout="constrained")
+    panels = picture.subplots(2, 2, sharey=True, squeeze=False).flat
+    for axes, what in zip(panels, DRAWN, strict=True):
         _style(axes, what)
         axes.axvline(1, color=GREY, lw=1)
         for (y, who), how in product(enumerate(whos), update.hows):
@@ -303,7 +288,7 @@ def draw_updates(path: Path, update: Part) -> None:
 
 def draw_embeddings(path: Path, part: Part) -> None:
     """Draw the time of a step over the rows of the table."""
-    picture = Picture(figsize=(11, 5.4), layout="constrained")
+    picture = Picture(figsize=(9, 4.6), layout="constrained")
     styles = {"uniform ids": "-", "zipf ids": "--"}
     for axes, way in zip(picture.subplots(1, 2, sharey=True), TABLE_JIT, strict=True):
         _style(axes, way)
@@ -325,12 +310,12 @@ def draw_embeddings(path: Path, part: Part) -> None:
                     who, (rows[-1], medians[-1]), **at, color=_color(who), weight="bold"
                 )
         axes.set_xlabel("rows of the table")
-    picture.axes[0].set_ylabel("milliseconds a step")
+    picture.axes[0].set_ylabel("milliseconds per step")
     lines = [
         Line2D([], [], color=GREY, ls=style, label=kind)
         for kind, style in styles.items()
     ]
-    _save(picture, path, f"Embedding(rows, {WIDTH}) in `fit`", lines)
+    _save(picture, path, f"A step of fit with Embedding(rows, {WIDTH})", lines)
 
 
 def _color(who: str) -> str:

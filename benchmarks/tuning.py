@@ -98,8 +98,8 @@ COMPETITORS = {
     "constant": Competitor("built-in RMSprop", built_in, RATES),
     "decay": Competitor("built-in, linear decay", built_in_with_decay, RATES),
     "adam": Competitor("Adam", adam, RATES),
-    "average": Competitor("this, average", averaged, RATES, averages=True),
-    "auto": Competitor('this, "auto" and average', automatic, averages=True),
+    "average": Competitor("this, EMA", averaged, RATES, averages=True),
+    "auto": Competitor('this, "auto", EMA', automatic, averages=True),
     "prodigy": Competitor("Prodigy", prodigy, backend="jax"),
 }
 

@@ -19,6 +19,13 @@ from tuning_tasks import HELD_OUT, TASKS, Task
 HERE = Path(__file__).parent
 FIGURES = HERE / "results" / "tuning.json"
 PICTURE = HERE / "results" / "tuning.png"
+ALL = HERE / "results" / "tuning.md"
+HEADING = """# All results of `make tuning`
+
+A cell: the mean over the seeds; in brackets the lowest and the highest; after "at" the
+best rate, or with "auto" the rate at the end.
+
+"""
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmark:tuning -->\n", "<!-- /benchmark -->\n"
 COLORS = {"constant": "#e8710a", "decay": "#c9a227", "adam": "#6b6a66"}
@@ -97,10 +104,10 @@ COLUMNS: dict[str, Callable[..., Score | None]] = {
     "built-in, best rate, linear decay": of_best("decay"),
     "Adam, default": at("adam", DEFAULT),
     "Adam, best rate": of_best("adam"),
-    "this, default rate, average": at("average", DEFAULT),
-    "this, best rate, average": of_best("average"),
+    "this, default rate, EMA": at("average", DEFAULT),
+    "this, best rate, EMA": of_best("average"),
     'this, "auto"': at("auto", 1.0, "raw"),
-    'this, "auto", average': at("auto", 1.0),
+    'this, "auto", EMA': at("auto", 1.0),
     "Prodigy": at("prodigy", 1.0),
 }
 
@@ -132,6 +139,13 @@ def cell(found: Score) -> str:
     return f"{mean}{range_} at {found.rate:.2g}"
 
 
+def markdown(table: list[list[str]]) -> str:
+    """Return a table as it is on a page."""
+    lines = ["| " + " | ".join(line) + " |\n" for line in table]
+    lines.insert(1, "|:--" + "|--:" * (len(table[0]) - 1) + "|\n")
+    return "".join(lines)
+
+
 def show(results: Results) -> None:
     """Print the table and whether "auto" holds what it shall."""
     lines = rows(results)
@@ -150,7 +164,7 @@ def verdicts(results: Results) -> list[str]:
     for name in ("built-in, default", "built-in, best rate"):
         behind, count = [], 0
         for task in TASKS:
-            mine = COLUMNS['this, "auto", average'](results, task)
+            mine = COLUMNS['this, "auto", EMA'](results, task)
             other = COLUMNS[name](results, task)
             if mine and other:
                 count += 1
@@ -158,9 +172,7 @@ def verdicts(results: Results) -> list[str]:
                     behind.append(f"{task} ({mine.mean:.4g} to {other.mean:.4g})")
         if count:
             ahead = count - len(behind)
-            words = (
-                f'"auto" with the average against {name}: ahead on {ahead} of {count}'
-            )
+            words = f'"auto" with EMA against {name}: ahead on {ahead} of {count}'
             sentences.append(
                 words + (f"; behind on {', '.join(behind)}" * bool(behind))
             )
@@ -168,16 +180,16 @@ def verdicts(results: Results) -> list[str]:
 
 
 def draw(results: Results, file: Path) -> None:
-    """Draw a panel a network: result over learning rate, and "auto" as a line."""
+    """Draw a panel per network: result over learning rate, and "auto" as a line."""
     tasks = [name for name in EVERY if any(given.task == name for given in results)]
-    figure = Figure((16, 3.6 * -(-len(tasks) // 4)), layout="constrained")
-    panels = figure.subplots(-(-len(tasks) // 4), 4, squeeze=False).ravel()
+    figure = Figure((9, 2.8 * -(-len(tasks) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(tasks) // 2), 2, squeeze=False).ravel()
     for panel in panels[len(tasks) :]:
         panel.set_axis_off()
     for panel, name in zip(panels, tasks, strict=False):
         panel_of(panel, name, results)
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
     )
     figure.savefig(file, dpi=110)
 
@@ -200,7 +212,7 @@ def panel_of(panel: Any, name: str, results: Results) -> None:
                 [s.rate for s in scores], values, label=COMPETITORS[who].name, **style
             )
             shown += values
-    lines = (("auto", "value", "-", ", average"), ("auto", "raw", "--", ""))
+    lines = (("auto", "value", "-", ", EMA"), ("auto", "raw", "--", ""))
     for who, field, dashes, more in (*lines, ("prodigy", "value", ":", "")):
         found = score(results, name, who, 1.0, field)
         if found and math.isfinite(found.mean):
@@ -228,7 +240,7 @@ def panel_of(panel: Any, name: str, results: Results) -> None:
 
 
 def publish(results: Results) -> None:
-    """Write figures, picture and, where the page has a place for it, the table."""
+    """Write figures, picture and tables: all of it, and the means to the page."""
     table = rows(results)
     harness.fix_threads()
     written = {
@@ -239,11 +251,14 @@ def publish(results: Results) -> None:
     FIGURES.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     draw(results, PICTURE)
     picture.main()
-    if not PAGE.exists() or BEGIN not in PAGE.read_text():
-        return
     turned = [list(column) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(line) + " |\n" for line in turned]
-    lines.insert(1, "|---" * len(turned[0]) + "|\n")
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END, 1)[1]
-    PAGE.write_text(before + BEGIN + "".join(lines) + END + after)
+    ALL.write_text(HEADING + markdown(turned))
+    if BEGIN in (page := PAGE.read_text()):
+        means = [table[0], *([row[0], *map(_mean, row[1:])] for row in table[1:])]
+        before, rest = page.split(BEGIN)
+        PAGE.write_text(before + BEGIN + markdown(means) + END + rest.split(END, 1)[1])
+
+
+def _mean(cell: str) -> str:
+    """Return the mean of a cell, without range and rate."""
+    return cell.split(" ")[0]

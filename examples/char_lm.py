@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> Bits:
         steps=800,
         short=3,
         unit=f"batches of {BATCH_SIZE} pieces of {LENGTH} letters",
+        gives="2.2 bits per character, after two minutes",
     )
     options = parser.parse_args(arguments)
     keras.utils.set_random_seed(options.seed)
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> Bits:
         xz=8 * (packed[0] - packed[1]) / len(test),
         network=loss / np.log(2),
     )
-    print(f"\nBits a letter, on {len(test):,} unseen ones:\n")
+    print(f"\nBits per character, on {len(test):,} held-out ones:\n")
     print(f"  by how frequent each letter is  {bits.frequencies:.2f}")
     print(f"  by xz, after the same text      {bits.xz:.2f}")
     print(f"  by this network                 {bits.network:.2f}")

@@ -5,7 +5,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LARGEST = 2**32 - 1  # the largest seed of NumPy
 
@@ -23,7 +23,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def example_parser(
-    name: str, description: str, *, steps: int, short: int, unit: str
+    name: str, description: str, *, steps: int, short: int, unit: str, gives: str
 ) -> OptionParser:
     """Return a parser with the options that the short examples have in common.
 
@@ -33,6 +33,7 @@ def example_parser(
         steps: How many steps it takes unless told otherwise.
         short: How many are enough to see that it runs.
         unit: What a step is.
+        gives: What a run of all steps comes to.
     """
     parser = OptionParser(
         prog=f"{name}.py",
@@ -43,15 +44,36 @@ def example_parser(
     add("--steps", type=whole(1), default=steps, help=unit)
     add(
         "--short",
-        action="store_const",
+        action=Short,
+        nargs=0,
         dest="steps",
-        const=short,
+        const=(short, gives),
         default=argparse.SUPPRESS,
         help=f"--steps={short}: see that it runs",
     )
     add("--seed", type=whole(0), default=0, help="decides all that is random")
     add("--output", type=folder, default=f"runs/{name}", help="folder for the results")
     return parser
+
+
+class Short(argparse.Action):
+    """Few steps, and a word that they are few."""
+
+    def __call__(self, parser: Any, namespace: Any, *_: Any) -> None:
+        """Set the number of steps."""
+        steps, gives = self.const
+        setattr(namespace, self.dest, steps)
+        announce_short(gives)
+
+
+def announce_short(gives: str) -> None:
+    """Say that a run is short.
+
+    Args:
+        gives: What the long one gives, and how long it takes.
+    """
+    print("A short run: it shows that the program works, and learns next to nothing.")
+    print(f"Without --short: {gives}.")
 
 
 def whole(smallest: int) -> Callable[[str], int]:

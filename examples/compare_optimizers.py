@@ -21,7 +21,7 @@ import mnist_data
 import mnist_report
 import mnist_train
 import numpy as np
-from command_line import OptionParser, folder, whole
+from command_line import OptionParser, announce_short, folder, whole
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -217,7 +217,7 @@ def table(rivals: Rivals) -> Table:
 
 
 def draw(path: Path, title: str, rivals: Rivals) -> None:
-    """Draw the share of test digits told wrong: over epochs, over time, at the end."""
+    """Draw the test error: over epochs, over time, at the end."""
     figure = Figure(figsize=(15, 6.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
     for row, (name, rival) in enumerate(rivals.items()):
@@ -235,11 +235,11 @@ def draw(path: Path, title: str, rivals: Rivals) -> None:
     middle.axvline(seconds, color=mnist_report.GREY, ls="--", lw=1)
     where: Any = "data", "axes fraction"
     middle.annotate(f" {fastest} is done", (seconds, 1), xycoords=where)
-    left.set_ylabel("test digits told wrong", size=12)
+    left.set_ylabel("test error, %", size=12)
     left.set_xlabel("epoch", size=12)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     middle.set_xlabel("seconds of training, without compiling", size=12)
-    right.set_xlabel("at the end, by seed; bar: mean", size=12)
+    right.set_xlabel("at the end: a dot per seed, a bar for the mean", size=12)
     right.xaxis.set_major_formatter("{x:g} %")
     right.set_yticks(range(len(rivals)), list(rivals), size=12)
     right.invert_yaxis()
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> Rivals:
     add = parser.add_argument
     add("--epochs", type=whole(1), default=5, help="times through the digits")
     add("--seeds", type=whole(1), default=3, help="how many times, from other weights")
-    add("--batch-size", type=whole(1), default=128, help="digits a step")
+    add("--batch-size", type=whole(1), default=128, help="digits per step")
     data = ("auto", "tfds", "sample")
     add("--data", choices=data, default="auto", help="as with mnist_train.py")
     short = "--epochs=2 --seeds=1 --data=sample: see that it runs"
@@ -293,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> Rivals:
     options = parser.parse_args(arguments)
     if options.short:
         options.epochs, options.seeds, options.data = 2, 1, "sample"
+        announce_short("five epochs of MNIST with three seeds, in some minutes")
     try:
         digits = mnist_data.load(options.data, 0)
     except mnist_data.MnistUnavailableError as error:

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         steps=12_000,
         short=300,
         unit=f"steps of {GAMES} games",
+        gives="it balances a pole for some 480 of 500 steps, after a minute or two",
     )
     options = parser.parse_args(arguments)
     keras.utils.set_random_seed(options.seed)

@@ -118,7 +118,12 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("optimizer", "data"):
         table.add_column(heading, no_wrap=True, vertical="bottom")
-    for heading in ("test\naccuracy", "test\nloss", "seconds\nan epoch", "first\nstep"):
+    for heading in (
+        "test\naccuracy",
+        "test\nloss",
+        "seconds\nper epoch",
+        "first\nstep",
+    ):
         table.add_column(heading, justify="right", vertical="bottom")
     for run in runs:
         table.add_row(
@@ -131,6 +136,9 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
         )
     print()
     Console().print(table)
+    logs = output / "tensorboard"
+    if logs.exists():
+        print(f"\nTo see it in a browser: tensorboard --logdir {logs}")
     print(f"\n{difference_in_words(runs)}")
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"Written to {output}: {files}")

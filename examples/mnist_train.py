@@ -239,7 +239,7 @@ def option_parser() -> OptionParser:
     )
     add = parser.add_argument
     add("--epochs", type=whole(1), default=10, help="times through the digits")
-    add("--batch-size", type=whole(1), default=128, help="digits a step")
+    add("--batch-size", type=whole(1), default=128, help="digits per step")
     add("--learning-rate", type=float, default=0.001, help="length of a step")
     add("--rho", type=float, default=0.9, help="decay rate of the mean square")
     add("--epsilon", type=float, default=1e-7, help="added to the mean square")

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         steps=60,
         short=3,
         unit=f"steps, of {GAMES} episodes each",
+        gives="it balances a pole for some 495 of 500 steps, after half a minute",
     )
     options = parser.parse_args(arguments)
     keras.utils.set_random_seed(options.seed)

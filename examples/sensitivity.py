@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mnist_data
 import mnist_train
 import numpy as np
-from command_line import OptionParser, folder, whole
+from command_line import OptionParser, announce_short, folder, whole
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich import box
@@ -63,7 +63,7 @@ def variants() -> dict[str, Callable[[float, int], Any]]:
         "plain": lambda rate, _: RMSprop(rate),
         "bias correction": lambda rate, _: RMSprop(rate, bias_correction=True),
         "clipping": lambda rate, _: RMSprop(rate, global_clipnorm=1.0),
-        "averages": lambda rate, _: RMSprop(rate, **averages),
+        "EMA": lambda rate, _: RMSprop(rate, **averages),
         "linear decay": lambda rate, n: RMSprop(PolynomialDecay(rate, n, 0.0)),
         "auto": lambda first, _: RMSprop(AutoLearningRate(first), **averages),
     }
@@ -191,8 +191,9 @@ def table(accuracies: Accuracies) -> Table:
 
 def draw(path: Path, title: str, accuracies: Accuracies) -> None:
     """Draw two heat maps, and the accuracy of the variants over the learning rate."""
-    figure = Figure(figsize=(16, 5.6), layout="constrained")
-    *maps, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
+    figure = Figure(figsize=(10, 8.5), layout="constrained")
+    panels = figure.subplot_mosaic("ab;cc")
+    maps, right = (panels["a"], panels["b"]), panels["c"]
     rates, _ = curve(accuracies, "plain")
     labels = [f"{rate:g}" for rate in rates]
     for axes, name in zip(maps, ("rho", "epsilon"), strict=True):
@@ -208,7 +209,7 @@ def draw(path: Path, title: str, accuracies: Accuracies) -> None:
                 va="center",
                 color="black" if bright else "white",
                 weight="bold" if accuracy >= GOAL else "normal",
-                size=9,
+                size=8,
             )
         axes.set_xticks(range(len(rates)), labels, rotation=45)
         axes.set_yticks(range(len(values)), [f"{value:g}" for value in values])
@@ -222,10 +223,11 @@ def draw(path: Path, title: str, accuracies: Accuracies) -> None:
         label = f"{variant}: {width(rates, found, GOAL):.1f} decades"
         right.plot(rates, 100 * (1 - found), style, label=label, ms=5)
     right.axhline(100 * (1 - GOAL), color="0.6", ls=":", zorder=0)
-    right.set(xscale="log", yscale="log", xlabel="learning rate; of auto its `initial`")
-    right.set_title("Test digits told wrong, in %", loc="left")
-    right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("{x:g}")
+    right.set(xscale="log", yscale="log", xlabel="learning rate (auto: initial)")
+    right.set_title("Test error, %", loc="left")
+    ticks = (2, 3, 5, 10, 20, 50)
+    right.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    right.yaxis.set_minor_formatter("")
     right.grid(alpha=0.3)
     right.legend(title=f"reach {GOAL:.0%} over", loc="upper center", frameon=False)
     figure.suptitle(title, x=0.01, ha="left", size=15)
@@ -241,7 +243,7 @@ def option_parser() -> OptionParser:
     )
     add = parser.add_argument
     add("--epochs", type=whole(1), default=3, help="epochs of each training")
-    add("--batch-size", type=whole(1), default=128, help="digits a step")
+    add("--batch-size", type=whole(1), default=128, help="digits per step")
     add("--data", choices=["auto", "tfds", "sample"], default="auto", help="digits")
     add("--seed", type=whole(0), default=0, help="decides all that is random")
     add("--short", action="store_true", help="a coarse grid, an epoch, a sample")
@@ -254,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> Accuracies:
     options = option_parser().parse_args(arguments)
     if options.short:
         options.epochs, options.data = 1, "sample"
+        announce_short("135 trainings of three epochs, in a quarter of an hour")
     console = Console()
     try:
         digits = mnist_data.load(options.data, options.seed)

@@ -99,7 +99,7 @@ def main() -> list[Result]:
     print(
         f"{VOCABULARY:,} x {WIDTH}.\nAlways guessing the most frequent: {share:.1%}.\n"
     )
-    print(f"{'optimizer':<26}test accuracy   ms a step")
+    print(f"{'optimizer':<26}test accuracy   ms per step")
     results = []
     for kind in (RMSprop, keras.optimizers.RMSprop):
         keras.utils.set_random_seed(0)

@@ -1,8 +1,8 @@
-"""RMSprop for Keras: a drop-in optimizer that is right, fast and compiled with XLA."""
+"""RMSprop for Keras: a drop-in replacement with an automatic learning rate."""
 
 from keras_rmsprop import callbacks, dialects, transfer
 from keras_rmsprop.automatic import AutoLearningRate
-from keras_rmsprop.dialects import documents as rmsprop_optimizer
+from keras_rmsprop.dialects import textbook as rmsprop_optimizer
 from keras_rmsprop.optimizer import RMSprop
 
 __all__ = [

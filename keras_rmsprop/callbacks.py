@@ -51,8 +51,8 @@ class AverageForEvaluation(Callback):
     Keras puts the averages of the weights into the model when `fit` ends. Until then it
     validates and saves the current weights. With this callback, validation,
     `ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)` and all else that
-    reads the model at the end of an epoch see the averages. Then training goes on from
-    the weights as they were, to the bit: they are copied and put back.
+    reads the model at the end of an epoch see the averages. Then training continues
+    from the weights, bit-for-bit: they are copied and put back.
 
     Its place in the list of callbacks does not matter: it runs before all others,
     except `BackupAndRestore` and `Monitor`, which need the weights themselves.

@@ -14,7 +14,7 @@ from keras_rmsprop import checks
 from keras_rmsprop.optimizer import RMSprop
 
 
-def documents(
+def textbook(
     learning_rate: Any = 0.001, rho: float = 0.9, epsilon: float = 1e-8
 ) -> RMSprop:
     """Return an `RMSprop` with the three arguments that most textbooks have.
@@ -29,7 +29,7 @@ def documents(
         TypeError: An argument that must be a number is not one.
 
     Example:
-        >>> documents(rho=0.95).epsilon
+        >>> textbook(rho=0.95).epsilon
         1e-08
     """
     return RMSprop(learning_rate=learning_rate, rho=rho, epsilon=epsilon)

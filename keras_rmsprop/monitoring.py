@@ -82,7 +82,7 @@ class Monitor(Callback):
 
     Args:
         every: Number of batches from one look to the next; or `None`: 100, and more
-            where looking would take more than a twentieth of the time. Defaults to
+            where looking would take more than a fiftieth of the time. Defaults to
             `None`.
         csv_file: A file to write the readings to, one line each; or `None`.
         log_dir: A folder for TensorBoard; or `None`. Needs TensorFlow.

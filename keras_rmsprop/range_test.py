@@ -23,9 +23,9 @@ class LearningRateFinder(Callback):
     The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
     `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
     the loss is no longer finite, or of five batches four times what it began with. Then
-    the model and the optimizer are put back as they were, to the bit: weights, slots,
-    averages, statistics, seeds and the learning rate. `fit` stops there, so call it
-    again to train; with `train=True` it goes on with the rate found. If `fit` is
+    the model and the optimizer are restored bit-for-bit: weights, slots, averages,
+    statistics, seeds and the learning rate. `fit` stops there, so call it again to
+    train; with `train=True` it continues with the suggested rate. If `fit` is
     interrupted during the test, the next `fit` with this callback puts them back.
 
     It suggests a third of the rate at which the smoothed loss is lowest. That is a
@@ -39,7 +39,7 @@ class LearningRateFinder(Callback):
         highest: The last rate, > `lowest`. Defaults to `1.0`.
         steps: Number of batches, at least 20. If an epoch has fewer, `fit` must have
             more epochs. Defaults to `100`.
-        train: Whether to go on with the suggested rate; else `fit` stops after the
+        train: Whether to continue with the suggested rate; else `fit` stops after the
             test, and the rate is what it was. Defaults to `False`.
 
     Attributes:

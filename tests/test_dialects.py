@@ -283,14 +283,14 @@ def test_keras(options, dtype):
 @pytest.mark.peers
 @both_dtypes
 @pytest.mark.parametrize("options", [{}, {"rho": 0.875, "epsilon": EPSILON}])
-def test_documents(options, dtype):
+def test_textbook(options, dtype):
     names = {"rho": "beta", "epsilon": "epsilon"}
     given = {"beta": 0.9, "epsilon": 1e-8} | {names[k]: x for k, x in options.items()}
 
     def step(w, g, state):
         return reference.step(w, g, state, alpha=LR, **given)
 
-    check(dialects.documents(LR, **options), train_formula(step, dtype), dtype)
+    check(dialects.textbook(LR, **options), train_formula(step, dtype), dtype)
 
 
 @pytest.mark.peers
@@ -388,17 +388,19 @@ def test_an_argument_that_no_one_has_is_a_type_error(dialect):
 
 
 def table():
-    """Return {(dialect, argument): cell} of the table in the documentation."""
+    """Return {(dialect, argument): cell} of the tables in the documentation."""
     page = Path(__file__).parent.parent / "docs" / "dialects.md"
-    first = re.search(r"(^\|.*\n)+", page.read_text(), re.MULTILINE)[0]
-    lines = first.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    names = [name.strip("`") for name in rows[0][1:]]
-    return {
-        (name, row[0].strip("`")): cell
-        for row in rows[2:]
-        for name, cell in zip(names, row[1:], strict=True)
-    }
+    cells = {}
+    for text in re.findall(r"^\| \| `(?:.*\|\n)+", page.read_text(), re.MULTILINE):
+        lines = text.splitlines()
+        rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+        names = [name.strip("`") for name in rows[0][1:]]
+        cells |= {
+            (name, row[0].strip("`")): cell
+            for row in rows[2:]
+            for name, cell in zip(names, row[1:], strict=True)
+        }
+    return cells
 
 
 def shown(value):

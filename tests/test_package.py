@@ -140,6 +140,19 @@ def test_wheel_trains_in_an_empty_environment(version, wheel, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_wheel_has_sources_and_a_readme_that_stands_alone(wheel):
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        [metadata] = (n for n in names if n.endswith(".dist-info/METADATA"))
+        text = files.read(metadata).decode().partition("\n\n")[2]
+    sources = [*(ROOT / "keras_rmsprop/kernel").glob("*.[ch]*")]
+    assert sources
+    assert {f"keras_rmsprop/kernel/{path.name}" for path in sources} <= {*names}
+    assert text.startswith("# keras_rmsprop")
+    assert not re.search(r"\]\((?!https?:)", text)
+
+
 def test_readme_names_the_versions_tested():
     readme, setup = ((ROOT / f).read_text() for f in ("README.md", "setup.cfg"))
     for name in ("Keras", "TensorFlow"):
@@ -149,6 +162,11 @@ def test_readme_names_the_versions_tested():
         )
         assert f"{name} {oldest} to {newest}" in readme
         assert f"{name.lower()}>={oldest}," in setup
+
+
+def test_citation_names_the_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {keras_rmsprop.__version__}\n" in text
 
 
 def test_changelog_names_the_version():

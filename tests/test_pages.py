@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -119,6 +120,17 @@ def test_make_has_what_it_is_told_to_make(page):
     assert named <= targets
 
 
+def test_workflows_call_targets():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for workflow in ROOT.glob(".github/workflows/*.yml"):
+        text = workflow.read_text()
+        named = re.findall(r"run: make ([a-z-]+)", text)
+        for matrix in re.findall(r"target: \[(.*)\]", text):
+            named += matrix.split(", ")
+        assert named
+        assert {*named} <= targets, workflow
+
+
 def test_the_tests_that_are_named_exist():
     text = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     there = {p.stem for p in (ROOT / "tests").glob("test_*.py")}
@@ -184,18 +196,37 @@ def test_figures_in_sentences_are_what_was_measured(monkeypatch):
 
 def test_the_figures_of_mnist_are_those_of_make_tuning():
     page, results = (
-        (ROOT / f"docs/{name}.md").read_text()
-        for name in ("learning_rate", "benchmarks")
+        (ROOT / name).read_text()
+        for name in ("docs/learning_rate.md", "benchmarks/results/tuning.json")
     )
-    [measured] = re.findall(r"^\| MNIST, accuracy % \|(.*)$", results, re.MULTILINE)
     shown = re.findall(r"^\| .* \| ([\d.]+) % \|$", page, re.MULTILINE)
     assert len(shown) == 5
-    means = [float(cell.split()[0]) for cell in measured.strip(" |").split("|")]
-    assert {*map(float, shown)} <= {*means}
+    means = [row[1].split()[0] for row in json.loads(results)["table"][1:]]
+    assert {*shown} <= {*means}
 
 
-def test_the_table_of_make_tune_is_what_came_out():
-    page = (ROOT / "docs/learning_rate.md").read_text()
-    shown = page.split("<!-- of `make tune` -->\n")[1].split("<!-- end -->")[0]
+def test_the_means_on_the_page_are_those_of_make_tuning():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    results = json.loads((ROOT / "benchmarks/results/tuning.json").read_text())
+    for who, *cells in results["table"]:
+        means = [cell if who == "" else cell.split()[0] for cell in cells]
+        assert f"| {' | '.join([who, *means])} |\n" in page
+
+
+def test_the_decades_are_those_of_make_tune():
+    page = (ROOT / "docs/choosing.md").read_text().split("`make tune`")[1]
     results = (ROOT / "benchmarks/results/sensitivity.md").read_text()
-    assert shown.strip() in results
+    decades = dict(re.findall(r"^([a-zA-Z ]+): ([\d.]+) of", results, re.MULTILINE))
+    shown = [decades[name] for name in ("plain", "EMA", "linear decay", "auto")]
+    assert re.findall(r"\b\d\.\d\b", page) == shown
+
+
+def test_the_tables_of_make_bench_are_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("report")
+    tables = report.tables(report.load(ROOT / "benchmarks/results/bench.json"))
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    everything = (ROOT / "benchmarks/results/bench.md").read_text()
+    for title in report.SHOWN.values():
+        assert report.markdown({"": tables[title]}) in page
+    assert report.markdown(tables) in everything

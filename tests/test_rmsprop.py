@@ -58,7 +58,7 @@ def test_lr_is_deprecated_but_works():
     assert optimizer.learning_rate.numpy() == 0.25
 
 
-def test_documents_factory():
+def test_textbook_factory():
     config = rmsprop_optimizer().get_config()
     assert (
         config
