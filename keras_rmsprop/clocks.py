@@ -81,6 +81,12 @@ class AverageTicks(Ticks):
             self.first = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._shared = _Unsaved(tf.Variable(shared, trainable=False))
 
+    def _trackable_children(self, save_type: Any = "checkpoint", **kwargs: Any) -> Any:
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":  # which must have all that its functions use
+            children = {**children, "shared": self.shared}
+        return children
+
     @property
     def shared(self) -> Any:
         """Whether another optimizer updates the table, too: a bool variable.

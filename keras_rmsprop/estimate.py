@@ -193,7 +193,7 @@ def _begin(parts: Sequence[Part], is_first: Any) -> None:
             weights = part.sample.of(ops.convert_to_tensor(part.variable))
             part.first.assign(ops.cast(weights, part.first.dtype))
 
-    backend.either(is_first, begin, _nothing, [part.first for part in parts])
+    backend.either(is_first, begin, lambda: None, [part.first for part in parts])
 
 
 def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> None:
@@ -210,11 +210,7 @@ def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> No
             if part.rows is not None:
                 part.rows.clock.sum.assign(0.0)
 
-    backend.either(forgets, forget, _nothing, variables)
-
-
-def _nothing() -> None:
-    """Do nothing."""
+    backend.either(forgets, forget, lambda: None, variables)
 
 
 def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:

@@ -309,8 +309,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End a training, as `fit` does; see `keras.optimizers.Optimizer`."""
-        # On JAX `fit` has taken all values if a step failed; an error about them would
-        # hide that of the step. There is no public way to know.
+        # On JAX a step that failed in `fit` has no values left. Only private: `_value`.
         if self.built and getattr(self._iterations, "_value", 0) is None:
             return
         super().finalize_variable_values(var_list)

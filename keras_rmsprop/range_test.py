@@ -185,7 +185,7 @@ class LearningRateFinder(Callback):
         if not isinstance(rate, float):
             raise ValueError(
                 "`LearningRateFinder` needs an optimizer whose learning rate is a "
-                f"number. Received: learning_rate={kind or rate!r}"
+                f"number. Received: learning_rate={kind or rate}"
             )
 
     def _finish(self) -> None:

@@ -61,10 +61,6 @@ class Skipping:
             either: `Backend.either`.
             state: The variables that the step may change.
         """
-        either(finite, step, _nothing, state)
+        either(finite, step, lambda: None, state)
         # Not in a branch: XLA leaves a condition alone only if one is empty.
         self._optimizer.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
-
-
-def _nothing() -> None:
-    """Do nothing."""

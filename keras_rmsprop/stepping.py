@@ -124,6 +124,8 @@ class Steps:
             search.restart_if_changed(self.optimizer._trainable_variables)
         if not self.optimizer.built or backend.has_slices(grads):
             self.prepare(grads, variables)
+        elif not backend.is_eager():
+            self.check_made()
         backend.run(self, grads, variables)
 
     def prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:

@@ -20,9 +20,6 @@ OPTIONS = {
         "learning_rate": "auto",
         "gradient_accumulation_steps": 2,
     },
-    "portable, centered": {"jit_compile": False, "centered": True},
-    "portable, auto": {"jit_compile": False, "learning_rate": "auto"},
-    "portable, EMA": {"jit_compile": False, "use_ema": True},
     "lazy": {"momentum": 0.9, "sparse_update": "lazy", "use_ema": True},
 }
 

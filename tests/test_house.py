@@ -153,7 +153,7 @@ def test_no_method_of_the_optimizer_leaves_something_for_another():
         )
         if method.name not in ("__init__", "build", "_build") and not is_setter:
             assert not attributes_of_self(method, ast.Store), method.name
-    text = MODULES["keras_rmsprop.step"].read_text()
+    text = MODULES["keras_rmsprop.stepping"].read_text()
     [steps] = [n for n in ast.parse(text).body if getattr(n, "name", "") == "Steps"]
     for method in steps.body:
         if isinstance(method, ast.FunctionDef) and method.name != "__init__":

@@ -354,7 +354,7 @@ def test_sparse_gradients_count_as_dense():
         sparse.apply([slices])
         dense.apply([tf.math.unsorted_segment_sum(values, slices.indices, 80)])
     np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
-    assert "stored in blocks" in sparse._why_all_rows(a)
+    assert "stored in blocks" in sparse._steps.why_all_rows(a)
 
 
 def test_changed_and_unfrozen():

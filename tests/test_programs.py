@@ -444,7 +444,7 @@ def test_explain_says_which_way_each_variable_goes():
     assert "one program, compiled by XLA" in eager
     assert re.search(r"1 by rows .* table \(9, 4\)", graph.replace("\n", " "))
     assert re.search(r"1 on its own .* kernel", graph.replace("\n", " "))
-    assert re.search(r"1 end to end .* bias", graph.replace("\n", " "))
+    assert re.search(r"1 concatenated .* bias", graph.replace("\n", " "))
     optimizer.momentum = 0.9
     optimizer._momentums = optimizer._velocities
     explained = " ".join(optimizer.explain().split())

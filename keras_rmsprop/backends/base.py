@@ -211,7 +211,7 @@ class Backend:
             state: The variables that these may change.
         """
         if keras.backend.backend() != "jax":
-            ops.cond(condition, lambda: _nothing(do()), lambda: _nothing(otherwise()))
+            ops.cond(condition, _silent(do), _silent(otherwise))
             return
         if not _is_traced(condition):
             do() if condition else otherwise()
@@ -356,5 +356,10 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _nothing(_: Any) -> None:
-    """Return nothing, as the two branches of a condition must agree."""
+def _silent(do: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that returns nothing: branches of a condition must agree."""
+
+    def branch() -> None:
+        do()
+
+    return branch

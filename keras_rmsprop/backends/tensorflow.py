@@ -1,36 +1,26 @@
 """How a step is taken on TensorFlow: by the kernel, by rows, concatenated, or alone."""
 
 import contextlib
-import functools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rmsprop import codecs, skipping, sparse
+from keras_rmsprop import skipping, sparse
 from keras_rmsprop.access import CONVERTIBLE
-from keras_rmsprop.backends import layouts, programs
+from keras_rmsprop.backends import programs, updating
 from keras_rmsprop.backends.base import Backend, Context, Gradients, Stepper, check_fits
 from keras_rmsprop.backends.programs import (
-    XLA_EAGER_ELEMENTS,
-    XLA_PROGRAMS,
     Programs,
-    is_large,
     is_watched,
-    is_worth_xla,
-    is_xla_left,
 )
 from keras_rmsprop.folding import folded
 from keras_rmsprop.kernel import tensorflow as kernel
-from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla, unwrapped, widened
-from keras_rmsprop.update import Change, Constants, Update, Way, same, update_one
-
-ROWS, KERNEL, IN_TURN = "by rows", "native kernel", "one after the other"
-CONCATENATED, ALONE = "concatenated with others", "on its own"
+from keras_rmsprop.update import Constants, Update, Way
 
 
 @final
@@ -235,59 +225,7 @@ class TensorFlow(Backend):
         self, updates: Sequence[Update], constants: Constants, *, in_program: bool
     ) -> list[Any]:
         """See `Backend`."""
-        done: list[Any] = []
-        together: dict[Hashable, list[Update]] = {}
-        by_kernel: dict[Hashable, list[Update]] = {}
-        in_turn: list[Update] = []
-        is_once = len({id(unwrapped(u.variable)) for u in updates}) == len(updates)
-        for update in updates:
-            update = update._replace(
-                variable=unwrapped(update.variable), slots=update.slots.map(unwrapped)
-            )
-            kind = self.way(update, constants).name
-            if kind == ROWS:
-                _update_rows(update, constants)
-            elif kind == KERNEL and is_once:
-                average = update.average if kernel.averages(update, constants) else None
-                if average is not None:
-                    done.append(average)
-                    average = unwrapped(average)
-                update = update._replace(average=average)
-                dtypes = (x.dtype for x in (update.variable, update.slots.velocity))
-                place = *dtypes, update.dtype, update.variable.device, average is None
-                by_kernel.setdefault(place, []).append(update)
-            elif kind == IN_TURN:
-                in_turn.append(update)
-            elif kind == CONCATENATED and is_once:
-                dtypes = (x.dtype for x in (update.variable, update.slots.velocity))
-                together.setdefault((*dtypes, same(update.decay)), []).append(update)
-            else:
-                update_one(update, constants)
-        layouts.update_in_turn(in_turn, constants, in_program=in_program)
-        if (counter := constants.count) is not None:
-            # It is the last stage: so all else must be done, in one call.
-            several = next(iter(by_kernel.values()), [])
-            is_last = len(several) == len(updates) and all(
-                mine.average is not None or given.average is None
-                for mine, given in zip(several, updates, strict=True)
-            )
-            counter = unwrapped(counter)
-            may = is_last and kernel.counts(several, counter)
-            done += [constants.count] if may else []
-            constants = constants._replace(count=counter if may else None)
-        for several in by_kernel.values():
-            kernel.update(several, constants)
-        for several in together.values():
-            if len(several) == 1:
-                update_one(several[0], constants)
-            else:
-                layouts.update_concatenated(
-                    [update.gradient for update in several],
-                    [update.variable for update in several],
-                    [update.slots for update in several],
-                    functools.partial(_encoded, several[0], constants),
-                )
-        return done
+        return updating.update(updates, constants, in_program=in_program)
 
     def assign_everywhere(self, variable: Any, value: Any) -> None:
         """See `Backend`."""
@@ -329,68 +267,13 @@ class TensorFlow(Backend):
         self, update: Update, constants: Constants, *, xla: bool | None = None
     ) -> Way:
         """See `Backend`."""
-        xla = inside_xla() if xla is None else xla
-        by_kernel = _is_for_kernel(update, constants, xla)
-        if update.rows is not None:
-            how = ", in one native call" if by_kernel else ""
-            return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
-        if by_kernel:
-            return Way(KERNEL, "all of them in one call")
-        if codecs.are_in_blocks(update.slots):
-            return Way(IN_TURN, "8-bit state, so one at a time is in float32")
-        if xla:
-            return Way(ALONE, "XLA makes one loop of its operations")
-        if not layouts.is_small(update.variable):
-            return Way(ALONE, f"more than {layouts.SMALL_ELEMENTS} elements")
-        if tf.distribute.has_strategy():
-            return Way(ALONE, "under `tf.distribute`")
-        if constants.options.cautious:
-            return Way(ALONE, "`cautious` counts each variable's elements")
-        if not codecs.of(update.slots.velocity).elementwise:
-            return Way(ALONE, "`slot_dtype` draws by each element's place")
-        return Way(
-            CONCATENATED, "small, so operations cost more than what they compute"
-        )
+        return updating.way(update, constants, xla=xla)
 
     def kinds_of_steps(
         self, stepper: Stepper, variables: Sequence[Any]
     ) -> dict[str, bool]:
         """See `Backend`."""
-        compiled, for_kernel = stepper.jit_compile, stepper.is_for_kernel(variables)
-        eager, xla = "An eager step is one program without XLA", False
-        if compiled is False:
-            eager = "An eager step runs operation by operation"
-        elif stepper.has_blocks() and not for_kernel:
-            eager = "An eager step is one program; XLA compiles each variable's update"
-            return {
-                f"{eager}:": False,
-                "So are parts of other graphs, of large ones:": False,
-            }
-        elif for_kernel and compiled is not True:
-            pass
-        elif compiled is True or (is_worth_xla(variables) and is_xla_left()):
-            eager = (
-                "An eager step is one program, compiled by XLA unless gradients are "
-                "sparse"
-            )
-            xla = True
-        elif is_worth_xla(variables):
-            eager = (
-                "An eager step that is new now is one program without XLA, which has "
-                f"compiled {XLA_PROGRAMS} in this process and frees none"
-            )
-        else:
-            eager += f", as no variable has more than {XLA_EAGER_ELEMENTS} elements"
-        in_graph = compiled is True or (
-            compiled == "auto" and is_large(variables) and not for_kernel
-        )
-        what = (
-            "a program of its own, compiled by XLA"
-            if in_graph
-            else "part of that graph"
-        )
-        graph = f"In `fit` and in a `tf.function` a step is {what}:"
-        return {f"{eager}:": xla, graph: in_graph}
+        return updating.kinds_of_steps(stepper, variables)
 
 
 _kernel = kernel  # where an argument has its name
@@ -401,45 +284,3 @@ def _distinct(gradient: tf.IndexedSlices, variable: Any, *, may: bool) -> Any:
     if may and kernel.takes([wide.values]):
         return kernel.distinct(wide)
     return sparse.distinct(wide, variable)
-
-
-def _is_for_kernel(update: Update, constants: Constants, xla: bool) -> bool:
-    return not (xla or is_watched() or kernel.why_not_for(update, constants))
-
-
-def _encoded(
-    like: Update, constants: Constants, gradient: Any, weights: Any, slots: Slots
-) -> Change:
-    """Return the change of weights, and the new slots as they are stored."""
-    change, new = constants.change(
-        gradient, weights, slots, dtype=like.dtype, decay=like.decay
-    )
-    return change, codecs.encoded(like.slots, new, constants.draw)
-
-
-def _update_rows(update: Update, constants: Constants) -> None:
-    ids = update.rows.ids
-    if ids is not None and _is_for_kernel(update, constants, inside_xla()):
-        kernel.update_rows(update, constants)
-        return
-    mean = functools.partial(sparse.mean, ids=ids, variable=update.variable)
-
-    def change(weights: Any, slots: Slots) -> Change:
-        return constants.change(
-            update.gradient,
-            weights,
-            slots,
-            dtype=update.dtype,
-            decay=update.decay,
-            mean=tf.reduce_mean if ids is None else mean,
-        )
-
-    sparse.update(
-        update.variable,
-        update.slots,
-        update.rows,
-        constants.options.rho,
-        constants.draw,
-        change,
-        reads_weights=update.decay is not None,
-    )
