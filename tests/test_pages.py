@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 from pathlib import Path
 
 import keras
@@ -230,3 +231,8 @@ def test_the_tables_of_make_bench_are_what_was_measured(monkeypatch):
     for title in report.SHOWN.values():
         assert report.markdown({"": tables[title]}) in page
     assert report.markdown(tables) in everything
+
+
+def test_the_picture_of_the_pipeline_is_that_of_the_code():
+    drawing = runpy.run_path(str(ROOT / "docs" / "draw_pipeline.py"))
+    assert (ROOT / "docs" / "pipeline.svg").read_text() == drawing["drawn"]()
