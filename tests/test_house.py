@@ -110,6 +110,7 @@ def test_only_the_rooms_of_tensorflow_import_it():
         "backends.programs",
         "backends.replay",
         "backends.tensorflow",
+        "backends.updating",
         "kernel.tensorflow",
     }
 
