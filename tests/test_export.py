@@ -36,6 +36,7 @@ class Trainer(tf.Module):
 
 
 @pytest.mark.skipif(not kernel.ops(), reason=kernel.why_not())
+@pytest.mark.slow
 def test_a_saved_step_is_loaded_and_taken_in_a_process_that_took_none(tmp_path):
     keras.utils.set_random_seed(0)
     trainer = Trainer(RMSprop(0.01))
@@ -52,6 +53,7 @@ def test_a_saved_step_is_loaded_and_taken_in_a_process_that_took_none(tmp_path):
     assert [*map(float, python(program).split())] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_library_that_is_refused_does_not_fail_the_import(tmp_path):
     program = """
         import warnings
@@ -91,7 +93,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("has_table", [True, False], ids=["table", "dense"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -74,7 +74,7 @@ def changed(make, change, **options):
     return model
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("options", [{}, EMA, {"skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize("change", CHANGES)
@@ -148,6 +148,7 @@ def test_a_second_fit_goes_on(options):
     assert steps_of(model) == 12 + 12 + 12 + 24 + 6
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("options", [{}, EMA, {"momentum": 0.9}], ids=str)
 def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, suffix):
@@ -192,6 +193,7 @@ def test_a_callback_that_shows_averages_restarts_nothing():
     assert steps_of(model) == 6 * 3
 
 
+@pytest.mark.slow
 def test_it_can_be_prevented():
     for change in CHANGES:
         model = dense_model(RMSprop(AutoLearningRate(restarts=False)))
@@ -233,6 +235,7 @@ def test_a_loop_of_ones_own():
 
 
 @pytest.mark.tensorflow("`tf.function`")
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_graph_begins_again_in_its_next_step(jit):
     table = keras.Variable(np.ones((12, 2)), dtype="float32", name="table")
@@ -282,6 +285,7 @@ def test_inside_a_loss_scale_optimizer():
     assert inner._search.known().steps == 12
 
 
+@pytest.mark.slow
 def test_it_is_silent():
     with user_warnings() as caught:
         for change in CHANGES if not JIT else ("compiled", "replaced"):

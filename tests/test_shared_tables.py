@@ -43,6 +43,7 @@ class Oracle:
         self.t += 1
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("way", ["eager", "portable", "tf.function", "XLA"])
 @pytest.mark.parametrize(
     ("first", "second"),
