@@ -24,9 +24,6 @@ BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-BUILT_IN_ORDER = True
-"""Files lose slots that were not made in the model's order; see `known.py`."""
-
 FROZEN_IS_LOST = True
 """A model that is loaded forgets the slots of frozen layers; see `known.py`."""
 
@@ -65,8 +62,6 @@ class Programs(RuleBasedStateMachine):
         self.oracle = Oracle(weights, known, resets_all=BACKEND != "jax")
         self.made = self.switched_on()
         self.oracle.not_negative = {"vector"} if constraint else set()
-        if BUILT_IN_ORDER:
-            self.build()
 
     # What the program has.
 
@@ -188,7 +183,8 @@ class Programs(RuleBasedStateMachine):
             setattr(self.optimizer, name, value)
             self.oracle.options[name] = value
 
-    @rule(frozen=st.sets(st.sampled_from(NAMES), max_size=2))
+    # One at most: an optimizer that knows none of those given refuses them, as Keras'.
+    @rule(frozen=st.sets(st.sampled_from(NAMES), max_size=1))
     def freeze(self, frozen):
         for n in NAMES:
             self.model.get_layer(n).trainable = n not in frozen
@@ -320,8 +316,6 @@ class Programs(RuleBasedStateMachine):
     def new_optimizer(self):
         self.use(RMSprop.from_config(self.optimizer.get_config()))
         self.oracle.restart()
-        if BUILT_IN_ORDER:
-            self.build()
         self.made = self.switched_on()
 
     def switched_on(self):
