@@ -148,7 +148,7 @@ def before_step(
         if i in updated and updated[i] is None:
             _only_if(behind, table.catch_up)
             continue
-        # As a rule iterations go up by one. If not, the clock begins anew.
+        # As a rule iterations go up by one. If not, the counter restarts.
         jumped = _as_int(iterations) != table.clock.iterations(updates)
         _only_if(behind & jumped, table.catch_up)
         found[i] = table.caught_up(updated[i]) if i in updated else None

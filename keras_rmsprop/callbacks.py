@@ -24,7 +24,7 @@ class _Held(NamedTuple):
             variable.assign(value)
 
     def is_in_place(self) -> bool:
-        """Whether the model still has these averages, to the bit."""
+        """Whether the model still has exactly these averages."""
         pairs = zip(self.variables, self.averages, strict=True)
         return all(np.array_equal(as_array(v), as_array(a)) for v, a in pairs)
 

@@ -44,7 +44,7 @@ class Ticks(tf.Module):
         return now
 
     def reset(self) -> None:
-        """Begin anew: all rows are up to date."""
+        """Restart: all rows are up to date."""
         self.updates.assign(0)
         self.last.assign(tf.zeros_like(self.last))
 
@@ -146,7 +146,7 @@ class Clock(Ticks):
         self.average = AverageTicks(table, shared) if has_average else None
 
     def reset(self) -> None:
-        """Begin anew: the averages of all rows, of all kinds, are up to date."""
+        """Restart: the averages of all rows, of all kinds, are up to date."""
         super().reset()
         if self.average is not None:
             self.average.reset()

@@ -207,7 +207,7 @@ CODES = f"uint8 in blocks of {blockwise.BLOCK}, then a float32 scale; 8-fold gro
 """What a file calls the form in which `Blockwise` keeps numbers."""
 IN_BLOCKS = "a byte a number, in blocks"
 LEAST_ELEMENTS = 2**12
-"""Of a variable that is kept in bytes: with fewer it would save next to nothing."""
+"""Of a variable with 8-bit state: with fewer it would save next to nothing."""
 
 
 def chosen(
@@ -219,7 +219,7 @@ def chosen(
         slot_dtype: The option.
         path: The variable's path.
         shape: Its shape.
-        float32_slots: What the paths of those have in them that are not kept in bytes.
+        float32_slots: Parts of the paths of variables whose state stays in float32.
     """
     codec, why = named(slot_dtype), ""
     if codec.in_blocks:
@@ -313,7 +313,7 @@ class Place:
         return numbers(array, self.shape, self._number) if is_of_slot else array
 
     def assign(self, values: Any) -> None:
-        """Set the slot to numbers, to the bit if they come from a slot like this."""
+        """Set the slot to numbers, bit-for-bit if they come from a slot like this."""
         stored = getattr(values, "stored", None)
         if not self.is_of_slot(stored):
             values, dtype = np.asarray(values, "float32"), self._slot.dtype

@@ -251,12 +251,12 @@ def learning_rate_of(learning_rate: Any, others: dict[str, Any]) -> Any:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether an option is a variable or tensor: read anew at each step."""
+    """Whether an option is a variable or tensor: read at each step."""
     return isinstance(value, keras.Variable) or keras.ops.is_tensor(value)
 
 
 def has_value(value: Any) -> bool:
-    """Whether a tensor's value is known here and now."""
+    """Whether a tensor's value is known now."""
     try:
         float(value)
     except Exception:  # each backend has an error of its own for that

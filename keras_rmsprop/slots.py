@@ -1,7 +1,7 @@
 """The variables that an optimizer keeps for those of a model: made, found, extended.
 
 A slot is found by its kind (`velocity`, `momentum`, ...) and by the model's variable
-that it belongs to. So when an optimizer is built anew for more variables, as after
+that it belongs to. So when an optimizer is built again for more variables, as after
 layers were unfrozen, it reuses each slot that exists, in any subclass, too.
 """
 
@@ -130,7 +130,7 @@ class Book:
 
     Example:
         >>> book = Book()
-        >>> for owners in ("b",), ("a", "b"):  # built, and built anew for one more
+        >>> for owners in ("b",), ("a", "b"):  # built, and built again for one more
         ...     book.begin()
         ...     for owner in owners:
         ...         _ = book.find_or_make("velocity", owner, object, start=lambda: 0)
@@ -144,7 +144,7 @@ class Book:
         self.begin()
 
     def begin(self) -> None:
-        """Say that the optimizer is built, for the first time or anew."""
+        """Say that the optimizer is built, for the first time or again."""
         self._built: list[Key] = []  # in the order of the last time it was built
         self._made: list[Key] = []  # those of them that were new
         self._count: Counter[tuple[str, Hashable]] = Counter()

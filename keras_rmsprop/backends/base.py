@@ -211,7 +211,7 @@ class Backend:
             state: The variables that these may change.
         """
         if keras.backend.backend() != "jax":
-            ops.cond(condition, _silent(do), _silent(otherwise))
+            ops.cond(condition, _empty(do), _empty(otherwise))
             return
         if not _is_traced(condition):
             do() if condition else otherwise()
@@ -356,7 +356,7 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _silent(do: Callable[[], Any]) -> Callable[[], None]:
+def _empty(do: Callable[[], Any]) -> Callable[[], None]:
     """Return a function that returns nothing: branches of a condition must agree."""
 
     def branch() -> None:

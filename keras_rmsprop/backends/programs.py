@@ -346,7 +346,7 @@ def _trace(
 ) -> _Program:
     """Return the step as a program that takes tensors like these.
 
-    XLA does not compile it where it updates rows, as it would compile anew for each
+    XLA does not compile it where it updates rows, as it would compile again for each
     number of them, nor where the variables are on several devices.
     """
     devices = {v.handle.device for v in [*variables, *state]}

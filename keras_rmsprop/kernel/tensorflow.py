@@ -49,7 +49,7 @@ def why_not_for(update: Update, constants: Constants) -> str:
     if ops() is None:
         return why_not()
     if constants.options.cautious and update.rows is not None:
-        return "`cautious` counts silent rows, too"
+        return "`cautious` counts rows without a gradient, too"
     if update.slots.velocity is None:
         return "a variable in float8"
     variables = [
