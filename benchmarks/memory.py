@@ -17,7 +17,7 @@ from typing import Any
 
 import harness
 import tuning
-from tuning import Competitor, Result, Run
+from tuning_competitors import Competitor, MakeOptimizer, Result, Run
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results" / "memory_runs.jsonl"
@@ -43,7 +43,7 @@ WITHIN = {"accuracy": 0.2, "loss": 0.01}
 """How far from float32 the mean of a test may be: points, or a share of the loss."""
 
 
-def ours(slot_dtype: Any, momentum: float = 0.0) -> tuning.MakeOptimizer:
+def ours(slot_dtype: Any, momentum: float = 0.0) -> MakeOptimizer:
     """Return what makes this RMSprop with slots of a dtype."""
 
     def make(rate: float, steps: int) -> Any:
@@ -55,7 +55,7 @@ def ours(slot_dtype: Any, momentum: float = 0.0) -> tuning.MakeOptimizer:
     return make
 
 
-def of_keras(name: str) -> tuning.MakeOptimizer:
+def of_keras(name: str) -> MakeOptimizer:
     """Return what makes an optimizer of Keras."""
 
     def make(rate: float, steps: int) -> Any:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tuning import COMPETITORS, DEFAULT, RATES, Result, Run
+from tuning_competitors import COMPETITORS, DEFAULT, RATES, Result, Run
 from tuning_tasks import HELD_OUT, TASKS, Task
 
 HERE = Path(__file__).parent
