@@ -13,7 +13,7 @@ SIGNS = {"<-": "←", "eta": "η", "omega": "ω", "mu": "μ", "rho": "ρ", "eps"
 WITHIN = {"Clip", "Decay", "Search", "Update"}
 """The stages that happen at each n-th call only, with `gradient_accumulation_steps`."""
 ORDER = ["Check", "Distinct rows", "Skip", "Overwrite", "Unscale", "Accumulate"]
-ORDER += ["Clip", "Decay", "Search", "Update", "Average", "Constrain", "Count"]
+ORDER += ["Clip", "Search", "Decay", "Update", "Average", "Constrain", "Count"]
 """The order in which they run; functions are written before they are called."""
 WIDTH, HEIGHT, GAP = 760, 34, 10
 

@@ -332,7 +332,8 @@ class Averages:
             state: The variables that this may change.
         """
         optimizer = self._optimizer
-        if n := optimizer.ema_overwrite_frequency:
+        n = optimizer.ema_overwrite_frequency
+        if n:
             variables = optimizer._trainable_variables
             backend.either(
                 (optimizer.iterations + 1) % n == 0,

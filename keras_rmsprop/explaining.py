@@ -52,8 +52,9 @@ def explain(steps: Steps, paths: Sequence[str]) -> str:
 
 def _way(update: Update, steps: Steps, *, xla: bool) -> Way:
     optimizer: Any = steps.optimizer
-    if steps.own() & hooks.UPDATE_STEP:
-        return Way("by its own `update_step`", "as Keras would")
+    if own := steps.own() & hooks.OWN_UPDATE:
+        names = " and ".join(f"`{name}`" for name in sorted(own))
+        return Way(f"by its own {names}", "as Keras would")
     if update.slots.velocity is None:
         return Way("replaced by its gradient", "as of float8 training")
     why = steps.why_all_rows(update.variable)

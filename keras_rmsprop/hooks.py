@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import keras
+
 from keras_rmsprop.update import Part
 
 UPDATE_STEP = frozenset({"update_step", "assign", "assign_add", "assign_sub"})
@@ -16,6 +18,8 @@ DECAY, CLIP = "_apply_weight_decay", "_clip_gradients"
 UPDATES, AVERAGES = "_backend_update_step", "_update_model_variables_moving_average"
 HOOKS = UPDATE_STEP | {DECAY, CLIP, UPDATES, AVERAGES}
 """The hooks that a step calls."""
+OWN_UPDATE = UPDATE_STEP | {UPDATES}
+"""The hooks that update in their own way. Then weights decay before, as in Keras."""
 NOT_CALLED = (
     "_all_reduce_sum_gradients",
     "_backend_apply_gradients",
@@ -49,16 +53,23 @@ def refuse_others(kind: type) -> None:
         TypeError: It does.
     """
     for name in NOT_CALLED:
-        if name in vars(kind):
+        if getattr(kind, name, None) is not getattr(
+            keras.optimizers.Optimizer, name, None
+        ):
             raise TypeError(
                 f"`{kind.__name__}.{name}` would never be called: a step of `RMSprop` "
                 f"calls {', '.join(f'`{hook}`' for hook in sorted(HOOKS))}"
             )
 
 
+def decays_apart(optimizer: Any, own: frozenset[str]) -> bool:
+    """Whether weights decay before the update, and not in it."""
+    return bool(optimizer.decoupled_weight_decay and own & (OWN_UPDATE | {DECAY}))
+
+
 def decay(optimizer: Any, parts: Sequence[Part], own: frozenset[str]) -> None:
-    """Let a subclass decay weights: w <- (1 - eta omega) w, or as it likes."""
-    if DECAY in own and optimizer.decoupled_weight_decay:
+    """Let w <- (1 - eta omega) w before a subclass' update, or as it likes."""
+    if decays_apart(optimizer, own):
         optimizer._apply_weight_decay([part.variable for part in parts])
 
 

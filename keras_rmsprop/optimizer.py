@@ -385,7 +385,7 @@ class RMSprop(keras.optimizers.Optimizer):
         wrong.
         """
         factor = self._get_current_learning_rate()
-        if self._search is None:
+        if self._search is None or self._rate_in_force is not None:
             return float(factor) if options.has_value(factor) else factor
         self._warn(self._search.complaint())
         return self._search.current_rate(factor)

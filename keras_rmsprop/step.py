@@ -79,7 +79,8 @@ def take(
         steps: The optimizer's.
         grads: A tensor, slices or None for each variable.
         variables: The variables.
-        rate: The learning rate; None: the current one.
+        rate: The learning rate; None: the current one. With "auto" the factor on the
+            estimated one.
         in_program: Whether this is traced for a program that holds nothing else.
     """
     optimizer = steps.optimizer
@@ -88,6 +89,7 @@ def take(
     optimizer._filter_empty_gradients(grads, variables)
     tables, skipping = steps.on(Tables), steps.on(Skipping)
     sums, averages = steps.on(Accumulation), steps.on(Averages)
+    search = steps.on(Search)
     own, kernel = steps.own(), steps.has_kernel()
     rate = optimizer.learning_rate if rate is None else rate
     state = [*optimizer._trainable_variables, *optimizer._variables]
@@ -120,13 +122,15 @@ def take(
     def update(parts: Sequence[Part]) -> list[Any]:
         # Clip: g <- g min(1, most / |g|); the scale may wait for the update.
         parts, scale = clipping.clipped(parts, optimizer, own, kernel=kernel)
-        with hooks.rate_in_force(optimizer, rate):
-            # Decay: w <- (1 - eta omega) w, if a subclass does; else in the update.
+        # Search: eta <- (1 - mu) d eta, with the distance d of "auto".
+        found = search.rate(parts, rate, scale, kernel=kernel) if search else rate
+        with hooks.rate_in_force(optimizer, found):
+            # Decay: w <- (1 - eta omega) w, if a subclass steps; else in the update.
             hooks.decay(optimizer, parts, own)
-            if hooks.update(optimizer, parts, rate, own):
+            if hooks.update(optimizer, parts, found, own):
                 return []
             count = optimizer._iterations if is_last(steps, parts) else None
-            return update_all(steps, parts, rate, scale, count, in_program=in_program)
+            return update_all(steps, parts, found, scale, count, in_program=in_program)
 
     scope = backend.scope(optimizer.name, convertible=steps.jit_compile is False)
     with scope, backend.after(checks):
@@ -153,7 +157,7 @@ def update_all(
     Args:
         steps: The optimizer's.
         parts: The variables, with clipped gradients.
-        rate: The learning rate; with "auto" the factor on the estimated one.
+        rate: The learning rate.
         scale: What gradients are still to be multiplied by; None: 1.
         count: A counter that may be incremented with them, or None.
         in_program: See `take`.
@@ -162,9 +166,6 @@ def update_all(
         What was updated with them: averages of weights, the counter.
     """
     optimizer, own = steps.optimizer, steps.own()
-    # Search: eta <- (1 - mu) d eta, with the distance d of "auto".
-    if search := steps.on(Search):
-        rate = search.rate(parts, rate, scale, kernel=steps.has_kernel())
     if own & hooks.UPDATE_STEP:
         for part in parts:
             optimizer.update_step(part.gradient, part.variable, rate)

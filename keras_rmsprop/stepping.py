@@ -64,8 +64,8 @@ class Steps:
     def decay_of(self, variable: Any) -> Any:
         """Return the weight decay that is a part of a variable's update, or None."""
         optimizer = self.optimizer
-        is_own = optimizer.decoupled_weight_decay and hooks.DECAY in self.own()
-        if is_own or not options.is_on(optimizer.weight_decay):
+        is_apart = hooks.decays_apart(optimizer, self.own())
+        if is_apart or not options.is_on(optimizer.weight_decay):
             return None
         return optimizer.weight_decay if optimizer._use_weight_decay(variable) else None
 

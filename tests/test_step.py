@@ -76,6 +76,9 @@ def test_every_hook_is_a_method_of_keras():
 def test_a_subclass_cannot_override_what_is_never_called(name):
     with pytest.raises(TypeError, match=f"`Late.{name}` would never be called"):
         type("Late", (RMSprop,), {name: lambda self, *args: None})
+    mixin = type("Mixin", (), {name: lambda self, *args: None})
+    with pytest.raises(TypeError, match=f"`Late.{name}` would never be called"):
+        type("Late", (mixin, RMSprop), {})
 
 
 @pytest.mark.parametrize("missing", step.FEATURES, ids=lambda kind: kind.__name__)

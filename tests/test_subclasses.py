@@ -416,3 +416,66 @@ def test_an_overridden_assign_is_called_as_by_the_built_in():
     expected_calls, expected = noting(keras.optimizers.RMSprop)
     assert calls == expected_calls
     assert_close(weights, expected, 1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hook", ["update_step", "assign_sub", "_backend_update_step"])
+def test_weights_decay_whatever_the_update_is(hook, way):
+    def run(kind, way):
+        def update(self, grads, variables, learning_rate):
+            for g, v in zip(grads, variables, strict=True):
+                plain_descent(None, self, g, v, learning_rate)
+
+        bodies = {
+            "update_step": lambda self, *args: plain_descent(None, self, *args),
+            "assign_sub": lambda self, v, x: kind.assign_sub(self, v, 0.5 * x),
+            "_backend_update_step": update,
+        }
+        variable = keras.Variable([1.0, 2.0])
+        optimizer = type("Own", (kind,), {hook: bodies[hook]})(0.1, weight_decay=0.5)
+        optimizer.build([variable])
+        apply = WAYS[way](optimizer)
+        for n in range(3):
+            apply([tensor([1.0, -n])])
+        return variable.numpy()
+
+    np.testing.assert_allclose(run(RMSprop, way), run(BUILT_IN, "eager"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("hook", ["_apply_weight_decay", "update_step"])
+def test_weights_decay_with_the_rate_that_was_found(hook):
+    def run(kind):
+        variable, optimizer = keras.Variable(np.ones(3)), kind("auto", weight_decay=0.1)
+        for _ in range(10):
+            optimizer.apply([tensor([1.0, 1.0, 1.0])], [variable])
+        return variable.numpy(), optimizer.current_learning_rate
+
+    def as_it_is(self, *args):
+        getattr(RMSprop, hook)(self, *args)
+
+    weights, rate = run(type("Own", (RMSprop,), {hook: as_it_is}))
+    expected, of_expected = run(RMSprop)
+    assert_close(weights, expected, 1e-4)
+    assert rate == pytest.approx(of_expected, rel=2e-3)  # differences of weights
+
+
+def test_the_rate_that_was_found_is_that_of_its_step():
+    seen = []
+
+    def looking(update_step, optimizer, gradient, variable, learning_rate):
+        rates = optimizer.learning_rate, optimizer.current_learning_rate
+        seen.append([float(rate) for rate in (learning_rate, *rates)])
+
+    optimizer = of_class(RMSprop, looking)
+    optimizer = type(optimizer)("auto")
+    optimizer.apply([tensor([1.0])], [keras.Variable([1.0])])
+    assert len({*seen[0]}) == 1
+    assert seen[0][0] < 0.1
+    assert float(optimizer.learning_rate) == 1.0
+
+
+@pytest.mark.parametrize("hook", ["update_step", "assign", "_backend_update_step"])
+def test_explain_names_what_is_its_own(hook):
+    optimizer = type("Own", (RMSprop,), {hook: lambda self, *args: None})()
+    optimizer.build([keras.Variable([1.0])])
+    assert f"by its own `{hook}`" in optimizer.explain()

@@ -59,7 +59,8 @@ def update(
         else:
             update_one(update, constants)
     layouts.update_in_turn(in_turn, constants, in_program=in_program)
-    if (counter := constants.count) is not None:
+    counter = constants.count  # AutoGraph, in a caller's graph, knows no `:=`
+    if counter is not None:
         # It is the last stage: so all else must be done, in one call.
         several = next(iter(by_kernel.values()), [])
         is_last = len(several) == len(updates) and all(
