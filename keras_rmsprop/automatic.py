@@ -225,6 +225,9 @@ class Search:
         self.estimate = optimizer.add_variable(
             (len(at_first),), begin, "float32", name=RATE_ESTIMATE
         )
+        # A checkpoint that was restored before finds variables by their attributes.
+        made = [*self.firsts, *self.sums, self.estimate]
+        optimizer._search_variables = [v for v in made if v is not None]
 
     def why_all_rows(self, variable: Any) -> str:
         """Return nothing: rows suffice."""

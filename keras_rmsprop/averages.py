@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_rmsprop import options, rule
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.state import copied
 from keras_rmsprop.update import Part
 
 if keras.backend.backend() == "tensorflow":
@@ -235,6 +236,26 @@ class Averages:
     def build(self, variables: Sequence[Any]) -> None:
         """Do nothing: Keras makes the averages."""
 
+    def are_new(self) -> bool:
+        """Whether there are averages, and no step that they followed."""
+        made = vars(self._optimizer).get("_weight_averages")
+        count = self._optimizer.iterations
+        return bool(made) and options.has_value(count) and float(count) == 0
+
+    def start(self) -> None:
+        """Let averages be as the weights are now.
+
+        The first step does that. So this is for who goes on without it: with a step
+        count from elsewhere, or to an end.
+        """
+        optimizer = self._optimizer
+        pairs = zip(
+            optimizer._trainable_variables, optimizer._weight_averages, strict=True
+        )
+        for variable, average in pairs:
+            if average is not None:
+                backend.assign_everywhere(average, copied(variable))
+
     def why_all_rows(self, variable: Any) -> str:
         """Return why the averages of all rows must follow at each step, or nothing."""
         optimizer = self._optimizer
@@ -351,6 +372,8 @@ class Averages:
             variables: Variables of the model.
         """
         optimizer = self._optimizer
+        if self.are_new():  # all steps were skipped, or there was none
+            self.start()
         places = optimizer._trainable_variables_indices
         known = [
             v

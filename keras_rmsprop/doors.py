@@ -5,6 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_rmsprop import codecs, restoring
+from keras_rmsprop.averages import Averages
 from keras_rmsprop.building import slots_of
 from keras_rmsprop.slots import UNKNOWN_ORDER
 from keras_rmsprop.state import State, as_array, assign_state, fingerprint, paths
@@ -37,6 +38,13 @@ class Doors:
         """Bring all rows of all tables up to date."""
         for i in self._optimizer._clocks:
             Tables(self._optimizer).catch_up(i)
+
+    def before_change(self) -> None:
+        """Let all follow as an option says so far; averages start, if it is one."""
+        self.catch_up()
+        averages = Averages(self._optimizer)
+        if averages.are_new():  # else one that is off in the first step starts from 0
+            averages.start()
 
     def before_checkpoint(self) -> None:
         """Bring all rows up to date; a `tf.train.Checkpoint` goes by position."""
@@ -109,6 +117,8 @@ class Doors:
         optimizer = self._check_built()
         self.bring_up_to_date()
         every = optimizer.gradient_accumulation_steps or 1
+        averages = Averages(optimizer)
+        are_new = averages.are_new()
         assign_state(
             state,
             [slots_of(optimizer, i) for i in range(len(optimizer._velocities))],
@@ -117,6 +127,8 @@ class Doors:
             steps=every,
             in_order=optimizer._book.order.is_certain,
         )
+        if are_new:
+            averages.start()
         for sums in optimizer._accumulated_gradients if every > 1 else []:
             sums.assign(ops.zeros(sums.shape, sums.dtype))
 

@@ -423,7 +423,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """Set an attribute; programs that hold another value are not used any more."""
         is_made = "_doors" in vars(self)
         if is_made and name in OPTIONS_OF_ROWS and backend.is_eager():
-            self._doors.catch_up()  # waiting rows have followed the old one so far
+            self._doors.before_change()  # waiting rows have followed the old one so far
         super().__setattr__(name, value)
         if is_made and not isinstance(getattr(type(self), name, None), property):
             self._steps.forget_attributes()

@@ -236,5 +236,5 @@ def all_or_nothing(optimizer: Any, *others: Any) -> Iterator[None]:
 
 
 def _content(value: Any) -> Any:
-    """Return a copy of a plain list, dict or set, which may change in place."""
-    return value.copy() if type(value) in (list, dict, set) else None
+    """Return a copy of a plain collection, which may change in place."""
+    return value.copy() if type(value) in (list, dict, set, Counter) else None

@@ -393,3 +393,39 @@ def test_warm_up_on_other_backends(backend, every):
         KERAS_BACKEND=backend,
     )
     assert out.endswith(backend)
+
+
+class TestBeforeTheFirstStep:
+    """Averages that followed no step yet never replace weights with zeros."""
+
+    def test_weights_stay_if_all_steps_were_skipped(self):
+        model = dense_model(RMSprop(**OPTIONS, skip_nonfinite=True))
+        before, (x, y) = model.get_weights(), numbers(model)
+        model.fit(x, np.nan * y, verbose=0)
+        assert int(model.optimizer.skipped_steps) > 0
+        for got, want in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+    def test_averages_begin_at_the_weights_if_a_state_is_set(self):
+        model = dense_model(RMSprop(**OPTIONS))
+        take_steps(model, range(3))
+        other = dense_model(RMSprop(**OPTIONS))
+        other.set_weights(model.get_weights())
+        other.optimizer.build(other.trainable_variables)
+        other.optimizer.set_state(model.optimizer.get_state())
+        before = other.get_weights()
+        take_steps(other, range(3, 4))
+        after = other.get_weights()
+        finalize(other)
+        want = [0.9 * a + 0.1 * b for a, b in zip(before, after, strict=True)]
+        assert_close(other.get_weights(), want, 1e-6)
+
+    def test_averages_that_are_off_in_the_first_step_begin_at_the_weights(self):
+        optimizer, weight = RMSprop(0.5, use_ema=True), keras.Variable([4.0, -2.0])
+        optimizer.build([weight])
+        optimizer.use_ema = False
+        optimizer.apply([tensor([1.0, 1.0], "float32")], [weight])
+        optimizer.use_ema = True
+        optimizer.apply([tensor([1.0, 1.0], "float32")], [weight])
+        want = 0.99 * np.array([4.0, -2.0]) + 0.01 * as_array(weight)
+        assert_close(averages_of(optimizer), [want], 1e-6)

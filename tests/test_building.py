@@ -93,6 +93,8 @@ def test_a_build_that_fails_leaves_what_was_there(monkeypatch, first, which):
         np.testing.assert_array_equal(x.numpy(), y.numpy())
     for x, y in zip(optimizer.variables, twin.variables, strict=True):
         np.testing.assert_array_equal(x.numpy(), y.numpy())
+    kinds = [entry.kind for entry in optimizer._book.all()]  # which files go by
+    assert kinds == [entry.kind for entry in twin._book.all()]
 
 
 @pytest.mark.tensorflow("`tf.train.Checkpoint` and tables")

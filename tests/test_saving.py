@@ -406,3 +406,15 @@ class TestRestoring:
             optimizer.apply([slices, tensor([1.0])], [table, bias])
             builtin.apply([tf.convert_to_tensor(slices)], [twin])
         np.testing.assert_allclose(table.numpy(), twin.numpy(), rtol=1e-6)
+
+
+@pytest.mark.tensorflow("`tf.train.Checkpoint`")
+def test_checkpoint_restored_before_a_search_has_its_variables(tmp_path):
+    model = trained(RMSprop("auto", momentum=0.5))
+    path = tf.train.Checkpoint(optimizer=model.optimizer).save(str(tmp_path / "ckpt"))
+    optimizer = RMSprop("auto", momentum=0.5)
+    tf.train.Checkpoint(optimizer=optimizer).restore(path)
+    optimizer.build(model.trainable_variables)
+    pairs = zip(optimizer.variables, model.optimizer.variables, strict=True)
+    for got, want in pairs:
+        np.testing.assert_array_equal(got.numpy(), want.numpy(), err_msg=got.name)

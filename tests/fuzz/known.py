@@ -29,14 +29,3 @@ def test_a_file_that_knows_a_layer_which_is_frozen_now(door, monkeypatch):
     state.whole_model() if door == "whole_model" else state.weights_file(built=True)
     state.freeze(set())
     state.steps(names=NAMES, seeds=[3], **EAGER)
-
-
-@fails(reason="an average that is off in the first step starts from 0, as Keras' does")
-def test_an_average_that_is_off_in_the_first_step(monkeypatch):
-    monkeypatch.setattr("machine.AVERAGE_FROM_ZERO", False)
-    state = program(use_ema=True)
-    state.change({"use_ema": False})
-    state.steps(names=NAMES, seeds=[1], **EAGER)
-    state.change({"use_ema": True})
-    state.steps(names=NAMES, seeds=[2], **EAGER)
-    state.check_state()

@@ -27,9 +27,6 @@ if BACKEND == "tensorflow":
 FROZEN_IS_LOST = True
 """A model that is loaded forgets the slots of frozen layers; see `known.py`."""
 
-AVERAGE_FROM_ZERO = True
-"""An average that is switched off in the first step starts from 0."""
-
 tensor = keras.ops.convert_to_tensor
 
 
@@ -177,8 +174,6 @@ class Programs(RuleBasedStateMachine):
             return  # too late, see `test_arguments.py`
         if self.oracle.centered and "bias_correction" in change:
             return  # no variance in the first step
-        if AVERAGE_FROM_ZERO and "use_ema" in change and not self.oracle.calls:
-            return
         for name, value in change.items():
             setattr(self.optimizer, name, value)
             self.oracle.options[name] = value
