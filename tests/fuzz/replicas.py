@@ -29,6 +29,7 @@ class Replicas(RuleBasedStateMachine):
         given = {k: v for k, v in given.items() if k not in ALONE}
         with STRATEGY.scope():
             self.one.begin(given=given, dtype="float32", constraint=None)
+            self.one.build()  # in a function Keras cannot, under a strategy
 
     @rule(
         names=st.lists(st.sampled_from(NAMES), min_size=1, unique=True),
