@@ -35,7 +35,7 @@ class Accumulation:
         """Do nothing: Keras makes the accumulators."""
 
     def why_all_rows(self, variable: Any) -> str:
-        """Return nothing: a table's rows that have sums are known."""
+        """Return "": a table's counter knows the rows that have sums."""
         return ""
 
     def take(

@@ -3,7 +3,7 @@
 A row of a table without a gradient keeps its weights w. Its average still follows
 them: avg <- m avg + (1 - m) w. After n such updates that is M avg + (1 - M) w, where M
 is the product of the n shares m. So the update can wait until w changes, or until the
-average is read. A clock (`sparse.AverageTicks`) counts the updates.
+average is read. A clock (`clocks.AverageTicks`) counts the updates.
 """
 
 import functools
@@ -68,7 +68,7 @@ class Table(NamedTuple):
     weights: Any
     average: Any
     clock: Any
-    """The `sparse.AverageTicks`."""
+    """The `clocks.AverageTicks`."""
     momentum: Momentum
 
     def caught_up(self, ids: Any = None) -> Any:

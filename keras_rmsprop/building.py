@@ -1,4 +1,4 @@
-"""How an optimizer is built: slots for variables of a model, and for more of them."""
+"""How an optimizer is built, and extended for variables that come later."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def build(optimizer: Any, variables: Sequence[Any], build_of_keras: Any) -> None
         build_of_keras(variables)
         make = functools.partial(optimizer.add_optimizer_variables, variables)
         value = float(optimizer.initial_accumulator_value)
-        # `Constant` has what it makes in memory twice.
+        # `Constant` takes twice the memory.
         start = keras.initializers.Constant(value) if value else "zeros"
         optimizer._velocities = make("velocity", start)
         has_momentum = options.is_on(optimizer.momentum)
@@ -51,17 +51,17 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def build_for(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Build for variables or, if it is built for some of them, for the others, too.
+    """Build an optimizer; if it is built for some of these variables, add the rest.
 
     Raises:
-        ValueError: It is built for others.
+        ValueError: It is built, and for none of these.
     """
     if not optimizer.built:
         optimizer.build([*variables])
     optimizer._doors.load_pending()
     given = {optimizer._var_key(v): v for v in variables}
     known = {optimizer._var_key(v): v for v in optimizer._trainable_variables}
-    # If some are known, layers were unfrozen. Of another model none is.
+    # If some are known, layers were unfrozen. If none is, they are another model's.
     if given and given.keys().isdisjoint(known):
         raise ValueError(
             "Unknown variables: the optimizer was built with others. Make another "
@@ -82,7 +82,7 @@ def _rebuild(optimizer: Any, variables: Sequence[Any]) -> None:
         optimizer.built = False
         optimizer.build(variables)
         for entry in book.made():
-            # Averages as the weights are now.
+            # New averages start at the current weights.
             backend.assign_everywhere(entry.variable, entry.start())
         if optimizer._search is not None and book.made():
             optimizer._search.restart()

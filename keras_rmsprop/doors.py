@@ -52,7 +52,7 @@ class Doors:
         self.warn_of_order()
 
     def warn_of_order(self) -> None:
-        """Warn that variables are not in the model's order, if that is not known."""
+        """Warn if it is unknown whether variables are in the model's order."""
         if not self._optimizer._book.order.is_certain:
             self._optimizer._warn(UNKNOWN_ORDER)
 

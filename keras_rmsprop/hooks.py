@@ -1,7 +1,8 @@
-"""What a subclass of the optimizer does in its own way: the hooks of Keras.
+"""The methods of Keras that a subclass may override, and how a step calls them.
 
-A step calls a hook only where a subclass, or an instance, overrides it. Then each stage
-leaves its result where Keras would, and gradients of tables are whole.
+A step calls a hook where a subclass, or an instance, overrides it; else a stage may go
+its own, faster way. With a hook of its own each stage leaves its result where Keras
+would, and gradients of tables are whole.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ UPDATE_STEP = frozenset({"update_step", "assign", "assign_add", "assign_sub"})
 DECAY, CLIP = "_apply_weight_decay", "_clip_gradients"
 UPDATES, AVERAGES = "_backend_update_step", "_update_model_variables_moving_average"
 HOOKS = UPDATE_STEP | {DECAY, CLIP, UPDATES, AVERAGES}
-"""The hooks that a step calls."""
+"""The hooks whose overriding changes how a step runs."""
 OWN_UPDATE = UPDATE_STEP | {UPDATES}
 """The hooks that update in their own way. Then weights decay before, as in Keras."""
 NOT_CALLED = (

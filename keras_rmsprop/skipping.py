@@ -43,7 +43,7 @@ class Skipping:
             )
 
     def why_all_rows(self, variable: Any) -> str:
-        """Return nothing: rows suffice."""
+        """Return "": skipping never needs all rows."""
         return ""
 
     def take(

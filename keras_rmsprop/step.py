@@ -1,5 +1,6 @@
 """A step, stage by stage: read `take` from the top.
 
+`take` defines two functions: Skip, at its end, guards `step`, which calls `update`.
 Each stage is a call, handed what it needs, below a comment with its name and what it
 does to gradient g, weights w, their EMA avg, sums G, learning rate eta and count t.
 """
@@ -179,7 +180,7 @@ def update_all(
 def is_last(steps: Taker, parts: Sequence[Part]) -> bool:
     """Whether only the count is left to do after the update of these parts.
 
-    If averages are updated with their weights.
+    That is so only if averages are updated with their weights.
     """
     averages = steps.on(Averages)
     return not (

@@ -1,4 +1,4 @@
-"""What an optimizer knows of its steps: how they go, and which features they have."""
+"""`Steps` ties `step.take` to an optimizer, and answers how its steps run."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ class Steps:
 
     Args:
         optimizer: The optimizer.
-        base: The class whose methods are no overrides of a subclass.
+        base: The class to compare with: a method that differs from its is an override.
     """
 
     def __init__(self, optimizer: Any, base: type) -> None:
@@ -72,7 +72,7 @@ class Steps:
     def why_all_rows(self, variable: Any) -> str:
         """Return why a step must update all rows of a table; empty: it need not."""
         if self.own():
-            return "a subclass' step takes whole gradients"
+            return "a subclass's step takes whole gradients"
         if self.optimizer.sparse_update == "lazy":
             return ""
         whys = (f.why_all_rows(variable) for f in self.features.values())
@@ -142,7 +142,7 @@ class Steps:
         return found
 
     def check_made(self) -> None:
-        """Check that no option was switched on whose variables were not made."""
+        """Fail if an option that needs variables was switched on after the build."""
         optimizer, mine = self.optimizer, vars(self.optimizer)
         options.check_made(
             {
@@ -176,7 +176,7 @@ class Steps:
             clocks.make(i, stays_current=key in clocks.refused)
 
     def forget_attributes(self) -> None:
-        """Say that an attribute of the optimizer was assigned."""
+        """Forget what was known of the attributes, as one was assigned."""
         if self.programs is not None:
             self.programs.forget_attributes()
 
@@ -212,7 +212,7 @@ class Steps:
     def is_for_kernel(self, variables: Sequence[Any]) -> bool:
         """Whether a native kernel runs nearly all of a step of these variables.
 
-        What else there may be to do, XLA does faster than one operation after another.
+        If there is more to do, XLA is faster than one operation after another.
         """
         optimizer = self.optimizer
         others = (

@@ -1,7 +1,7 @@
 """Tables: which rows a step updates, and why it must update all of some.
 
 Where only the rows of a batch change, a table has a last-update counter for each row
-(`sparse.Clock`).
+(`clocks.Clock`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ TensorFlow sets before it restores a checkpoint, which may hold no counters."""
 
 
 class Tables:
-    """Makes the parts of a step; those of tables have distinct rows.
+    """Says which tables a step updates by rows, and keeps their counters current.
 
     Args:
         optimizer: The optimizer, with the counters of its tables in `_clocks`.
@@ -52,8 +52,8 @@ class Tables:
     def to_be(self, grads: Sequence[Any], variables: Sequence[Any]) -> set[int]:
         """Return the tables that get a counter with this step, by their index.
 
-        A table that somebody's graph updates without a counter gets none later: that
-        graph would not know of it.
+        Once a traced graph has updated a table without a counter, the table never gets
+        one, as the graph would not increment it: it is marked in `clocks.refused`.
         """
         optimizer, found = self._optimizer, set()
         clocks, places = optimizer._clocks, optimizer._trainable_variables_indices
@@ -132,7 +132,7 @@ class Tables:
         return ""
 
     def keep_current(self, parts: Sequence[Part]) -> None:
-        """Bring up to date at once what a graph without a counter updates, too."""
+        """Catch up at once tables that a graph without counters updates, too."""
         for part in parts:
             if (
                 part.ids is not None

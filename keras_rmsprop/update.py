@@ -107,7 +107,7 @@ class Constants(NamedTuple):
             accumulate=accumulate,
         )
         if decay is not None and not l2:
-            # The constant in float32 first, as in Keras.
+            # `ops.cast`, not `rule.cast`: to float32 first, as Keras does.
             change = change + rate * ops.cast(decay, dtype) * weights
         return change, new
 

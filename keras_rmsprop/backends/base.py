@@ -1,4 +1,4 @@
-"""What a step asks of the backend that Keras runs on: a protocol, its portable form.
+"""What a step needs of the backend that Keras runs on, and what a backend needs of it.
 
 `Backend` works with any backend of Keras, and is what JAX uses. `tensorflow.py` and
 `torch.py` do in their own way what they can do faster.
@@ -104,7 +104,7 @@ class Backend:
         return contextlib.nullcontext()
 
     def is_eager(self) -> bool:
-        """Whether this runs now, and is not being traced."""
+        """Whether this is not being traced by TensorFlow; elsewhere it always is so."""
         return True
 
     def inside_xla(self) -> bool:
@@ -112,7 +112,7 @@ class Backend:
         return keras.backend.backend() == "jax"
 
     def folds(self) -> bool:
-        """Whether to reduce in parts, see `folding`: none may be on another device."""
+        """Whether to split reductions (see `folding`): not if tensors are sharded."""
         return self.inside_xla() and keras.distribution.distribution() is None
 
     # Gradients.
@@ -202,7 +202,7 @@ class Backend:
     ) -> None:
         """Do one thing or another.
 
-        XLA leaves a condition in place only if one branch is empty.
+        XLA updates variables in place only if one branch is empty.
 
         Args:
             condition: A bool scalar.
@@ -251,7 +251,7 @@ class Backend:
         """Return what multiplies gradients to clip their global norm.
 
         Returns:
-            A scalar, NaN if the norm is infinite; or None if only a kernel is fast.
+            A scalar, NaN if the norm is infinite; or None: clip as Keras does.
         """
         return None
 
