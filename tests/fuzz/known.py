@@ -19,16 +19,7 @@ def program(**options):
     return state
 
 
-@fails(reason="in a file, places win over names")
-def test_a_file_after_layers_were_given_in_another_order(monkeypatch):
-    monkeypatch.setattr("machine.BUILT_IN_ORDER", False)
-    state = program()
-    state.steps(names=["vector", "table", "matrix"], seeds=[1, 2], **EAGER)
-    state.whole_model()  # says nothing, and the slots of the vector start anew
-    state.check_state()
-
-
-@fails(reason="slots of layers that are frozen now are dropped without a warning")
+@fails(reason="slots of layers that are frozen now are left out, with a warning")
 @pytest.mark.parametrize("door", ["whole_model", "weights_file"])
 def test_a_file_that_knows_a_layer_which_is_frozen_now(door, monkeypatch):
     monkeypatch.setattr("machine.FROZEN_IS_LOST", False)

@@ -24,9 +24,6 @@ BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-BUILT_IN_ORDER = True
-"""Files lose slots that were not made in the model's order; see `known.py`."""
-
 FROZEN_IS_LOST = True
 """A model that is loaded forgets the slots of frozen layers; see `known.py`."""
 
@@ -62,14 +59,8 @@ class Programs(RuleBasedStateMachine):
         self.oracle = Oracle(weights, known, resets_all=BACKEND != "jax")
         self.made = self.switched_on()
         self.oracle.not_negative = {"vector"} if constraint else set()
-        if BUILT_IN_ORDER:
-            self.build()
 
     # What the program has.
-
-    def build(self):
-        self.optimizer.build(self.model.trainable_variables)
-        self.oracle.build([n for n in NAMES if n not in self.oracle.frozen])
 
     def use(self, optimizer):
         self.model.compile(optimizer=optimizer, loss=output, **self.compile_options())
@@ -315,8 +306,6 @@ class Programs(RuleBasedStateMachine):
     def new_optimizer(self):
         self.use(RMSprop.from_config(self.optimizer.get_config()))
         self.oracle.restart()
-        if BUILT_IN_ORDER:
-            self.build()
         self.made = self.switched_on()
 
     def switched_on(self):
