@@ -238,9 +238,13 @@ class Averages:
 
     def are_new(self) -> bool:
         """Whether there are averages, and no step that they followed."""
-        made = vars(self._optimizer).get("_weight_averages")
-        count = self._optimizer.iterations
-        return bool(made) and options.has_value(count) and float(count) == 0
+        count = self._optimizer._iterations
+        if not vars(self._optimizer).get("_weight_averages"):
+            return False
+        if getattr(count, "_value", 0) is None:
+            return False  # on JAX, `fit` keeps it elsewhere
+        count = ops.add(count, 0)  # a variable of several replicas is no number
+        return options.has_value(count) and float(count) == 0
 
     def start(self) -> None:
         """Let averages be as the weights are now.

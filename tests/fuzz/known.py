@@ -19,7 +19,7 @@ def program(**options):
     return state
 
 
-@fails(reason="slots of layers that are frozen now are dropped without a warning")
+@fails(reason="slots of layers that are frozen now are left out, with a warning")
 @pytest.mark.parametrize("door", ["whole_model", "weights_file"])
 def test_a_file_that_knows_a_layer_which_is_frozen_now(door, monkeypatch):
     monkeypatch.setattr("machine.FROZEN_IS_LOST", False)

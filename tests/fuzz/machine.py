@@ -62,10 +62,6 @@ class Programs(RuleBasedStateMachine):
 
     # What the program has.
 
-    def build(self):
-        self.optimizer.build(self.model.trainable_variables)
-        self.oracle.build([n for n in NAMES if n not in self.oracle.frozen])
-
     def use(self, optimizer):
         self.model.compile(optimizer=optimizer, loss=output, **self.compile_options())
 
