@@ -174,7 +174,7 @@ def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Any:
     """
     so_far = ops.convert_to_tensor(kept)
     reach = so_far[Estimate._fields.index("reach")]
-    now = ops.cond(reach > 0, lambda: farthest(parts), lambda: reach)
+    now = backend.one_of(reach > 0, lambda: farthest(parts), lambda: reach)
     is_other = ops.absolute(now - reach) > SAME * ops.absolute(reach)
     at_first = [*Estimate.at_first(initial, again=True)]
     return ops.where(is_other, ops.convert_to_tensor(at_first, "float32"), so_far)

@@ -342,3 +342,30 @@ print(keras.backend.backend())
         KERAS_BACKEND="jax",
     )
     assert out == "jax"
+
+
+EAGER = """
+import io, logging
+import jax, keras, numpy as np
+from keras_rmsprop import RMSprop
+
+log = io.StringIO()
+logging.getLogger("jax").addHandler(logging.StreamHandler(log))
+weights = [keras.Variable(np.ones((3, 2))), keras.Variable(np.ones(3))]
+grads = [keras.ops.ones(v.shape) for v in weights]
+for options in (
+    {"use_ema": True, "ema_overwrite_frequency": 3, "clipnorm": 1.0},
+    {"gradient_accumulation_steps": 2, "skip_nonfinite": True, "momentum": 0.5},
+    {"learning_rate": "auto", "slot_dtype": "uint8"},
+):
+    optimizer = RMSprop(**options)
+    for n in range(12):
+        jax.config.update("jax_log_compiles", n > 6)
+        optimizer.apply(grads, weights)
+    jax.config.update("jax_log_compiles", False)
+    print("compiled:", log.getvalue().count("Compiling"))
+"""
+
+
+def test_later_eager_steps_compile_nothing():
+    assert python(EAGER, KERAS_BACKEND="jax").count("compiled: 0") == 3
