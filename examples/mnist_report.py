@@ -31,7 +31,8 @@ class Run:
 
     Attributes:
         optimizer: Its name.
-        history: Loss and accuracy, in training and validation, one number an epoch.
+        history: Loss and accuracy, in training and validation, and the learning rate in
+            use, one number an epoch.
         seconds: How long each epoch took, validation included.
         first_step: Seconds until the first batch was trained: mostly tracing. Whoever
             comes first in the program waits for TensorFlow's own start too.
@@ -53,26 +54,26 @@ class Run:
 
 
 def loss_difference(runs: Sequence[Run]) -> tuple[float, int]:
-    """Return where the training losses of two runs differ most.
+    """Return where the training losses of the first two runs differ most.
 
     Args:
-        runs: The two.
+        runs: The runs.
 
     Returns:
         The difference, relative to the second run's loss, and its epoch (from 1). It is
         NaN where a loss is.
     """
-    ours, theirs = (np.array(run.history["loss"]) for run in runs)
+    ours, theirs = (np.array(run.history["loss"]) for run in runs[:2])
     with np.errstate(invalid="ignore"):  # both infinite
         differences = np.abs(ours - theirs) / np.maximum(theirs, np.finfo(float).tiny)
     return float(differences.max()), int(differences.argmax()) + 1
 
 
 def difference_in_words(runs: Sequence[Run]) -> str:
-    """Return one sentence that says how far the loss curves of two runs lie apart.
+    """Return one sentence that says how far the first two loss curves lie apart.
 
     Args:
-        runs: The two.
+        runs: The runs.
     """
     difference, epoch = loss_difference(runs)
     if not math.isfinite(difference):
@@ -140,6 +141,8 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
     if logs.exists():
         print(f"\nTo see it in a browser: tensorboard --logdir {logs}")
     print(f"\n{difference_in_words(runs)}")
+    found = runs[2].history["learning_rate"][-1]
+    print(f'"auto" ended at a learning rate of {found:.4g}.')
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"Written to {output}: {files}")
 
@@ -197,15 +200,15 @@ def _json(number: float) -> float | None:
 
 
 def draw(path: Path, digits: Digits, runs: Sequence[Run]) -> None:
-    """Draw loss and accuracy of two runs, in training and validation.
+    """Draw loss and accuracy of three runs, and the learning rates of two.
 
     The first run is a broad line and the second rings on it: where they coincide, both
-    can be seen.
+    can be seen. The third chooses its own rate.
 
     Args:
         path: The PNG to write.
         digits: What was trained on.
-        runs: The two.
+        runs: The three.
     """
     epochs = range(1, len(runs[0].seconds) + 1)
     broad: dict[str, Any] = {"lw": 6, "alpha": 0.35, "solid_capstyle": "round"}
@@ -213,15 +216,18 @@ def draw(path: Path, digits: Digits, runs: Sequence[Run]) -> None:
         broad |= {"marker": "o", "ms": 15, "mew": 0}
     rings: dict[str, Any] = {"lw": 1, "ls": "--", "marker": "o", "ms": 5.5}
     rings |= {"mfc": "white", "mew": 1.5, "markevery": -(-len(epochs) // 20)}
+    auto: dict[str, Any] = {"lw": 1.8, "marker": "D", "ms": 4}
+    styles = broad, rings, auto
 
     margins = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
-    figure = Figure(figsize=(11, 5.4), layout=margins)
-    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    figure = Figure(figsize=(13, 5.4), layout=margins)
+    *both, right = figure.subplots(1, 3)
+    for axes, what in zip(both, ("loss", "accuracy"), strict=True):
         curves = {"training": (what, BLUE), "validation": (f"val_{what}", ORANGE)}
         last = {part: runs[0].history[key][-1] for part, (key, _) in curves.items()}
         lower = min(last, key=last.__getitem__)
         for part, (key, color) in curves.items():
-            for run, style in zip(runs, (broad, rings), strict=True):
+            for run, style in zip(runs, styles, strict=True):
                 axes.plot(epochs, run.history[key], color=color, **style)
             axes.annotate(
                 part,
@@ -233,18 +239,23 @@ def draw(path: Path, digits: Digits, runs: Sequence[Run]) -> None:
                 weight="bold",
             )
         axes.set_title(what.capitalize(), loc="left")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    for run, style in zip(runs, styles, strict=True):
+        right.plot(epochs, run.history["learning_rate"], color=GREY, **style)
+    right.set_title("Learning rate", loc="left")
+    right.set_ylim(0)
+    for axes in (*both, right):
         axes.set_xlabel("epoch")
         axes.set_xlim(0.5, len(epochs) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(axis="y", color="#e4e3df")
         axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.suptitle(f"RMSprop on {digits.source}", x=0.015, ha="left", size=15)
     figure.legend(
-        [Line2D([], [], color=GREY, **style) for style in (broad, rings)],
+        [Line2D([], [], color=GREY, **style) for style in styles],
         [run.optimizer for run in runs],
         loc="outside upper right",
-        ncols=2,
+        ncols=3,
         frameon=False,
     )
     figure.supxlabel(difference_in_words(runs), x=0.015, ha="left", color=GREY, size=11)

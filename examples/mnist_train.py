@@ -1,9 +1,10 @@
-"""Train the MNIST network with this RMSprop, then with Keras' own, and compare.
+"""Train the MNIST network with this RMSprop, Keras' own, and this with "auto".
 
     python examples/mnist_train.py --epochs 2 --data sample
 
-Both start from the same weights and see the same batches, on every backend of Keras
-(`KERAS_BACKEND=jax`). What they did is printed as a table and written, with a picture,
+All start from the same weights and see the same batches, on every backend of Keras
+(`KERAS_BACKEND=jax`). The first two take the same learning rate; the third finds its
+own. What they did is printed as a table and written, with a picture,
 to the output folder.
 """
 
@@ -77,9 +78,16 @@ def make_optimizers(options: argparse.Namespace) -> dict[str, Any]:
 
         names = ("learning_rate", "rho", "momentum", "epsilon", "centered")
         arguments = {name: getattr(options, name) for name in names}
+        if (
+            arguments["learning_rate"] == "auto"
+        ):  # of the third; as Keras, of the others
+            del arguments["learning_rate"]
         return {
             "keras_rmsprop.RMSprop": keras_rmsprop.RMSprop(**arguments),
             "keras.optimizers.RMSprop": keras.optimizers.RMSprop(**arguments),
+            "auto with EMA weights": keras_rmsprop.RMSprop(
+                "auto", use_ema=True, ema_momentum=0.998, ema_warmup=True
+            ),
         }
 
 
@@ -187,6 +195,8 @@ def train(
     """
     import keras
 
+    from keras_rmsprop.callbacks import AverageForEvaluation
+
     random = np.random.default_rng(options.seed)
     model = network()
     start(model, random)
@@ -197,14 +207,26 @@ def train(
     )
     epoch_ends: list[float] = []  # the first entry is when training began
     step_ends: list[float] = []
+    rates: list[float] = []  # in use at the end of each epoch
+    in_use = (
+        "current_learning_rate",
+        "learning_rate",
+    )  # the built-in has the second only
+    name_of_rate = next(rate for rate in in_use if hasattr(optimizer, rate))
+
+    def end_epoch(epoch: int, logs: dict[str, float]) -> None:
+        epoch_ends.append(time.perf_counter())
+        rates.append(float(getattr(optimizer, name_of_rate)))
+
     clock = keras.callbacks.LambdaCallback(
         on_train_begin=lambda logs: epoch_ends.append(time.perf_counter()),
         on_train_batch_end=lambda batch, logs: step_ends.append(time.perf_counter()),
-        on_epoch_end=lambda epoch, logs: epoch_ends.append(time.perf_counter()),
+        on_epoch_end=end_epoch,
     )
     logs = options.output / "tensorboard" / name
     for old in logs.glob("*/events.out.tfevents.*"):
         old.unlink()
+    averages = [AverageForEvaluation()] if optimizer.use_ema else []
     images, labels, size = digits.train_images, digits.train_labels, options.batch_size
     seen = len(labels) - len(labels) // 10  # the others are for validation
     fit = model.fit(
@@ -214,14 +236,14 @@ def train(
         validation_data=(images[seen:], labels[seen:]),
         validation_batch_size=size,
         shuffle=False,
-        callbacks=[clock, keras.callbacks.TensorBoard(logs)],
+        callbacks=[*averages, clock, keras.callbacks.TensorBoard(logs)],
     )
     test_loss, test_accuracy = model.evaluate(
         digits.test_images, digits.test_labels, verbose=0
     )
     return model, mnist_report.Run(
         optimizer=name,
-        history=fit.history,
+        history=fit.history | {"learning_rate": rates},
         seconds=np.diff(epoch_ends).tolist(),
         first_step=step_ends[0] - epoch_ends[0],
         test_loss=test_loss,
@@ -229,18 +251,33 @@ def train(
     )
 
 
+def learning_rate(text: str) -> float | str:
+    """Return the number that a text says, or "auto".
+
+    Args:
+        text: What was given.
+    """
+    return text if text == "auto" else float(text)
+
+
 def option_parser() -> OptionParser:
     """Return the parser of the command line."""
     parser = OptionParser(
         prog="mnist_train.py",
         description="Train the MNIST network with keras_rmsprop.RMSprop, then with "
-        "keras.optimizers.RMSprop from the same weights and batches, and compare.",
+        'keras.optimizers.RMSprop, then with "auto" and EMA weights, from the same '
+        "weights and on the same batches, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--epochs", type=whole(1), default=10, help="times through the digits")
     add("--batch-size", type=whole(1), default=128, help="digits per step")
-    add("--learning-rate", type=float, default=0.001, help="length of a step")
+    add(
+        "--learning-rate",
+        type=learning_rate,
+        default=0.001,
+        help="length of a step; the third finds its own (auto: 0.001 for the others)",
+    )
     add("--rho", type=float, default=0.9, help="decay rate of the mean square")
     add("--epsilon", type=float, default=1e-7, help="added to the mean square")
     add("--momentum", type=float, default=0.0, help="decay rate of the sum of steps")

@@ -381,8 +381,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def current_learning_rate(self) -> Any:
         """The learning rate in use: that of the last step if it is found, else as set.
 
-        With "auto" it is None before the first step, and a warning says if it seems
-        wrong.
+        With "auto", None before the first step; a warning says if it seems wrong.
         """
         factor = self._get_current_learning_rate()
         if self._search is None or self._rate_in_force is not None:

@@ -74,5 +74,5 @@ def test_the_first_epoch_of_mnist_is_the_same_on_every_backend(tmp_path):
         output = tmp_path / backend
         run(backend, program, "--data=sample", "--epochs=1", f"--output={output}")
         rows = (output / "history.csv").read_text().splitlines()[1:]
-        losses.append([float(row.split(",")[2]) for row in rows])
+        losses.append([float(row.split(",")[2]) for row in rows[:2]])  # of given rates
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-3)

@@ -265,8 +265,8 @@ def counted(devices, kind):
 def shown(n):
     return f"{n / 1e6:.3g} MB"
 
-print("| Devices | `DataParallel`: state a device | exchanged in a step "
-      "| `ModelParallel`: state a device | exchanged in a step |")
+print("| Devices | `DataParallel`: state per device | exchanged per step "
+      "| `ModelParallel`: state per device | exchanged per step |")
 print("| --: | --: | --: | --: | --: |")
 for devices in 1, 2, 4, 8:
     cells = []

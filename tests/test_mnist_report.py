@@ -14,6 +14,7 @@ import mnist_report
 from mnist_data import Digits
 
 OURS, THEIRS = "keras_rmsprop.RMSprop", "keras.optimizers.RMSprop"
+AUTO = "auto with EMA weights"
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def digits():
 def make_run(optimizer, *values):
     names = ("loss", "accuracy", "val_loss", "val_accuracy")
     history = {name: list(values) for name in names}
+    history["learning_rate"] = [0.001] * len(values)
     return mnist_report.Run(optimizer, history, [3.0, 1.0, 2.0], 0.5, values[-1], 0.9)
 
 
@@ -46,7 +48,7 @@ def test_median_leaves_the_first_epoch_out():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_divergence_is_reported(value, digits, tmp_path, capsys):
-    runs = [make_run(name, 1.0, value, value) for name in (OURS, THEIRS)]
+    runs = [make_run(name, 1.0, value, value) for name in (OURS, THEIRS, AUTO)]
     mnist_report.write(tmp_path, {"output": tmp_path}, digits, runs)
     mnist_report.show(tmp_path, digits, runs)
     assert "Training diverged" in capsys.readouterr().out

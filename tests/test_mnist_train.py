@@ -25,6 +25,7 @@ import mnist_data
 import mnist_train
 
 OURS, THEIRS = "keras_rmsprop.RMSprop", "keras.optimizers.RMSprop"
+AUTO = "auto with EMA weights"
 PROGRAM = Path(mnist_train.__file__)
 
 
@@ -66,18 +67,19 @@ def ran(sample, tmp_path_factory):
 
 def test_prints_bars_and_a_table(ran):
     output, printed = ran
-    assert printed.count("Epoch 2/2") == 2
+    assert printed.count("Epoch 2/2") == 3
     lines = printed.splitlines()
     results = json.loads((output / "summary.json").read_text())["results"]
     for optimizer, result in results.items():
-        (row,) = (line for line in lines if line.startswith(optimizer))
+        (row,) = (line for line in lines if line.startswith(f"{optimizer} "))
         assert "MNIST sample" in row
         assert f"{result['test_accuracy']:.2%}" in row
         assert f"{result['test_loss']:.4f}" in row
         assert f"{result['seconds_an_epoch']:.2f}" in row
         assert f"{result['first_step_seconds']:.2f} s" in row
         assert len(row) <= 80
-    assert lines[-2].startswith("The two training losses ")
+    assert lines[-3].startswith("The two training losses ")
+    assert lines[-2].startswith('"auto" ended at a learning rate of 0.0')
     assert lines[-1].startswith(f"Written to {output}: comparison.png, history.csv,")
 
 
@@ -85,9 +87,13 @@ def test_history(ran):
     output, _ = ran
     rows = read_history(output)
     names = [(row["optimizer"], row["epoch"]) for row in rows]
-    assert names == [(OURS, "1"), (OURS, "2"), (THEIRS, "1"), (THEIRS, "2")]
+    assert names == [(name, epoch) for name in (OURS, THEIRS, AUTO) for epoch in "12"]
     columns = {"loss", "accuracy", "val_loss", "val_accuracy", "seconds"}
+    columns |= {"learning_rate"}
     assert set(rows[0]) == columns | {"optimizer", "epoch"}
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[:4] == pytest.approx([0.001] * 4)
+    assert len({0.001, *rates[4:]}) == 3  # what was found, after each epoch
     assert all(float(row[column]) > 0 for row in rows for column in columns)
 
 
@@ -152,7 +158,7 @@ def test_model_loads_and_predicts(ran, sample):
 
 def test_tensorboard_logs_are_of_this_run_alone(ran):
     output, _ = ran
-    for optimizer in (OURS, THEIRS):
+    for optimizer in (OURS, THEIRS, AUTO):
         for part in ("train", "validation"):
             (log,) = (output / "tensorboard" / optimizer / part).iterdir()
             assert log.stat().st_size > 0
@@ -183,13 +189,25 @@ def test_options_reach_both_optimizers(tmp_path):
     options = mnist_train.option_parser().parse_args(
         [*flags, "--centered", f"--output={tmp_path}"]
     )
-    ours, theirs = mnist_train.make_optimizers(options).values()
-    assert type(ours) is keras_rmsprop.RMSprop
+    ours, theirs, auto = mnist_train.make_optimizers(options).values()
+    assert type(ours) is type(auto) is keras_rmsprop.RMSprop
+    found = auto.get_config()["learning_rate"]
+    assert found == keras_rmsprop.RMSprop("auto").get_config()["learning_rate"]
+    assert auto.use_ema
     assert isinstance(theirs, keras.optimizers.RMSprop)
     expected = pytest.approx(given | {"centered": True})
     for optimizer in (ours, theirs):
         config = optimizer.get_config()
         assert {name: config[name] for name in (*given, "centered")} == expected
+
+
+def test_automatic_learning_rate_leaves_the_others_at_that_of_keras(tmp_path):
+    options = mnist_train.option_parser().parse_args(
+        ["--learning-rate=auto", f"--output={tmp_path}"]
+    )
+    ours, theirs, _ = mnist_train.make_optimizers(options).values()
+    assert float(ours.learning_rate) == float(theirs.learning_rate)
+    assert float(theirs.learning_rate) == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +217,10 @@ def test_options_reach_both_optimizers(tmp_path):
         ("--epochs=many", "--epochs: must be a whole number from 1 to 4294967295. Rec"),
         ("--batch-size=1.5", "--batch-size: must be a whole number from 1 to"),
         ("--seed=-1", "--seed: must be a whole number from 0 to 4294967295. Received"),
-        ("--learning-rate=fast", "--learning-rate: invalid float value: 'fast'"),
+        (
+            "--learning-rate=fast",
+            "--learning-rate: invalid learning_rate value: 'fast'",
+        ),
         ("--learning-rate=nan", "`learning_rate` must be finite and >= 0. Received"),
         ("--learning-rate=-1", "`learning_rate` must be finite and >= 0. Received"),
         ("--rho=1.5", "`rho` must be in [0, 1). Received: rho=1.5"),
