@@ -127,7 +127,7 @@ def read(store: Any) -> File:
             header = np.asarray(store[key]) if dataset is None else dataset
             shape, dtype = tuple(header.shape), header.dtype
             attributes = {} if dataset is None else dict(dataset.attrs)
-        load = functools.partial(store.__getitem__, key)
+        load = functools.partial(_loaded, store, key)
         if codecs.noted_dtype(attributes):
             dtype = np.dtype("float32")  # which has all of its numbers
         try:
@@ -183,6 +183,10 @@ def _said(attributes: Mapping[str, Any]) -> tuple[Name | None, Owner | None, boo
         raise TypeError(given)
     owner = Owner(path, (*map(int, given["shape"]),), weights)
     return Name(kind, number), owner, bool(given["in_order"])
+
+
+def _loaded(store: Any, key: str) -> NDArray[Any]:
+    return np.asarray(store[key])  # older versions of Keras give an `h5py.Dataset`
 
 
 def _decoded(
