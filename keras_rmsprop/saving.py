@@ -127,7 +127,7 @@ def read(store: Any) -> File:
             header = np.asarray(store[key]) if dataset is None else dataset
             shape, dtype = tuple(header.shape), header.dtype
             attributes = {} if dataset is None else dict(dataset.attrs)
-        load = functools.partial(_loaded, store, key)
+        load: Callable[[], Any] = functools.partial(_loaded, store, key)
         if codecs.noted_dtype(attributes):
             dtype = np.dtype("float32")  # which has all of its numbers
         try:
