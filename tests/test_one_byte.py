@@ -408,6 +408,16 @@ def test_a_variable_in_float8_has_no_slots():
     assert "1 nothing (as of float8 training)" in optimizer.explain()
 
 
+def test_a_step_of_variables_in_float8_alone():
+    variable = keras.Variable(arrays([(3,)])[0])
+    variable.overwrite_with_gradient = True
+    optimizer = RMSprop()
+    for step in range(2):
+        optimizer.apply([keras.ops.full((3,), step)], [variable])
+        np.testing.assert_array_equal(variable.numpy(), [step] * 3)
+    assert int(optimizer.iterations) == 2
+
+
 @pytest.mark.portable
 @pytest.mark.tensorflow("what XLA keeps")
 @pytest.mark.parametrize("way", ["eager", "tf.function"])

@@ -178,7 +178,7 @@ class TensorFlow(Backend):
 
     def count(self, counter: Any) -> None:
         """See `Backend`. Keras' `assign_add` is three operations."""
-        unwrapped(counter).assign_add(1, read_value=False)
+        unwrapped(counter).assign_add(1)
 
     def has_kernel(self, variables: Sequence[Any]) -> bool:
         """See `Backend`."""

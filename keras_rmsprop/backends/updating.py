@@ -63,7 +63,7 @@ def update(
     if counter is not None:
         # It is the last stage: so all else must be done, in one call.
         several = next(iter(by_kernel.values()), [])
-        is_last = len(several) == len(updates) and all(
+        is_last = 0 < len(several) == len(updates) and all(
             mine.average is not None or given.average is None
             for mine, given in zip(several, updates, strict=True)
         )
