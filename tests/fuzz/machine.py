@@ -59,8 +59,13 @@ class Programs(RuleBasedStateMachine):
         self.oracle = Oracle(weights, known, resets_all=BACKEND != "jax")
         self.made = self.switched_on()
         self.oracle.not_negative = {"vector"} if constraint else set()
+        self.build()  # else a step of other variables raises, as with the built-in
 
     # What the program has.
+
+    def build(self):
+        self.optimizer.build(self.model.trainable_variables)
+        self.oracle.build([n for n in NAMES if n not in self.oracle.frozen])
 
     def use(self, optimizer):
         self.model.compile(optimizer=optimizer, loss=output, **self.compile_options())
@@ -307,6 +312,7 @@ class Programs(RuleBasedStateMachine):
     def new_optimizer(self):
         self.use(RMSprop.from_config(self.optimizer.get_config()))
         self.oracle.restart()
+        self.build()
         self.made = self.switched_on()
 
     def switched_on(self):

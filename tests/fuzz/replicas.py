@@ -29,9 +29,6 @@ class Replicas(RuleBasedStateMachine):
         given = {k: v for k, v in given.items() if k not in ALONE}
         with STRATEGY.scope():
             self.one.begin(given=given, dtype="float32", constraint=None)
-            # In a function Keras cannot build, under a strategy.
-            self.one.optimizer.build(self.one.model.trainable_variables)
-            self.one.oracle.build(NAMES)
 
     @rule(
         names=st.lists(st.sampled_from(NAMES), min_size=1, unique=True),
