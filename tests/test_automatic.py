@@ -639,7 +639,7 @@ def test_two_replicas_find_what_one_finds():
     assert out.splitlines()[-1] == "same"
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends_find_what_the_reference_finds(backend):

@@ -359,7 +359,7 @@ def test_warm_up_in_fit(jit_compile):
     assert_close(weights(model), oracle.averages, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("every", [None, 2])

@@ -54,14 +54,14 @@ def test_files_and_early_stopping():
     check_files(ours)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize(
     "arguments",
     [
         "jax",
-        pytest.param("torch", marks=pytest.mark.slow),
-        pytest.param("tensorflow mirrored", marks=pytest.mark.slow),
+        "torch",
+        "tensorflow mirrored",
     ],
 )
 def test_other_backends_and_distribution(arguments):

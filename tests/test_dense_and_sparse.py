@@ -64,7 +64,7 @@ def assert_equals_dense(optimizer, table, shape, kinds, **options):
     "kinds",
     [
         pytest.param(DENSE_FIRST, id="dense first"),
-        pytest.param(SPARSE_FIRST, id="sparse first", marks=pytest.mark.slow),
+        pytest.param(SPARSE_FIRST, id="sparse first", marks=pytest.mark.rest),
     ],
 )
 @pytest.mark.parametrize("jit_compile", ["auto", True])

@@ -142,7 +142,7 @@ print("as their variables")
     assert out == "as their variables"
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_eight_devices_train_as_one_does():
     out = python(
         MODEL
@@ -175,7 +175,7 @@ print("the same")
     assert out == "the same"
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_saved_and_loaded_it_is_laid_out_again_and_goes_on(tmp_path):
     out = python(
         MODEL
