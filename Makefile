@@ -149,7 +149,7 @@ bench-quick: $(BENCH)  ## the same in three minutes; ARGS='--against ../other'
 tune: $(READY)  ## draw heat maps over learning rate, rho and epsilon (15 minutes)
 	$(BIN)/python examples/sensitivity.py $(ARGS)
 
-tuning: $(BENCH)  ## compare learning rates on eight networks (two hours)
+tuning: $(BENCH)  ## compare with Adam and others at their best rates, on many networks (hours)
 	$(BIN)/python benchmarks/tuning.py $(ARGS)
 
 compare: $(READY)  ## compare with SGD, Adam and others on MNIST (minutes)

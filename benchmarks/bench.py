@@ -179,6 +179,16 @@ def embeddings(options: argparse.Namespace) -> list[Plan]:
         options.rounds,
     )
     plans = [alone._replace(seconds=options.seconds)]
+    some = [name for name in fit.UNDER_XLA if not options.quick or "128" in name]
+    hows = [f"{kind} ids, {fit.XLA_UPDATE}" for kind in kinds]
+    plans.append(Plan("fit.py", ["this", "Keras"], some, hows, options.rounds))
+    whos = ["this", *fit.TABLE_OPTIONS]
+    for fresh in (False, True):
+        some = [t for t in tables if t != fit.SMALL and (rows[t] > room / 32) is fresh]
+        each = Plan(
+            "fit.py", whos, some, [fit.EACH_OPTION], options.rounds, fresh=fresh
+        )
+        plans.append(each._replace(seconds=2 * options.seconds))
     for way in fit.TABLE_JIT:
         # PyTorch has no XLA.
         whos = [who for who in fit.KEPT if who != fit.TORCH or way == "without XLA"]

@@ -296,3 +296,17 @@ def _tables(tables: Part) -> Targets:
         how: tables.ratio(("this", large, how), ("this", small, how)) for how in updates
     }
     yield _target(f"an update of {large}: within {most} x {small}", ratios, most)
+    hows = [how for how in tables.hows if how.endswith("an update with XLA")]
+    for of, text, bound in (
+        ("time", "not slower than Keras", NOISE),
+        ("first", "the first one at most 1.2 x Keras", 1.2),
+    ):
+        ratios = tables.ratios("this", "Keras", hows=hows, of=of)
+        yield _target(f"an update of a table with XLA: {text}", ratios, bound)
+    how, first = "mean, without XLA", "10,000 rows"
+    ratios = {
+        f"{what}, {who}": tables.ratio((who, what, how), (who, first, how))
+        for who, what, of in tables.figures
+        if of == how and what != first
+    }
+    yield _target(f"fit, any option: within 1.5 x its own at {first}", ratios, 1.5)

@@ -35,6 +35,8 @@ class Task(NamedTuple):
     batch: int = 32
     rows: int = 0
     """Of the table, if the input is ids."""
+    width: int = WIDTH
+    """Of the table."""
 
 
 def dense(number: int, units: int) -> Callable[[Any], list[Any]]:
@@ -76,12 +78,20 @@ TABLES = {
     f"{rows:,} rows": embedding(rows)
     for rows in (1_000, 10_000, 100_000, 1_000_000, 4_000_000)
 }
+UNDER_XLA = {
+    f"{rows:,} x {width}, {ids:,} ids": Task(list, (ids,), 1, rows, width)
+    for rows in (100, 1_000, 10_000, 100_000)
+    for width in (8, 128)
+    for ids in (512, 16_384)
+}
+"""Tables whose updates XLA compiles."""
 SMALL, LARGE = "1,000 rows", "1,000,000 rows"
 """Tables whose times are compared. From the larger one on the memory is, too."""
 JIT = {"default": "auto", "jit_compile=True": True}
 TABLE_JIT = {"without XLA": False, "with XLA": True}
-UPDATE = "an update"
-"""Of a table, eagerly, by gradients that are there already; no model, no `fit`."""
+UPDATE, XLA_UPDATE = "an update", "an update with XLA"
+"""Of a table, by gradients that are there already; no model, no `fit`. Eagerly, or in a
+function that XLA compiles."""
 MONITOR = "this, Monitor"
 OPTIMIZERS = {
     "this": "keras_rmsprop:RMSprop",
@@ -92,6 +102,15 @@ OPTIMIZERS = {
     "Adam": "keras.optimizers:Adam",
     "SGD": "keras.optimizers:SGD",
 }
+TABLE_OPTIONS: dict[str, dict[str, Any]] = {
+    "auto": {"learning_rate": "auto"},
+    "EMA": {"use_ema": True},
+    "auto, EMA": {"learning_rate": "auto", "use_ema": True},
+    "accumulation": {"gradient_accumulation_steps": 4},
+}
+"""Of this, as competitors on tables."""
+EACH_OPTION = "mean, without XLA"
+"""How these compete."""
 TORCH, FLOOR = "torch SparseAdam", "gradients only"
 KEPT = {"this": 2 * ROW + 4, "Keras": 2 * ROW, TORCH: 3 * ROW, FLOOR: ROW}
 """Bytes kept of a row: the weights, the state and the clock."""
@@ -102,28 +121,29 @@ def setup(who: str, what: str, how: str) -> harness.Ready:
     """Make a model, and warm up.
 
     Args:
-        who: One of `OPTIMIZERS`, or `TORCH` or `FLOOR` for tables.
-        what: One of `MODELS` or `TABLES`, or `"import"`.
-        how: Ends as one of `JIT` or `TABLE_JIT`, or as `UPDATE`; begins with the kind
-            of ids, or with "mean", for the mean of the steps, as a few of them take
-            longer.
+        who: One of `OPTIMIZERS`; for tables `TABLE_OPTIONS`, `TORCH` or `FLOOR`, too.
+        what: One of `MODELS`, `TABLES` or `UNDER_XLA`, or `"import"`.
+        how: Ends as one of `JIT` or `TABLE_JIT`, as `UPDATE` or as `XLA_UPDATE`; begins
+            with the kind of ids, or with "mean", for the mean of the steps, as a few of
+            them take longer.
     """
     if what == "import":
         start = time.perf_counter()
         for name in IMPORTS[who]:
             importlib.import_module(name)
         return harness.Ready({"first": time.perf_counter() - start}, {})
-    task = {**MODELS, **TABLES}[what]
+    task = {**MODELS, **TABLES, **UNDER_XLA}[what]
     if who == TORCH:
         return with_torch(task, how)
-    if how.endswith(UPDATE):
+    if how.endswith((UPDATE, XLA_UPDATE)):
         return of_table(who, task, how)
     start_tensorflow()
     fit, memory = with_keras(who, task, how)
     start = time.perf_counter()
     fit(1, 0.0)
     first = time.perf_counter() - start
-    fit(2 * WARM_UP, 0.0)
+    # The first time that a row is written, the system finds memory for it.
+    fit(TABLE_BATCHES if how == EACH_OPTION else 2 * WARM_UP, 0.0)
 
     def step(seconds: float) -> float:
         ends = fit(WARM_UP + 3, seconds)
@@ -214,16 +234,17 @@ def with_keras(
             keras.layers.Dense(CLASSES),
         ]
     )
-    optimizer = Floor if who == FLOOR else pkgutil.resolve_name(OPTIMIZERS[who])
+    name = OPTIMIZERS.get(who, OPTIMIZERS["this"])
+    optimizer = Floor if who == FLOOR else pkgutil.resolve_name(name)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     jit = (JIT | TABLE_JIT)[how.rpartition(", ")[2]]
-    arguments = ["auto"] if who == "auto" else []
+    options = TABLE_OPTIONS.get(who, {})
     watching = []
     if who == MONITOR:
         from keras_rmsprop.callbacks import Monitor
 
         watching = [Monitor()]
-    model.compile(optimizer(*arguments), loss, jit_compile=jit)
+    model.compile(optimizer(**options), loss, jit_compile=jit)
     memory.forget_peak()
 
     def fit(steps: int, seconds: float) -> list[float]:
@@ -256,8 +277,8 @@ def of_table(who: str, task: Task, how: str) -> harness.Ready:
 
     ids, _ = batches(task, how)
     ids = ids.reshape(len(ids), -1)
-    values = np.random.default_rng(0).standard_normal((ids.shape[1], WIDTH), "float32")
-    shape = task.rows, WIDTH
+    shape = task.rows, task.width
+    values = np.random.default_rng(0).standard_normal((ids.shape[1], shape[1]), "f")
     slices = [
         tf.IndexedSlices(tf.constant(values), tf.constant(i), tf.constant(shape))
         for i in ids
@@ -269,8 +290,15 @@ def of_table(who: str, task: Task, how: str) -> harness.Ready:
     memory.forget_peak()
     given = itertools.cycle(slices)
 
+    def apply(gradient: Any) -> None:
+        optimizer.apply([gradient])
+
+    if how.endswith(XLA_UPDATE):
+        start_tensorflow()
+        apply = tf.function(apply, jit_compile=True, autograph=False)
+
     def step() -> None:
-        optimizer.apply([next(given)])
+        apply(next(given))
 
     return warmed_up(step, memory)
 

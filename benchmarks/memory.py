@@ -73,7 +73,7 @@ COMPETITORS = {
     "momentum": Competitor("this, momentum, float32", ours(None, 0.9)),
     "momentum, uint8": Competitor("this, momentum, uint8", ours("uint8", 0.9)),
     "adam": Competitor("Keras' Adam", of_keras("Adam")),
-    "adafactor": Competitor("Keras' Adafactor", of_keras("Adafactor"), OF_ADAFACTOR),
+    "adafactor": Competitor("Keras' Adafactor", of_keras("Adafactor")),
 }
 TWINS = {"bfloat16": "float32", "uint8": "float32", "momentum, uint8": "momentum"}
 """Whose result theirs is to be."""
@@ -90,27 +90,28 @@ def bytes_a_parameter(make: Callable[[float, int], Any]) -> float:
 
 
 def score(results: Mapping[Run, Result], task: str, who: str) -> Any:
-    """Return the best rate's `tuning_report.Score`, or None if it did not run."""
-    import tuning_report
+    """Return the best rate's `tuning_scores.Score`, or None if it did not run."""
+    import tuning_scores
+    import tuning_tasks
 
     rates = {run.rate for run in results if (run.task, run.competitor) == (task, who)}
-    found = [tuning_report.score(results, task, who, rate) for rate in rates]
-    task_ = tuning_report.EVERY[task]
+    found = [tuning_scores.score(results, task, who, rate) for rate in rates]
+    task_ = tuning_tasks.EVERY[task]
     return max(
         (x for x in found if x is not None),
-        key=lambda x: tuning_report.rank(task_, x),
+        key=lambda x: tuning_scores.rank(task_, x),
         default=None,
     )
 
 
 def verdict(results: Mapping[Run, Result], task: str, who: str) -> str:
     """Return how far a competitor is from its twin, in words; bold if too far."""
-    import tuning_report
+    import tuning_tasks
 
     mine, theirs = (score(results, task, x) for x in (who, TWINS[who]))
     if mine is None or theirs is None:
         return ""
-    metric = tuning_report.EVERY[task].metric
+    metric = tuning_tasks.EVERY[task].metric
     difference = mine.mean - theirs.mean
     if metric == "loss":
         difference /= theirs.mean
@@ -144,12 +145,12 @@ def times() -> dict[str, str]:
 
 def rows(results: Mapping[Run, Result]) -> list[list[str]]:
     """Return the table: the headings, then a row each competitor."""
-    import tuning_report
+    import tuning_tasks
 
     tasks = [t for t in RATES if any(run.task == t for run in results)]
     table = [["", "bytes per parameter"]]
     for task in tasks:
-        of = tuning_report.EVERY[task]
+        of = tuning_tasks.EVERY[task]
         metric = "accuracy %" if of.metric == "accuracy" else "loss"
         table[0].append(f"{of.title}, {metric}")
     table[0].append("update of 16 M, ms")

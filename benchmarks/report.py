@@ -159,7 +159,8 @@ def _embeddings(part: Part) -> Pages:
         slower = part.ratio(this, ("this", SMALL, how))
         compared.append([how, str(faster or ""), str(slower or "")])
     pages[f"Times at {LARGE}, as ratios"] = compared
-    large = [what for what in part.whats if TABLES[what].rows >= TABLES[LARGE].rows]
+    tables = [what for what in part.whats if what in TABLES]
+    large = [what for what in tables if TABLES[what].rows >= TABLES[LARGE].rows]
     table = [["", *large]]
     for who, what, how in part.figures:
         if what == LARGE and part.values((who, what, how), "peak"):
@@ -296,6 +297,7 @@ def draw_embeddings(path: Path, part: Part) -> None:
             times = {
                 TABLES[what].rows: spread(part.values((who, what, f"{kind}, {way}")))
                 for what in part.whats
+                if what in TABLES
             }
             rows = [size for size, x in times.items() if x]
             if not rows:

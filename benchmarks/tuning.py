@@ -2,8 +2,9 @@
 
     python benchmarks/tuning.py [--seeds N] [--scale S] [--tasks ...] [--only ...]
 
-Each competitor trains each network of `tuning_tasks.py` with each seed, at each of its
-rates. Every result is written at once: what was interrupted goes on where it stopped.
+Each competitor trains each network of `tuning_tasks.py` with each seed. Whose best rate
+is wanted climbs: it tries rates until one is better than its neighbours. Every result
+is written at once: what was interrupted goes on where it stopped.
 `--scale` shortens the trainings, and then nothing is published.
 """
 
@@ -14,30 +15,26 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuning_competitors import (
-    COMPETITORS,
-    Competitor,
-    MakeOptimizer,
-    Result,
-    Run,
-)
+from tuning_competitors import COMPETITORS, GRID, START, Competitor, Result, Run
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results" / "tuning_runs.jsonl"
+MOST = 10
+"""Seeds beyond so many do not count."""
 
 
-def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) -> Result:
+def run(task: Any, who: Competitor, seed: int, rate: float, scale: float) -> Result:
     """Train once.
 
     Args:
         task: One of `tuning_tasks`.
-        make: Makes the optimizer.
+        who: Who trains.
         seed: Of the weights and of the order of the examples.
         rate: The learning rate.
         scale: What part of the steps.
@@ -49,7 +46,7 @@ def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) ->
     data, steps = task.data(), max(1, round(task.steps * scale))
     keras.utils.set_random_seed(seed)
     model = task.build()
-    optimizer = make(rate, steps)
+    optimizer = who.make(rate, steps)
     loss: Any = "mse"
     if task.loss != "mse":
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -83,21 +80,80 @@ def run(task: Any, make: MakeOptimizer, seed: int, rate: float, scale: float) ->
     start = time.perf_counter()
     model.fit(batches, verbose=0, callbacks=[note])
     seconds = time.perf_counter() - start
-    value, loss_ = test() if optimizer.use_ema else before[0]
+    value, loss_ = test() if who.averages else before[0]
     found = getattr(optimizer, "current_learning_rate", None)
     found = rate if found is None else float(np.max(keras.ops.convert_to_numpy(found)))
     return Result(value, loss_, before[0][0], found, seconds)
 
 
-def plan(options: argparse.Namespace) -> Iterator[Run]:
-    """Yield what shall run: a seed after the other, so that all have the first soon."""
+def climb(start: int, score: Callable[[float], float]) -> Iterator[float]:
+    """Yield rates of the grid until one is better than both of its neighbours.
+
+    Args:
+        start: Where in the grid to begin.
+        score: Of a rate that was yielded; the greater the better.
+    """
+    at = start
+    while True:
+        near = range(max(at - 1, 0), min(at + 2, len(GRID)))
+        for place in near:
+            yield GRID[place]
+        best = max(near, key=lambda place: score(GRID[place]))
+        if not score(GRID[best]) > score(GRID[at]):
+            return
+        at = best
+
+
+def plan(options: argparse.Namespace, done: Mapping[Run, Result]) -> Iterator[Run]:
+    """Yield what shall run next, all with the first seed before any with the second.
+
+    Args:
+        options: Those of the command.
+        done: All results so far; those of the runs yielded are added by the caller.
+    """
     import tuning_tasks
 
-    for seed in range(options.seeds):
-        for task in options.tasks or tuning_tasks.TASKS:
+    for seeds in range(1, options.seeds + 1):
+        for task in options.tasks or tuning_tasks.EVERY:
             for who in options.only or COMPETITORS:
-                for rate in COMPETITORS[who].rates:
-                    yield Run(task, who, rate, seed, options.scale)
+                competitor = COMPETITORS[who]
+                if competitor.backend == options.backend and (
+                    seeds <= options.searched or not competitor.searched
+                ):
+                    yield from plan_one(task, who, seeds, options.scale, done)
+
+
+def plan_one(
+    task: str, who: str, seeds: int, scale: float, done: Mapping[Run, Result]
+) -> Iterator[Run]:
+    """Yield what is missing of a competitor, as `plan` says, with so many seeds."""
+    import tuning_tasks
+
+    competitor = COMPETITORS[who]
+    sign = 1 if tuning_tasks.EVERY[task].metric == "accuracy" else -1
+
+    def runs(rate: float, seeds: int, who: str = who) -> list[Run]:
+        return [Run(task, who, rate, seed, scale) for seed in range(seeds)]
+
+    def score(rate: float, least: int = seeds, who: str = who) -> float:
+        values = [done[run].value for run in runs(rate, MOST, who) if run in done]
+        if len(values) < least or not math.isfinite(sum(values)):
+            return -math.inf
+        return sign * math.fsum(values) / len(values)
+
+    def missing(rate: float) -> list[Run]:
+        return [run for run in runs(rate, seeds) if run not in done]
+
+    if competitor.default:
+        yield from missing(competitor.default)
+    if competitor.searched:
+        start = START
+        for other in (competitor.like, who):
+            known = {rate: score(rate, max(seeds - 1, 1), other) for rate in GRID}
+            if math.isfinite(max(known.values())):
+                start = max(known, key=known.__getitem__)
+        for rate in climb(GRID.index(start), score):
+            yield from missing(rate)
 
 
 def finished(file: Path) -> dict[Run, Result]:
@@ -109,17 +165,20 @@ def finished(file: Path) -> dict[Run, Result]:
 
 
 def train(
-    runs: list[Run], file: Path, competitors: Mapping[str, Competitor] = COMPETITORS
+    runs: Iterable[Run],
+    file: Path,
+    competitors: Mapping[str, Competitor] = COMPETITORS,
+    done: dict[Run, Result] | None = None,
 ) -> None:
-    """Train, in this process, and add each result to the file."""
+    """Train, in this process, and add each result to the file, and to `done`."""
     import keras
     import tuning_tasks
 
-    every = tuning_tasks.TASKS | tuning_tasks.HELD_OUT
     for given in runs:
-        make = competitors[given.competitor].make
-        task = every[given.task]
-        result = run(task, make, given.seed, given.rate, given.scale)
+        who, task = competitors[given.competitor], tuning_tasks.EVERY[given.task]
+        result = run(task, who, given.seed, given.rate, given.scale)
+        if done is not None:
+            done[given] = result
         keras.utils.clear_session()  # its graphs would fill the memory
         with file.open("a") as lines:
             lines.write(json.dumps([given, result]) + "\n")
@@ -138,7 +197,13 @@ def main() -> None:
     """Train what is missing, print the table, publish it if it is whole."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--seeds", type=int, default=3, help="how often each one trains")
+    add(
+        "--seeds",
+        type=int,
+        default=3,
+        help="how often each one trains that has one rate",
+    )
+    add("--searched", type=int, default=2, help="how often at the rates of a search")
     add("--scale", type=float, default=1.0, help="part of the steps")
     add("--tasks", nargs="*", help="only these networks")
     add("--only", nargs="*", choices=COMPETITORS, help="only these competitors")
@@ -155,9 +220,7 @@ def main() -> None:
         if options.threads:
             fix_threads(options.threads)
         done = finished(options.file)
-        mine = {n for n, c in COMPETITORS.items() if c.backend == options.backend}
-        runs = [r for r in plan(options) if r.competitor in mine and r not in done]
-        train(runs, options.file)
+        train(plan(options, done), options.file, done=done)
         return
     import tuning_report  # and with it Keras, on the backend set above
 

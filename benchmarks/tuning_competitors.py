@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-RATES = tuple(float(f"{10 ** (k / 2 - 4):.3g}") for k in range(7))  # 1e-4 to 1e-1
+GRID = tuple(float(f"{10 ** (k / 2 - 4):.3g}") for k in range(-3, 9))  # to 1
+START = 0.00316
 DEFAULT = 0.001
 
 MakeOptimizer = Callable[[float, int], Any]
@@ -16,56 +17,59 @@ class Competitor(NamedTuple):
     Attributes:
         name: For the table.
         make: Makes the optimizer.
-        rates: The rates it tries; `(1.0,)` where it needs none.
-        averages: Whether it ends with the average of its weights. Its result without
+        default: Its default rate, which is tried in any case; 1 where it needs none.
+        searched: Whether the best rate of `GRID` is looked for.
+        like: Whose best rate is a good one to begin with.
+        averages: Whether `fit` ends with an average of its weights. Its result without
             the average is kept, too.
         backend: What of Keras it runs on.
     """
 
     name: str
     make: MakeOptimizer
-    rates: tuple[float, ...] = (1.0,)
+    default: float | None = 1.0
+    searched: bool = False
+    like: str = ""
     averages: bool = False
     backend: str = "tensorflow"
 
 
-def built_in(rate: float, steps: int) -> Any:
-    """Return the built-in RMSprop with a constant rate."""
-    import keras
+def of_keras(name: str, decay: bool = False) -> MakeOptimizer:
+    """Return what makes an optimizer of Keras, with a constant or a falling rate.
 
-    return keras.optimizers.RMSprop(rate)
+    Args:
+        name: Of its class.
+        decay: Whether the rate falls to 0 in a line.
+    """
 
+    def make(rate: float, steps: int) -> Any:
+        import keras
 
-def built_in_with_decay(rate: float, steps: int) -> Any:
-    """Return the built-in RMSprop with a rate that falls to nothing in a line."""
-    import keras
+        falling = keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0)
+        return getattr(keras.optimizers, name)(falling if decay else rate)
 
-    decay = keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0)
-    return keras.optimizers.RMSprop(decay)
-
-
-def adam(rate: float, steps: int) -> Any:
-    """Return Keras' Adam."""
-    import keras
-
-    return keras.optimizers.Adam(rate)
+    return make
 
 
 def averaged(rate: float, steps: int) -> Any:
     """Return this RMSprop with a constant rate and the average of the weights."""
-    return ours(rate)
-
-
-def automatic(rate: float, steps: int) -> Any:
-    """Return this RMSprop with the rate found while training, and the average."""
-    return ours("auto")
-
-
-def ours(rate: Any) -> Any:
-    """Return this RMSprop, with the average of the weights."""
     from keras_rmsprop import RMSprop
 
     return RMSprop(rate, use_ema=True, ema_momentum=0.998, ema_warmup=True)
+
+
+def automatic(rate: float, steps: int) -> Any:
+    """Return this RMSprop, which finds its rate."""
+    from keras_rmsprop import RMSprop
+
+    return RMSprop("auto")
+
+
+def schedule_free(rate: float, steps: int) -> Any:
+    """Return Keras' ScheduleFreeAdamW, repaired for TensorFlow."""
+    from tuning_schedule_free import ScheduleFree
+
+    return ScheduleFree(rate)
 
 
 def prodigy(rate: float, steps: int) -> Any:
@@ -76,11 +80,22 @@ def prodigy(rate: float, steps: int) -> Any:
 
 
 COMPETITORS = {
-    "constant": Competitor("built-in RMSprop", built_in, RATES),
-    "decay": Competitor("built-in, linear decay", built_in_with_decay, RATES),
-    "adam": Competitor("Adam", adam, RATES),
-    "average": Competitor("this, EMA", averaged, RATES, averages=True),
-    "auto": Competitor('this, "auto", EMA', automatic, averages=True),
+    "auto": Competitor('this, "auto"', automatic, averages=True),
+    "constant": Competitor("built-in RMSprop", of_keras("RMSprop"), DEFAULT, True),
+    "adam": Competitor("Adam", of_keras("Adam"), DEFAULT, True),
+    "adam decay": Competitor(
+        "Adam, linear decay", of_keras("Adam", True), None, True, "adam"
+    ),
+    "schedule free": Competitor(
+        "ScheduleFreeAdamW", schedule_free, 0.0025, True, "adam decay", True
+    ),
+    "adamw decay": Competitor(
+        "AdamW, linear decay", of_keras("AdamW", True), None, True, "adam decay"
+    ),
+    "average": Competitor("this, EMA", averaged, DEFAULT, True, "constant", True),
+    "decay": Competitor(
+        "built-in, linear decay", of_keras("RMSprop", True), None, True, "constant"
+    ),
     "prodigy": Competitor("Prodigy", prodigy, backend="jax"),
 }
 

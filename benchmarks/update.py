@@ -156,7 +156,7 @@ def with_raw_op(case: Case) -> tuple[Step, int]:
 
 
 def with_torch(way: str, case: Case) -> tuple[Step, int]:
-    """Prepare `torch.optim.RMSprop`: plain, foreach or compiled."""
+    """Prepare `torch.optim.RMSprop`: plain, foreach, capturable or compiled."""
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -165,7 +165,7 @@ def with_torch(way: str, case: Case) -> tuple[Step, int]:
     for parameter, gradient in zip(parameters, case.gradients, strict=True):
         parameter.grad = torch.as_tensor(gradient).clone()
     foreach = way != "plain"
-    options = {**case.options}
+    options = {**case.options, "capturable": way == "capturable"}
     clip = options.pop("global_clipnorm", None)
     optimizer = torch.optim.RMSprop(
         parameters, LR, RHO, EPSILON, foreach=foreach, **options
@@ -176,7 +176,7 @@ def with_torch(way: str, case: Case) -> tuple[Step, int]:
             torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=foreach)
         optimizer.step()
 
-    slots = 3 if options else 1
+    slots = 3 if case.options else 1
     taken = torch.compile(step) if way == "compiled" else step
     return taken, slots * sum(v.nbytes for v in case.values)
 

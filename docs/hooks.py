@@ -3,7 +3,8 @@
 On GitHub a page reaches `examples/resume.py` as `../examples/resume.py`. Here each such
 file becomes a part of the site: a program or a notebook a page that shows it, any other
 file itself.
-Formulas become MathML, which browsers draw by themselves, so nothing is fetched.
+Formulas become MathML, which browsers draw by themselves, so nothing is fetched. On a
+phone, code in a sentence breaks where a name ends, not within it.
 """
 
 import html
@@ -18,12 +19,22 @@ from mkdocs.structure.files import File, InclusionLevel
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\(\.\./([^)#\s]+)")
 FORMULA = re.compile(r'(<(?:span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]]', re.S)
+CODE = re.compile(r"(<pre.*?</pre>)|<code>([^<]{20,})</code>", re.S)
+SIGN = re.compile(r"[./(,=]+(?=[^./(,=])")
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
 def _target(path: str) -> str:
     """Return what the site calls a file of the project."""
     return f"{path}.md" if path.endswith((".py", ".ipynb")) else path
+
+
+def on_config(config: Any) -> Any:
+    """Say at the bottom of each page of which version it is."""
+    text = (ROOT / "keras_rmsprop" / "__init__.py").read_text()
+    [version] = re.findall(r'__version__ = "(.*)"', text)
+    config.copyright = f"keras_rmsprop {version}"
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -76,8 +87,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn formulas into MathML."""
-    return FORMULA.sub(_mathml, html)
+    """Turn formulas into MathML, and let long code in a sentence break after a sign."""
+    return CODE.sub(_breakable, FORMULA.sub(_mathml, html))
+
+
+def _breakable(match: re.Match[str]) -> str:
+    if match[1]:
+        return match[1]
+    text = SIGN.sub(r"\g<0><wbr>", match[2])
+    return f"<code>{text}</code>"
 
 
 def _mathml(match: re.Match[str]) -> str:

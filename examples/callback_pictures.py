@@ -6,11 +6,12 @@ A small network learns 5000 digits of MNIST: with weight averaging, with the lea
 rate finder, and watched by `Monitor` while it looks for its own rate.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import mnist_data
@@ -92,13 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> list[str]:
     finder, monitor = callbacks.LearningRateFinder(), callbacks.Monitor(every=10)
     train(digits, RMSprop(), finder)
     history = train(digits, RMSprop("auto"), monitor)
-    found = finder.plot()
-    found.axes[0].set_yscale("log")
     watched = monitor.plot()
     watched.set_size_inches(9, 4.5)
     pictures = {
         "average": draw_average(digits),
-        "finder": found,
+        "finder": finder.plot(),
         "monitor": watched,
         "auto": draw_auto(monitor, history["loss"]),
     }

@@ -8,12 +8,13 @@ measured on text that it has not seen.
 """
 
 import lzma
-import os
 from collections.abc import Iterator, Sequence
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import numpy as np

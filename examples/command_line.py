@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,3 +108,19 @@ def folder(text: str) -> Path:
         message = f"cannot write to {text}: {error.strerror}"
         raise argparse.ArgumentTypeError(message) from error
     return Path(text)
+
+
+@contextlib.contextmanager
+def quiet_start() -> Iterator[None]:
+    """Keep off the terminal what TensorFlow says of the machine when it starts.
+
+    It writes that past Python, and before it reads `TF_CPP_MIN_LOG_LEVEL`.
+    """
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as remarks:
+        os.dup2(remarks.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)

@@ -21,7 +21,7 @@ import mnist_data
 import mnist_report
 import mnist_train
 import numpy as np
-from command_line import OptionParser, announce_short, folder, whole
+from command_line import OptionParser, announce_short, folder, quiet_start, whole
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -87,7 +87,7 @@ def make_rivals() -> Rivals:
         return RMSprop(0.0001, momentum=0.9)
 
     def auto() -> Any:
-        return RMSprop("auto", use_ema=True, ema_warmup=True, ema_momentum=0.998)
+        return RMSprop("auto")
 
     def sgd_momentum() -> Any:
         return SGD(0.01, momentum=0.9)
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> Rivals:
         digits = mnist_data.load(options.data, 0)
     except mnist_data.MnistUnavailableError as error:
         parser.error(str(error))
-    with mnist_train.quiet_start():
+    with quiet_start():
         import keras
     mnist_report.announce(digits)
     mnist_train.warm_up(digits)

@@ -32,7 +32,7 @@ VOCABULARY, WORDS, BATCH_SIZE, ROWS = 1000, 20, 32, 640
 
 
 class Workers(tf.distribute.MultiWorkerMirroredStrategy):
-    """The strategy for several workers, mended for `fit` of Keras 3."""
+    """The strategy for several workers, with a fix for `fit` of Keras 3."""
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduce a value: a whole batch, too, and scalars, which have no axis."""

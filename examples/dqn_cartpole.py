@@ -8,11 +8,12 @@ that counts. It is smaller here, as the loss is a mean over the batch and not th
 Eight games are played at once.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import cartpole
 import gymnasium
@@ -33,7 +34,7 @@ MEMORY = [
     ("reward", "f4"),
     ("after", "f4", 4),
     ("over", "f4"),
-    ("counts", "f4"),  # not if a game that was over began anew
+    ("counts", "f4"),  # not if a finished game starts again
 ]
 
 

@@ -4,10 +4,11 @@ The gradient of the mean squared error is `X.T @ (X @ theta - y) * 2 / n`: the N
 program spells it out, the Keras program leaves it to `tf.GradientTape`.
 """
 
-import os
 from typing import NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import numpy as np

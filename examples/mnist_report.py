@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
     Console().print(table)
     logs = output / "tensorboard"
     if logs.exists():
-        print(f"\nTo see it in a browser: tensorboard --logdir {logs}")
+        command = f"{sys.executable} -m tensorboard.main --logdir {logs}"
+        print(f"\nTo see it in a browser: {command}")
     print(f"\n{difference_in_words(runs)}")
     found = runs[2].history["learning_rate"][-1]
     print(f'"auto" ended at a learning rate of {found:.4g}.')

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import mnist_data
 import mnist_report
 import numpy as np
-from command_line import OptionParser, folder, whole
+from command_line import OptionParser, folder, quiet_start, whole
 from numpy.typing import NDArray
 
 # Keras is imported where it is used: `--help` and a mistyped option need no TensorFlow.
@@ -85,9 +84,7 @@ def make_optimizers(options: argparse.Namespace) -> dict[str, Any]:
         return {
             "keras_rmsprop.RMSprop": keras_rmsprop.RMSprop(**arguments),
             "keras.optimizers.RMSprop": keras.optimizers.RMSprop(**arguments),
-            "auto with EMA weights": keras_rmsprop.RMSprop(
-                "auto", use_ema=True, ema_momentum=0.998, ema_warmup=True
-            ),
+            "auto with EMA weights": keras_rmsprop.RMSprop("auto"),
         }
 
 
@@ -293,22 +290,6 @@ def option_parser() -> OptionParser:
     )
     add("--output", type=folder, default="runs/mnist", help="folder for the results")
     return parser
-
-
-@contextlib.contextmanager
-def quiet_start() -> Iterator[None]:
-    """Keep off the terminal what TensorFlow says of the machine when it starts.
-
-    It writes that past Python, and before it reads `TF_CPP_MIN_LOG_LEVEL`.
-    """
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as remarks:
-        os.dup2(remarks.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
 
 
 if __name__ == "__main__":

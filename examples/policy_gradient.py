@@ -6,11 +6,12 @@ The policy is a classifier: it learns the actions that it took, weighted by how 
 better they went than the baseline foretold. Sixteen episodes make a step.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import cartpole
 import gymnasium
@@ -35,7 +36,7 @@ def play(games: Any, policy: Any, rng: np.random.Generator) -> NDArray[Any]:
         rng: Draws the actions by the odds.
     """
     episodes = np.zeros((LENGTH, GAMES), STEP)
-    going = np.ones(GAMES, bool)  # a game that is over begins anew: that does not count
+    going = np.ones(GAMES, bool)  # a finished game starts again: that does not count
     states, _ = games.reset()
     for step in episodes:
         actions = (rng.random(GAMES) < policy(states)[:, 1]).astype("int32")

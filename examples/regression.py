@@ -1,9 +1,10 @@
 """A small network learns a line from noisy points, with `rmsprop_optimizer`."""
 
-import os
 from typing import NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import numpy as np

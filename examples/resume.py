@@ -11,12 +11,13 @@ whole, and which batch comes next follows from the number of saves.
 import argparse
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import numpy as np

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mnist_data
 import mnist_train
 import numpy as np
-from command_line import OptionParser, announce_short, folder, whole
+from command_line import OptionParser, announce_short, folder, quiet_start, whole
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich import box
@@ -65,7 +65,7 @@ def variants() -> dict[str, Callable[[float, int], Any]]:
         "clipping": lambda rate, _: RMSprop(rate, global_clipnorm=1.0),
         "EMA": lambda rate, _: RMSprop(rate, **averages),
         "linear decay": lambda rate, n: RMSprop(PolynomialDecay(rate, n, 0.0)),
-        "auto": lambda first, _: RMSprop(AutoLearningRate(first), **averages),
+        "auto": lambda first, _: RMSprop(AutoLearningRate(first)),
     }
 
 
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> Accuracies:
         digits = mnist_data.load(options.data, options.seed)
     except mnist_data.MnistUnavailableError as error:
         option_parser().error(str(error))
-    with mnist_train.quiet_start():
+    with quiet_start():
         import keras
 
         runs = list(plan(options))

@@ -6,14 +6,15 @@ scikit-learn. This RMSprop and the built-in train the same network on the same b
 
 import importlib
 import inspect
-import os
 import pkgutil
 import re
 import time
 import warnings
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import numpy as np

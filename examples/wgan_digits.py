@@ -7,12 +7,13 @@ theirs, each step trains the critic five times, clips its weights, and trains th
 generator once. Small dense networks and longer steps show digits in two minutes.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401
+
+# isort: split
 
 import keras
 import mnist_data

@@ -13,4 +13,4 @@ __all__ = [
     "rmsprop_optimizer",
     "transfer",
 ]
-__version__ = "0.2.0"
+__version__ = "1.0.0"

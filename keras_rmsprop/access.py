@@ -38,7 +38,11 @@ def write(variable: Any, values: Any, ids: Any) -> None:
 
 def subtract(variable: Any, values: Any, ids: Any) -> None:
     """Subtract from some rows of a variable in place; None: from all."""
-    # Not `scatter_sub`: on CPU that takes twice as long as to read and to write.
+    if ids is not None and inside_xla():
+        tensor = unwrapped(variable)
+        tensor.scatter_sub(tf.IndexedSlices(tf.cast(values, tensor.dtype), ids))
+        return
+    # Else `scatter_sub` takes twice as long, on CPU, as to read and to write.
     old = read(variable, ids)
     write(variable, old - tf.cast(values, old.dtype), ids)
 
@@ -47,6 +51,15 @@ def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
     """Let some rows of a moving average follow those of its variable."""
     old, new = read(average, ids), read(variable, ids)
     write(average, momentum * old + (1 - momentum) * new, ids)
+
+
+def after(ids: Any, known: Any) -> Any:
+    """Return indices that XLA knows only after numbers >= 0 that were read.
+
+    XLA puts a read before a write in place only if what is written depends on what was
+    read. Else it copies the whole variable.
+    """
+    return tf.where(known < 0, tf.zeros_like(ids), ids) if inside_xla() else ids
 
 
 def _keep_reads_cheap(variable: Any) -> None:

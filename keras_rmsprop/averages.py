@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_rmsprop import options, rule
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.slots import EMA_BEGIN
 from keras_rmsprop.state import copied
 from keras_rmsprop.update import Part
 
@@ -31,13 +32,15 @@ class Momentum(NamedTuple):
     """`ema_momentum`."""
     warms_up: bool = False
     """Whether the share is (1 + t) / (10 + t) as long as that is less."""
+    begin: Any = 0
+    """How many updates there were before t counts: up to the end of the last `fit`."""
 
     def at(self, t: Any, dtype: Any) -> Any:
         """Return the share after t updates: 0 at first, which copies the weights."""
         most = self.most
         if self.warms_up:
             dtype = keras.backend.standardize_dtype(dtype)
-            n = ops.cast(t, rule.wide(dtype))
+            n = ops.cast(t, rule.wide(dtype)) - ops.cast(self.begin, rule.wide(dtype))
             most = rule.at_most((1 + n) / (10 + n), rule.cast(most, n.dtype))
             most = ops.cast(most, dtype)
         return ops.cast(ops.not_equal(t, 0), dtype) * most
@@ -54,6 +57,8 @@ class Momentum(NamedTuple):
         m = tf.cast(tf.constant(self.most, dtype), tf.float64)
         if not self.warms_up:
             return m ** (b - a)
+        # Not below 0, as counts of a clock without updates may be.
+        a, b = (tf.maximum(x - tf.cast(self.begin, a.dtype), 0) for x in (a, b))
         # From this t on (1 + t) / (10 + t) is not less than m.
         c = tf.minimum(tf.maximum(tf.math.ceil((10 * m - 1) / (1 - m)), a), b)
         product = m ** (b - c)
@@ -89,9 +94,10 @@ class Table(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """What is equal for an equal table."""
-        most, warms_up = self.momentum
-        most = most if isinstance(most, int | float) else id(most)
-        return id(self.weights), id(self.average), most, warms_up
+        of_momentum = (
+            x if isinstance(x, int | float) else id(x) for x in self.momentum
+        )
+        return id(self.weights), id(self.average), *of_momentum
 
     def catch_up(self) -> None:
         """Bring the averages of all rows up to date, in one operation."""
@@ -215,8 +221,8 @@ def _as_int(iterations: Any) -> Any:
 
 
 def _only_if(condition: Any, do: Any) -> None:
-    # One branch is empty: else XLA would copy what the other one writes.
-    tf.cond(condition, do, lambda: None)
+    # XLA would copy what is written if no branch were empty. As it is, in the second.
+    tf.cond(tf.logical_not(condition), lambda: None, do)
 
 
 class Averages:
@@ -234,7 +240,12 @@ class Averages:
         return bool(self._optimizer.use_ema)
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Do nothing: Keras makes the averages."""
+        """Make the counter of `Momentum.begin`; Keras makes the averages."""
+        optimizer = self._optimizer
+        if optimizer.use_ema and optimizer.ema_warmup:
+            optimizer._ema_begin = optimizer.add_variable(
+                (), "zeros", "int32", name=EMA_BEGIN
+            )
 
     def are_new(self) -> bool:
         """Whether there are averages, and no step that they followed."""
@@ -276,7 +287,23 @@ class Averages:
 
     def momentum(self) -> Momentum:
         """Return the decay rate."""
-        return Momentum(self._optimizer.ema_momentum, self._optimizer.ema_warmup)
+        optimizer = self._optimizer
+        begin = vars(optimizer).get("_ema_begin", 0)
+        return Momentum(optimizer.ema_momentum, optimizer.ema_warmup, begin)
+
+    def warm_up_again(self) -> None:
+        """Warm up from here: weights that go on from their average have little past.
+
+        Else a loop of short calls of `fit` would hardly move, as each ends with an
+        average over several of them.
+        """
+        begin = self.momentum().begin
+        if not isinstance(begin, int):
+            for table in self.tables().values():
+                table.catch_up()
+            # A copy: on JAX both would share one buffer, and give it away twice.
+            now = ops.copy(ops.cast(self._optimizer.iterations, begin.dtype))
+            backend.assign_everywhere(begin, now)
 
     def tables(self) -> dict[int, Table]:
         """Return the tables in whose averages rows may wait, by their index."""

@@ -11,7 +11,10 @@ from keras_rmsprop.automatic import AutoLearningRate
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.forms import form, name_of
 from keras_rmsprop.rule import Slots
-from keras_rmsprop.slots import Order, all_or_nothing, set_variables
+from keras_rmsprop.slots import VELOCITY, Order, all_or_nothing, set_variables
+
+TABLES = ("embeddings",)
+"""Parts of the names of tables, as Keras' `Embedding` names its own."""
 
 
 def build(optimizer: Any, variables: Sequence[Any], build_of_keras: Any) -> None:
@@ -29,9 +32,8 @@ def build(optimizer: Any, variables: Sequence[Any], build_of_keras: Any) -> None
         value = float(optimizer.initial_accumulator_value)
         # `Constant` takes twice the memory.
         start = keras.initializers.Constant(value) if value else "zeros"
-        optimizer._velocities = make("velocity", start)
-        has_momentum = options.is_on(optimizer.momentum)
-        optimizer._momentums = make("momentum") if has_momentum else []
+        optimizer._velocities = make(VELOCITY, start)
+        optimizer._momentums = _momentums(optimizer, variables)
         has_average = optimizer.centered
         optimizer._average_gradients = make("average_gradient") if has_average else []
         for name, draw in codecs.named(optimizer.slot_dtype).extra.items():
@@ -42,6 +44,28 @@ def build(optimizer: Any, variables: Sequence[Any], build_of_keras: Any) -> None
         if not optimizer._book.order.keys:
             keys = map(optimizer._var_key, variables)
             optimizer._book.order = Order().then(keys)
+
+
+def _momentums(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+    """Make the momentum of each variable; None: it has none. Without any, no list."""
+    if not options.is_on(optimizer.momentum):
+        return []
+    others = [v for v in variables if not is_apart(optimizer, v)]
+    made = iter(optimizer.add_optimizer_variables(others, "momentum"))
+    return [None if is_apart(optimizer, v) else next(made) for v in variables]
+
+
+def is_apart(optimizer: Any, variable: Any) -> bool:
+    """Whether a variable is a table that steps as `tables.of_table` says: with "auto".
+
+    Its path tells, or a sparse gradient that it had.
+    """
+    if optimizer._auto is None:
+        return False
+    name = getattr(variable, "path", variable.name).rpartition("/")[2]
+    if any(part in name for part in TABLES):
+        return True
+    return optimizer._var_key(variable) in optimizer._clocks.sparse
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -58,7 +82,7 @@ def build_for(optimizer: Any, variables: Sequence[Any]) -> None:
     """
     if not optimizer.built:
         optimizer.build([*variables])
-    optimizer._doors.load_pending()
+    optimizer._state_io.load_pending()
     given = {optimizer._var_key(v): v for v in variables}
     known = {optimizer._var_key(v): v for v in optimizer._trainable_variables}
     # If some are known, layers were unfrozen. If none is, they are another model's.
@@ -128,7 +152,9 @@ def codec_of(optimizer: Any, variable: Any) -> tuple[codecs.Float, str]:
 
 def slots_of(optimizer: Any, i: int) -> Slots:
     """Return the slots of a variable that are in use, by its index."""
-    has_momentum = options.is_on(optimizer.momentum)
+    variable = optimizer._trainable_variables[i]
+    is_on = options.is_on(optimizer.momentum)
+    has_momentum = is_on and not is_apart(optimizer, variable)
     return Slots(
         optimizer._velocities[i],
         optimizer._momentums[i] if has_momentum else None,

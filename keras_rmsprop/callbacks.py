@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_rmsprop.batch_norm import Averaged
+from keras_rmsprop.batch_norm import recompute_batch_norm as recompute_batch_norm
 from keras_rmsprop.callback_base import Callback, described, inner, list_of
 from keras_rmsprop.monitoring import Monitor as Monitor
 from keras_rmsprop.range_test import LearningRateFinder as LearningRateFinder
@@ -54,6 +56,9 @@ class AverageForEvaluation(Callback):
     reads the model at the end of an epoch see the averages. Then training continues
     from the weights, bit-for-bit: they are copied and put back.
 
+    The moving statistics of `BatchNormalization` would not fit averaged weights. So the
+    callback averages them, too, at the same rate. When `fit` ends the model has both.
+
     Its place in the list of callbacks does not matter: it runs before all others,
     except `BackupAndRestore` and `Monitor`, which need the weights themselves.
 
@@ -101,6 +106,8 @@ class AverageForEvaluation(Callback):
         self._depth = 0
         self._holds = False
         self._in_epoch_end = False
+        self._statistics: Averaged | None = None
+        self._done = self._counted = 0
 
     def put_back(self) -> None:
         """Give the model its own weights again, if it has the averages.
@@ -119,6 +126,9 @@ class AverageForEvaluation(Callback):
         """Put back what an interrupted run left, and become the first callback."""
         self._check()
         self.put_back()
+        [optimizer, *_] = _averaging(self.model.optimizer)
+        updates = int(as_array(optimizer.iterations)) if optimizer.built else 0
+        self._statistics = Averaged(self.model, optimizer, updates)
         caller = list_of(self)
         if caller is None:
             return
@@ -131,8 +141,13 @@ class AverageForEvaluation(Callback):
         last = [_LeavesAfterBatch(self)] if saves else []
         caller.callbacks = [*early, self, *late, *last]
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Let the averages of statistics follow what the last batches left."""
+        self._count(batch)
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Put the averages in, if a callback may save them."""
+        self._done = batch + 1
         if self._after_batches:
             self._enter()
 
@@ -144,6 +159,7 @@ class AverageForEvaluation(Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Put the weights back."""
+        self._done = self._counted = 0
         if self._in_epoch_end:
             self._in_epoch_end = False
             self.leave()
@@ -173,7 +189,7 @@ class AverageForEvaluation(Callback):
 
     def _check(self) -> None:
         optimizer = self.model.optimizer
-        if not any(getattr(one, "use_ema", False) for one in inner(optimizer)):
+        if not _averaging(optimizer):
             raise ValueError(
                 "`AverageForEvaluation` needs an optimizer with `use_ema=True`. "
                 f"Received: {described(optimizer)} of the model {self.model.name!r}"
@@ -188,16 +204,35 @@ class AverageForEvaluation(Callback):
         if model in _held and _held[model].is_in_place():
             return  # another callback has put them in
         sync(model)
-        variables = model.trainable_variables
+        variables, statistics = model.trainable_variables, self._statistics
         raw = [copied(v) for v in variables]
+        begins = [vars(one).get("_ema_begin") for one in _averaging(model.optimizer)]
+        before = [(begin, copied(begin)) for begin in begins if begin is not None]
         model.optimizer.finalize_variable_values(variables)
+        for begin, value in before:  # it is no end: the warm-up goes on
+            begin.assign(value)
         averages = [copied(v) for v in variables]
+        if statistics is not None:
+            self._count(self._done)
+            variables = [*variables, *statistics.variables]
+            raw += [copied(v) for v in statistics.variables]
+            averages += statistics.averages
+            for variable, value in zip(
+                statistics.variables, statistics.averages, strict=True
+            ):
+                variable.assign(copied(value))
         if keras.backend.backend() == "jax":
             # A weight may share its average's buffer, and would give that away.
             for variable, value in zip(variables, averages, strict=True):
                 variable.assign(copied(value))
         _held[model] = _Held(variables, raw, averages)
         self._holds = True
+
+    def _count(self, batches: int) -> None:
+        """Let the averages of statistics follow the batches of an epoch so far."""
+        if self._statistics is not None:
+            self._statistics.follow(batches - self._counted)
+            self._counted = batches
 
     def leave(self) -> None:
         """Put the weights back, if nothing else needs the averages in the model."""
@@ -210,6 +245,11 @@ class AverageForEvaluation(Callback):
 def _has_averages(optimizer: Any) -> bool:
     """Whether there was a step: until then there are no averages to put in."""
     return all(o.built and as_array(o.iterations) > 0 for o in inner(optimizer))
+
+
+def _averaging(optimizer: Any) -> list[Any]:
+    """Return the optimizers, of a wrapper or the one itself, that average weights."""
+    return [one for one in inner(optimizer) if getattr(one, "use_ema", False)]
 
 
 def _needs_raw_weights(callback: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from keras_rmsprop.access import unwrapped, write
+from keras_rmsprop.access import after, inside_xla, read, unwrapped, write
 
 
 class Ticks(tf.Module):
@@ -40,13 +40,16 @@ class Ticks(tf.Module):
     def tick(self, ids: Any, count: Any) -> Any:
         """Count an update of some rows, `count` of them; return its number."""
         now = tf.convert_to_tensor(self.updates.assign_add(1))
+        if inside_xla():
+            ids = after(ids, read(self.last, ids))  # rows that were read before
         write(self.last, tf.fill(tf.reshape(count, [1]), now), ids)
         return now
 
     def reset(self) -> None:
         """Restart: all rows are up to date."""
         self.updates.assign(0)
-        self.last.assign(tf.zeros_like(self.last))
+        # That is 0. To write zeros, XLA copies twice.
+        self.last.assign(tf.minimum(tf.convert_to_tensor(self.last), 0))
 
     def at_once(self, change: Callable[[], None], key: Hashable) -> None:
         """Change variables of the table in one operation, which no Ctrl-C can split.
@@ -205,11 +208,12 @@ class Clocks(tf.Module):
 
     Args:
         optimizer: The optimizer, an object whose `_trainable_variables`, `use_ema`,
-            `_accumulated_gradients` and `_doors` are read.
+            `_accumulated_gradients` and `_state_io` are read.
 
     Attributes:
         refused: Something that stands for each table that a graph updates without a
             clock, so that none can be made later.
+        sparse: Something that stands for each variable that had a sparse gradient.
     """
 
     _alive: ClassVar["weakref.WeakSet[Clocks]"] = weakref.WeakSet()
@@ -218,6 +222,7 @@ class Clocks(tf.Module):
     def __init__(self, optimizer: Any) -> None:
         super().__init__()
         self.refused: set[Any] = set()
+        self.sparse: set[Any] = set()
         self._reference = weakref.ref(optimizer)
         self._being_made = False
         with Clocks._lock:
@@ -290,7 +295,7 @@ class Clocks(tf.Module):
                     continue
                 with tf.init_scope():
                     if not tf.convert_to_tensor(ticks.shared):
-                        other._optimizer._doors.catch_up()
+                        other._optimizer._state_io.catch_up()
                         ticks.shared.assign(True)
 
     def _put(self, index: int, clock: Clock) -> None:
@@ -316,7 +321,7 @@ class Clocks(tf.Module):
     def _trackable_children(self, save_type: Any = None, **kwargs: Any) -> Any:
         # A checkpoint that is written asks for what to write, and says that it does.
         if save_type == "checkpoint" and tf.executing_eagerly():
-            self._optimizer._doors.before_checkpoint()
+            self._optimizer._state_io.before_checkpoint()
         given = () if save_type is None else (save_type,)
         return super()._trackable_children(*given, **kwargs)
 

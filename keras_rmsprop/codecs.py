@@ -205,7 +205,7 @@ def note_dtype(attributes: Any, dtype: Any) -> None:
 
 CODES = f"uint8 in blocks of {blockwise.BLOCK}, then a float32 scale; 8-fold groups"
 """What a file calls the form in which `Blockwise` keeps numbers."""
-IN_BLOCKS = "a byte a number, in blocks"
+IN_BLOCKS = "8 bits per element, in blocks"
 LEAST_ELEMENTS = 2**12
 """Of a variable with 8-bit state: with fewer it would save next to nothing."""
 

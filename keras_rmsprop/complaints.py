@@ -1,4 +1,4 @@
-"""What a user should know about a learning rate that is found, and what to change."""
+"""What a user should know about an estimated learning rate, and what to change."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def complaint(estimate: Estimate, initial: float) -> str:
     distance, _, steps, path, _ = estimate
     if not distance <= RUNAWAY_DISTANCE:  # NaN, too
         return (
-            f"The learning rate found, {distance:.3g}, is larger than weights should "
-            "move in a step. If the loss does not fall, use "
+            f"The estimated learning rate, {distance:.3g}, is larger than weights "
+            "should move in a step. If the loss does not fall, use "
             "`AutoLearningRate(coefficient=0.5, growth=1.02)`, or clip gradients"
         )
     if not steps or distance > initial * (1 + 1e-6):  # which is a float32
@@ -64,8 +64,8 @@ def complaint_of_factor(new: Any, old: Any) -> str:
 
 def _no_factor(factor: float) -> str:
     return (
-        f"`learning_rate` is {factor:.3g}, but it is a factor on the learning rate "
-        "that is found: steps are that much shorter, too short to find it. Set "
+        f"`learning_rate` is {factor:.3g}, but it is a factor on the estimated "
+        "learning rate: steps are that much shorter, too short to estimate it. Set "
         "`optimizer.learning_rate = 1.0`, or remove the callback that sets it; one "
         "that lets the rate decay must start from 1, as "
         "`LearningRateScheduler(lambda epoch: 0.9**epoch)` does"

@@ -166,7 +166,7 @@ def torch(
 ) -> RMSprop:
     r"""Return an `RMSprop` like `torch.optim.RMSprop`.
 
-    Epsilon stands outside the root, the learning rate outside the sum of updates, and
+    Epsilon stands outside the root, the learning rate outside the momentum buffer, and
     weight decay is the L2 penalty.
 
     Args:
@@ -277,7 +277,7 @@ def timm(
         momentum: $\mu$.
         centered: Whether to divide by the root of the variance.
         decoupled_decay: Whether weight decay is decoupled; else it is the L2 penalty.
-        lr_in_momentum: Whether the learning rate enters the sum of updates.
+        lr_in_momentum: Whether the learning rate enters the momentum buffer.
         caution: Whether elements of updates against the gradient are skipped.
         **kwargs: `corrected_weight_decay` and `foreach` have no counterpart here and
             are refused.

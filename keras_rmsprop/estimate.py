@@ -36,8 +36,8 @@ if keras.backend.backend() == "tensorflow":
 
 FORGETTING = 0.999**0.5
 """b, the decay rate of the sums: they remember some 2000 steps."""
-EPSILON = 1e-30
-"""Used instead of the default 1e-7, beside which small gradients would not count."""
+TINY = 1e-30
+"""Added to sums that may be 0."""
 LASTING = 100
 """For so many steps a distance found at the start lasts, before it fades."""
 MOST = 1e4
@@ -145,7 +145,7 @@ def find(
     gain = FORGETTING * old.gain + sign * weight * sum(gains)
     steps = old.steps + 1
     fading = old.distance * ops.sqrt((old.steps + LASTING) / (steps + LASTING))
-    found = options.coefficient * gain / (sum(sums) + EPSILON)
+    found = options.coefficient * gain / (sum(sums) + TINY)
     distance = ops.maximum(ops.maximum(found, fading), options.initial)
     distance = ops.minimum(distance, MOST)
     if not math.isinf(options.growth):
@@ -193,7 +193,8 @@ def _begin(parts: Sequence[Part], is_first: Any) -> None:
             weights = part.sample.of(ops.convert_to_tensor(part.variable))
             part.first.assign(ops.cast(weights, part.first.dtype))
 
-    backend.either(is_first, begin, lambda: None, [part.first for part in parts])
+    firsts = [part.first for part in parts]
+    backend.either(ops.logical_not(is_first), lambda: None, begin, firsts)
 
 
 def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> None:
@@ -210,7 +211,7 @@ def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> No
             if part.rows is not None:
                 part.rows.clock.sum.assign(0.0)
 
-    backend.either(forgets, forget, lambda: None, variables)
+    backend.either(ops.logical_not(forgets), lambda: None, forget, variables)
 
 
 def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
@@ -257,7 +258,8 @@ def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     first = sparse.read(part.first, places)
     old = FORGETTING * sparse.faded(sparse.read(part.sums, places), rows, FORGETTING)
     new = old + ops.cast(weight, g.dtype) * g
-    sparse.write(part.sums, new, places)
+    written = places if places is None else sparse.after(places, before)
+    sparse.write(part.sums, new, written)
     sum_ = ops.sum(ops.absolute(new))
     if places is not None:
         sum_ += FORGETTING * ops.cast(before, g.dtype) - ops.sum(ops.absolute(old))

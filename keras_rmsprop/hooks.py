@@ -38,13 +38,13 @@ def own(optimizer: Any, base: type) -> frozenset[str]:
         optimizer: The optimizer.
         base: The class whose methods are no overrides.
     """
-    instance, kind = vars(optimizer), type(optimizer)
-    return frozenset(
-        name
-        for name in HOOKS
-        if name in instance
-        or (kind is not base and getattr(kind, name) is not getattr(base, name))
-    )
+    kind, of_instance = type(optimizer), frozenset(HOOKS & vars(optimizer).keys())
+    if kind is base:
+        return of_instance
+    of_class = {
+        name for name in HOOKS if getattr(kind, name) is not getattr(base, name)
+    }
+    return of_instance | of_class
 
 
 def refuse_others(kind: type) -> None:

@@ -325,9 +325,9 @@ class Monitor(Callback):
         figure = Figure((13, 4), layout="constrained")
         panels = figure.subplots(1, 3)
         titles = {
-            "effective_rate": "effective rate, weight per gradient",
-            "update_ratio": "change of a step / weights",
-            "gradient_norm": "norm of the gradient",
+            "effective_rate": "effective rate",
+            "update_ratio": "update ratio",
+            "gradient_norm": "gradient norm",
         }
         for panel, (name, title) in zip(panels, titles.items(), strict=True):
             for path in dict.fromkeys(r.variable for r in self.readings):
@@ -342,5 +342,5 @@ class Monitor(Callback):
             panel.grid(alpha=0.3)
         handles, labels = panels[0].get_legend_handles_labels()
         if len(labels) <= 12:
-            figure.legend(handles, labels, loc="outside lower center", ncols=4)
+            figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return figure

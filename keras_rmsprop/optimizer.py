@@ -1,4 +1,4 @@
-"""The optimizer: its arguments, doors and configuration.
+"""The optimizer: its arguments, state and configuration.
 
 How it takes a step stands in `step.py`, how it is built in `building.py`.
 """
@@ -14,10 +14,10 @@ from keras_rmsprop import automatic, building, checks, explaining, hooks, option
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.complaints import complaint_of_factor
-from keras_rmsprop.doors import Doors, check_built
 from keras_rmsprop.saving import is_walking
 from keras_rmsprop.slots import Book
 from keras_rmsprop.state import State, paths
+from keras_rmsprop.state_io import StateIO, check_built
 from keras_rmsprop.stepping import Steps
 from keras_rmsprop.tables import OPTIONS_OF_ROWS
 
@@ -48,23 +48,27 @@ class RMSprop(keras.optimizers.Optimizer):
       w &\leftarrow (1 - \eta\,\omega)\,w - k \odot u
     \end{aligned}$$
 
+    `maximize` sets $s$, `weight_decay` $\lambda$ or $\omega$, `bias_correction` $c_t$,
+    `epsilon_inside_sqrt` $d$, `nesterov` $u$, `cautious` $k$.
+
     The slots $v$ (`velocity`), $m$ (`momentum`) and $a$ (`average_gradient`) have the
     shape of their weight, and its dtype, but at least float32 (see `slot_dtype`).
 
     An attribute assigned between two eager steps takes effect with the next. In `fit`
-    and in a `tf.function`, as with Keras' optimizers, what was traced stays: a callable
-    is called once, and options are those of the trace. `explain` says how steps run.
+    and in a `tf.function` options are those of the trace, as with Keras' optimizers.
 
     Args:
         learning_rate: $\eta$, a number >= 0, a
             `keras.optimizers.schedules.LearningRateSchedule`, a callable without
             arguments that returns a number, or `"auto"`: then it is estimated in
-            training (see `AutoLearningRate`), `current_learning_rate` is the rate, and
-            a value assigned to `learning_rate` multiplies it. It works best with
-            `use_ema` and `ema_warmup`. Defaults to `0.001`.
+            training (see `AutoLearningRate`), `current_learning_rate` is the rate, a
+            value assigned to `learning_rate` multiplies it, and other defaults are
+            those that train best so. Defaults to `0.001`.
         rho: $\rho$, the decay rate of $v$ and $a$, in [0, 1). Defaults to `0.9`.
         momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
-            Defaults to `0.0`.
+            Defaults to `0.0`, with "auto" to `0.9`; then tables have none: variables
+            with "embeddings" in their name, and on TensorFlow what has gradients in
+            `tf.IndexedSlices`. Their rate is `1 / (1 - momentum)` times that of others.
         epsilon: $\epsilon$ > 0, in units of the squared gradient if it stands inside
             the root, else of the gradient. Defaults to `1e-7`, with "auto" to `1e-30`.
         centered: Whether to divide by the root of the variance, $v - a^2$; else there
@@ -75,7 +79,7 @@ class RMSprop(keras.optimizers.Optimizer):
         clipvalue: Number or `None`: the largest magnitude of an element of a gradient.
         global_clipnorm: Number or `None`: the largest norm of all gradients together.
         use_ema: Whether to keep an exponential moving average (EMA) of the weights.
-            Defaults to `False`.
+            Defaults to `False`, with "auto" to `True`.
         ema_momentum: Decay rate of the EMA, in [0, 1]. Defaults to `0.99`.
         ema_overwrite_frequency: Number of steps after which the EMA replaces the
             weights, or `None`: only when training ends.
@@ -91,7 +95,7 @@ class RMSprop(keras.optimizers.Optimizer):
         bias_correction: Whether to divide $v$ and $a$ by $1 - \rho^t$, as Adam does.
             Defaults to `False`, with "auto" and without `centered` to `True`.
         nesterov: Which $u$: `False` the first; `True` the second, the momentum buffer
-            as the next step would have it. Defaults to `False`.
+            as the next step would have it. Defaults to `False`, with "auto" to `True`.
         lr_in_momentum: Whether $\eta$ enters the momentum buffer, as above; else
             $m \leftarrow \mu m + g / d$ and the update is $\eta\,k \odot u$, so that a
             changed learning rate scales past updates, too. Defaults to `True`.
@@ -110,9 +114,9 @@ class RMSprop(keras.optimizers.Optimizer):
         float32_slots: With 8-bit state, names: a variable with one of them in its path
             keeps its slots in float32, as do those with fewer than 4096 elements.
             Defaults to `("embeddings",)`.
-        ema_warmup: Whether the decay rate of the EMA after $t$ updates is at most
-            $(1 + t) / (10 + t)$, so that a short run does not drag its first weights
-            along. Defaults to `False`.
+        ema_warmup: Whether the decay rate of the EMA after $t$ updates of this `fit` is
+            at most $(1 + t) / (10 + t)$: a short run does not drag its first weights
+            along. Defaults to `False`, with "auto" and `use_ema` to `True`.
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing but `skipped_steps`, which counts such steps. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient (of
@@ -152,15 +156,15 @@ class RMSprop(keras.optimizers.Optimizer):
         self,
         learning_rate: Any = 0.001,
         rho: float = 0.9,
-        momentum: float = 0.0,
-        epsilon: float = 1e-7,
+        momentum: float | None = None,
+        epsilon: float | None = None,
         centered: bool = False,
         weight_decay: float | None = None,
         clipnorm: float | None = None,
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
-        use_ema: bool = False,
-        ema_momentum: float = 0.99,
+        use_ema: bool | None = None,
+        ema_momentum: float | None = None,
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
@@ -169,14 +173,14 @@ class RMSprop(keras.optimizers.Optimizer):
         epsilon_inside_sqrt: bool = True,
         initial_accumulator_value: float = 0.0,
         bias_correction: bool | None = None,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         lr_in_momentum: bool = True,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         cautious: bool = False,
         slot_dtype: Literal["bfloat16", "float32", "float64", "uint8"] | None = None,
         float32_slots: Sequence[str] = ("embeddings",),
-        ema_warmup: bool = False,
+        ema_warmup: bool | None = None,
         skip_nonfinite: bool = False,
         sparse_update: Literal["exact", "lazy"] = "exact",
         jit_compile: bool | Literal["auto"] = "auto",
@@ -186,9 +190,7 @@ class RMSprop(keras.optimizers.Optimizer):
         auto = automatic.asked_for(learning_rate)
         if auto is not None:
             learning_rate = auto.factor
-            bias_correction, epsilon = auto.defaults(centered, bias_correction, epsilon)
-        bias_correction = bias_correction or False
-        given = locals()
+        given = options.filled(locals(), auto=auto is not None)
         own = options.checked(options.OPTIONS, given)
         options.check_slots(own["slot_dtype"], own["centered"])
         learning_rate = checks.learning_rate(learning_rate)
@@ -209,7 +211,7 @@ class RMSprop(keras.optimizers.Optimizer):
         self.skipped_steps: Any = 0
         self._book, self._offset = Book(), None
         self._clocks: Any = backend.clocks(self)
-        self._steps, self._doors = Steps(self, RMSprop), Doors(self)
+        self._steps, self._state_io = Steps(self, RMSprop), StateIO(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse to override what a step never calls."""
@@ -224,10 +226,10 @@ class RMSprop(keras.optimizers.Optimizer):
             if any(building.knows(self, [v]) for v in variables):
                 building.build_for(self, variables)
             return
-        with backend.outside_functions_if(self._doors.pending is not None):
+        with backend.outside_functions_if(self._state_io.pending is not None):
             building.build(self, variables, super().build)
         if type(self).build is RMSprop.build:  # else a subclass has more to make
-            self._doors.load_pending()
+            self._state_io.load_pending()
 
     def add_variable_from_reference(
         self,
@@ -300,7 +302,7 @@ class RMSprop(keras.optimizers.Optimizer):
     def _model_variables_moving_average(self) -> list[Any]:
         """The averages of the weights, under the name by which Keras reads them."""
         if backend.is_eager() and hasattr(self, "_weight_averages"):
-            self._doors.catch_up()
+            self._state_io.catch_up()
         return self._weight_averages
 
     @_model_variables_moving_average.setter
@@ -309,10 +311,10 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End a training, as `fit` does; see `keras.optimizers.Optimizer`."""
-        # On JAX a step that failed in `fit` has no values left. Only private: `_value`.
         if self.built and getattr(self._iterations, "_value", 0) is None:
-            return
+            return  # on JAX a step that failed in `fit` has no values left
         super().finalize_variable_values(var_list)
+        Averages(self).warm_up_again()
         if self._search is not None and self.built:
             self._warn(self._search.end_fit(self._trainable_variables))
 
@@ -327,9 +329,8 @@ class RMSprop(keras.optimizers.Optimizer):
             >>> from keras_rmsprop import RMSprop
             >>> optimizer = RMSprop(jit_compile=False, cautious=True)
             >>> optimizer.build([keras.Variable([1.0, 2.0], name="bias")])
-            >>> print("\n".join(optimizer.explain().splitlines()[:2]))
-            An eager step runs operation by operation:
-              1 on its own (`cautious` counts each variable's elements): bias (2,)
+            >>> print(optimizer.explain().splitlines()[1].strip())
+            1 on its own (`cautious` counts each variable's elements): bias (2,)
         """
         check_built(self)
         return explaining.explain(self._steps, paths(self._trainable_variables))
@@ -338,18 +339,18 @@ class RMSprop(keras.optimizers.Optimizer):
     def variables(self) -> list[Any]:
         """The optimizer's variables, in the built-in's order; all rows up to date."""
         if backend.is_eager() and not is_walking():
-            self._doors.bring_up_to_date()
+            self._state_io.bring_up_to_date()
         return super().variables
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the optimizer's variables; see `keras.optimizers.Optimizer`."""
-        self._doors.bring_up_to_date()
-        self._doors.warn_of_order()
+        self._state_io.bring_up_to_date()
+        self._state_io.warn_of_order()
         super().set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:
         """Save the state, with names by which it is found again."""
-        self._doors.save(store)
+        self._state_io.save(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Load the state, now or, if the optimizer is not built yet, when it is.
@@ -357,14 +358,14 @@ class RMSprop(keras.optimizers.Optimizer):
         A value goes to the variable with the weights that its variable had; else by
         place, with names as a check. A warning says what starts fresh.
         """
-        self._doors.load(store)
+        self._state_io.load(store)
 
     def get_state(self) -> State:
         """Return the slots and the step count as NumPy arrays, in float32 at least.
 
         Without the EMA of the weights and the estimate behind `learning_rate="auto"`.
         """
-        return self._doors.state()
+        return self._state_io.state()
 
     def set_state(self, state: State) -> None:
         """Take over a state, from `get_state` or made from another framework's.
@@ -375,7 +376,7 @@ class RMSprop(keras.optimizers.Optimizer):
         Raises:
             ValueError: The state does not fit; nothing is changed.
         """
-        self._doors.set_state(state)
+        self._state_io.set_state(state)
 
     @property
     def current_learning_rate(self) -> Any:
@@ -420,9 +421,9 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; programs that hold another value are not used any more."""
-        is_made = "_doors" in vars(self)
+        is_made = "_state_io" in vars(self)
         if is_made and name in OPTIONS_OF_ROWS and backend.is_eager():
-            self._doors.before_change()  # waiting rows have followed the old one so far
+            self._state_io.before_change()  # waiting rows followed the old one so far
         super().__setattr__(name, value)
         if is_made and not isinstance(getattr(type(self), name, None), property):
             self._steps.forget_attributes()

@@ -116,6 +116,47 @@ def checked(table: Mapping[str, Check], given: Mapping[str, Any]) -> dict[str, A
     return {name: check(name, given[name]) for name, check in table.items()}
 
 
+DEFAULTS: dict[str, Any] = {
+    "momentum": 0.0,
+    "epsilon": 1e-7,
+    "bias_correction": False,
+    "nesterov": False,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_warmup": False,
+}
+"""What the arguments that are None by default stand for: what the built-in does."""
+AUTO: dict[str, Any] = {
+    "momentum": 0.9,
+    "epsilon": 1e-30,
+    "bias_correction": True,
+    "nesterov": True,
+    "use_ema": True,
+}
+"""What they stand for with a learning rate that is found, if that is something else.
+
+Beside a larger epsilon small gradients would not count."""
+AUTO_AVERAGE: dict[str, Any] = {"ema_warmup": True}
+"""The same of options of the average, if there is one."""
+
+
+def filled(given: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
+    """Return arguments, with what those stand for that were not given.
+
+    Args:
+        given: Arguments by name; None: not given.
+        auto: Whether a learning rate is found in training.
+    """
+    defaults = DEFAULTS | (AUTO if auto else {})
+    if auto and given["centered"]:  # the variance of the first gradients is 0
+        defaults |= {name: DEFAULTS[name] for name in ("epsilon", "bias_correction")}
+    use_ema = given["use_ema"]
+    if auto and (use_ema is None or use_ema):
+        defaults |= AUTO_AVERAGE
+    missing = {k: default for k, default in defaults.items() if given[k] is None}
+    return {**given, **missing}
+
+
 def check_slots(slot_dtype: str | None, centered: bool) -> None:
     """Check options that exclude each other.
 
@@ -180,9 +221,9 @@ def warn_without_average(use_ema: bool, given: Mapping[str, Any]) -> None:
 
 
 OF_THE_AVERAGE = {
-    "ema_momentum": 0.99,
+    "ema_momentum": DEFAULTS["ema_momentum"],
     "ema_overwrite_frequency": None,
-    "ema_warmup": False,
+    "ema_warmup": DEFAULTS["ema_warmup"],
 }
 """The options that say how weights are averaged, with their defaults."""
 

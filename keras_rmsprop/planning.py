@@ -11,11 +11,19 @@ from keras_rmsprop import checks, codecs
 from keras_rmsprop.alignment import Owner, aligned
 from keras_rmsprop.codecs import ROUNDING_OFFSET
 from keras_rmsprop.saving import File, Name, Value, not_numeric
-from keras_rmsprop.slots import ITERATION, OF_SEARCH, RATE, RATE_ESTIMATE, RATE_FACTOR
+from keras_rmsprop.slots import (
+    EMA_BEGIN,
+    ITERATION,
+    OF_SEARCH,
+    RATE,
+    RATE_ESTIMATE,
+    RATE_FACTOR,
+    VELOCITY,
+)
 from keras_rmsprop.state import is_real, wrong_numbers
 
 SKIPPED_STEPS = "skipped_steps"
-OURS = (ROUNDING_OFFSET, SKIPPED_STEPS)
+OURS = (ROUNDING_OFFSET, SKIPPED_STEPS, EMA_BEGIN)
 """Kinds that the built-in does not have, and that a file may lack."""
 _NOT_IN_BUILT_IN = *OURS, *OF_SEARCH
 
@@ -121,6 +129,9 @@ def _by_position(
     ]
     if count == len(places):
         by_position = [*places]
+    plain = [n for n in by_position if n.kind in (ITERATION, RATE, VELOCITY)]
+    if count == len(plain):
+        by_position = plain
     if count != len(by_position):
         shapes = [value.shape for value in file.values if value.shape]
         is_of_pairs = bool(shapes) and shapes[::2] == shapes[1::2]

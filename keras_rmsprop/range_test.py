@@ -49,7 +49,7 @@ class LearningRateFinder(Callback):
 
     Raises:
         ValueError: An argument is out of its range, or the optimizer's learning rate is
-            a schedule or found while training.
+            a schedule or estimated in training.
         TypeError: An argument is not of its type.
 
     Example:

@@ -48,9 +48,9 @@ def step(
         alpha: Learning rate.
         beta: Decay rate of the averages.
         epsilon: Keeps the root away from zero.
-        momentum: Decay rate of the sum of past updates.
+        momentum: Decay rate of the momentum buffer.
         centered: Divide by the root of the variance, v - (average gradient)^2.
-        nesterov: Take the step that the sum of updates would make next.
+        nesterov: Take the step that the momentum buffer would make next.
         epsilon_inside_sqrt: Add epsilon inside the root; else add it to the root.
         initial_accumulator_value: Where v starts.
         bias_correction: Divide both averages by 1 - beta^t.
@@ -103,6 +103,7 @@ def automatic_step(
     growth: float = np.inf,
     sample_every: int = 4,
     factor: float = 1.0,
+    tables: Sequence[int] = (),
     **hyperparameters: Any,
 ) -> list[Array]:
     """Return several parameters after a step whose learning rate is estimated.
@@ -112,6 +113,9 @@ def automatic_step(
         r <- b r + factor d^2 / initial * sum of g (theta_0 - theta)
         s <- b s + factor d^2 / initial * g
         d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
+
+    A table steps without momentum, and its epsilon is larger by (mean of |g|^(1/4))^8,
+    over all g but 0.
 
     Args:
         thetas: The parameters.
@@ -123,6 +127,7 @@ def automatic_step(
         sample_every: One in so many elements of a large parameter is looked at, along
             the shorter side, and stands for the others.
         factor: What multiplies the distance to the learning rate.
+        tables: Which of the parameters are tables.
         **hyperparameters: Arguments of `step`.
 
     Example:
@@ -161,10 +166,24 @@ def automatic_step(
     fading = state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
     distance = max(initial, fading, coefficient * found)
     state["d"] = min(distance, growth * state["d"], 1e4)
-    alpha = factor * state["d"] * (1 - hyperparameters.get("momentum", 0.0))
+    alpha = factor * state["d"]
+    rest = 1 - hyperparameters.get("momentum", 0.0)
+    dense = hyperparameters | {"alpha": rest * alpha}
+
+    def like_a_table(gradient: ArrayLike) -> dict[str, Any]:
+        size = np.abs(np.asarray(gradient, np.float64))
+        typical = (size[size > 0] ** 0.25).mean() ** 8 if size.any() else 0.0
+        epsilon = hyperparameters.get("epsilon", 0.0) + typical
+        given = {"alpha": alpha, "momentum": 0.0, "epsilon": epsilon}
+        if hyperparameters.get("decoupled_weight_decay", True):  # as of the others
+            given["weight_decay"] = rest * hyperparameters.get("weight_decay", 0.0)
+        return hyperparameters | given
+
     return [
-        step(theta, gradient, each, alpha=alpha, **hyperparameters)
-        for theta, gradient, each in zip(thetas, gradients, state["each"], strict=True)
+        step(theta, g, each, **(like_a_table(g) if i in tables else dense))
+        for i, (theta, g, each) in enumerate(
+            zip(thetas, gradients, state["each"], strict=True)
+        )
     ]
 
 

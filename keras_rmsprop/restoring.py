@@ -1,4 +1,4 @@
-"""Saving and loading the optimizer's variables, at any time: one door out, one door in.
+"""Saving and loading the optimizer's variables, at any time.
 
 A file may be loaded before the optimizer is built, and so before there are variables to
 load it into. Then it is pending, unless something else is restored in the meantime.

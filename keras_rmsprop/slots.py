@@ -21,6 +21,10 @@ RATE, RATE_FACTOR = "learning_rate", "learning_rate_factor"
 """The names of the learning rate, and of the factor on one that is found."""
 ITERATION = "iteration"
 """The name of the step count."""
+EMA_BEGIN = "ema_begin"
+"""The name of the step count from which averages of weights warm up."""
+VELOCITY = "velocity"
+"""The kind of the slots that there always are."""
 
 
 UNKNOWN_ORDER = (

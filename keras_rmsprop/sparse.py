@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_rmsprop.access import after as after
 from keras_rmsprop.access import inside_xla as inside_xla
 from keras_rmsprop.access import mix as mix
 from keras_rmsprop.access import read as read
@@ -83,27 +84,43 @@ def widened(values: Any) -> Any:
     return tf.cast(values, wide(values.dtype))
 
 
-def distinct(gradient: tf.IndexedSlices, variable: Any) -> tuple[Any, Any]:
+def distinct(gradient: tf.IndexedSlices, clock: Clock) -> tuple[Any, Any]:
     """Return the gradients of the rows that have one, and these rows' indices.
 
     The slices of a row are summed, in float32 at least. Under XLA, which wants to know
     every shape, there are as many rows as slices: those left over are 0, and their
     index is just outside the table, where XLA writes nothing.
+
+    Args:
+        gradient: The slices.
+        clock: The table's clock. It is as it was when this ends.
     """
     values, ids = widened(gradient.values), gradient.indices
-    n = tf.size(ids)
     if not inside_xla():
         # Who gathers these rows while the forward pass holds the table would copy it.
         with tf.control_dependencies([values]):
             ids, places = tf.unique(ids)
         return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
-    order = tf.argsort(ids)
-    ids = tf.gather(ids, order)
-    is_new = tf.concat([tf.zeros([1], tf.bool), ids[1:] != ids[:-1]], 0)[:n]
-    places = tf.cumsum(tf.cast(is_new, tf.int32))
-    sums = tf.math.unsorted_segment_sum(tf.gather(values, order), places, n)
-    outside = tf.fill([n], tf.cast(variable.shape[0], ids.dtype))
-    return sums, tf.tensor_scatter_nd_update(outside, places[:, None], ids)
+    n, rows = tf.size(ids), tf.cast(clock.shape[0], ids.dtype)
+    places = tf.range(n)
+    is_inside = (ids >= 0) & (ids < rows)
+    met = tf.where(is_inside, _meeting_places(places, ids, clock), n)
+    sums = tf.math.unsorted_segment_sum(values, met, n)
+    return sums, tf.where(met == places, ids, rows)
+
+
+def _meeting_places(places: Any, ids: Any, clock: Clock) -> Any:
+    """Return a place for each index: one that its repeats have, too.
+
+    XLA sorts on one thread, so that repeats do not find each other by sorting. Each
+    writes its place into the row's number in the clock and reads what is there then:
+    the place of one of them, no matter which. Then the number is put back.
+    """
+    last = read(clock.last, ids)
+    write(clock.last, places, after(ids, last))
+    found = read(clock.last, ids)
+    write(clock.last, last, after(ids, found))
+    return found
 
 
 def update(
@@ -121,7 +138,8 @@ def update(
     Args:
         variable: The table.
         slots: Its slots.
-        rows: The rows, and the table's clock, which counts this update.
+        rows: The rows, and the table's clock, which counts this update, or is reset if
+            it is one of all rows.
         rho: Decay rate of the averages.
         draw: What random rounding depends on.
         step: Function from the weights of the rows and their slots before the update
@@ -133,7 +151,10 @@ def update(
     taken, new = step(weights, caught_up(slots, rows, rho))
     _write_slots(slots, new, rows, draw)
     subtract(variable, taken, ids)
-    clock.tick(ids, tf.shape(new.velocity)[0])
+    if ids is None:
+        Ticks.reset(clock)  # the average of the weights has its own
+    else:
+        clock.tick(ids, tf.shape(new.velocity)[0])
 
 
 def catch_up(slots: Slots, clock: Clock, rho: Any, draw: Draw) -> None:
@@ -189,7 +210,9 @@ def faded(values: Any, rows: Rows, rate: Any) -> Any:
     # The power of the rate that dense arithmetic would multiply by, again and again.
     dtype = values.dtype
     base = tf.cast(tf.convert_to_tensor(cast(rate, dtype), dtype), tf.float64)
-    factor = tf.cast(base ** tf.cast(behind, tf.float64), dtype)
+    # XLA computes this in a third of the time of `base**behind`. For a rate of 0, too.
+    logs = tf.math.multiply_no_nan(tf.math.log(base), tf.cast(behind, tf.float64))
+    factor = tf.cast(tf.exp(logs), dtype)
     return values * tf.reshape(factor, [-1] + [1] * (len(values.shape) - 1))
 
 

@@ -14,7 +14,7 @@ from keras_rmsprop.automatic import Search
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.skipping import Skipping
-from keras_rmsprop.tables import Tables, parts_of
+from keras_rmsprop.tables import Tables, of_table, parts_of
 from keras_rmsprop.update import Constants, Part, Update, update_one
 
 
@@ -60,8 +60,11 @@ class Taker(Protocol):
     def prepare(self, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
         """Check gradients; make slots for variables that have none."""
 
-    def update_of(self, part: Part) -> Update:
-        """Return what a step does to a variable."""
+    def updates_of(self, parts: Sequence[Part]) -> list[Update]:
+        """Return what a step does to variables."""
+
+    def is_apart(self, part: Part) -> bool:
+        """Whether a part is a table that steps as `tables.of_table` says."""
 
     def constants(self, rate: Any, scale: Any = None) -> Constants:
         """Return what is the same for all variables of a step."""
@@ -172,9 +175,19 @@ def update_all(
             optimizer.update_step(part.gradient, part.variable, rate)
         return []
     # Update: the rule, v <- rho v + (1 - rho) g^2, w <- w - eta g / sqrt(v + eps).
-    updates = list(map(steps.update_of, parts))
-    constants = steps.constants(rate, scale)._replace(count=count)
-    return backend.update(updates, constants, in_program=in_program)
+    constants, done = steps.constants(rate, scale), list[Any]()
+    apart, others = list[Part](), list[Part]()
+    for part in parts:
+        (apart if steps.is_apart(part) else others).append(part)
+    for update in steps.updates_of(apart):
+        of_one = of_table(update, constants)
+        done += backend.update(*of_one, in_program=in_program)
+    if others:
+        # The averages of tables follow later, and need the count as it is.
+        constants = constants._replace(count=None if apart else count)
+        updates = steps.updates_of(others)
+        done += backend.update(updates, constants, in_program=in_program)
+    return done
 
 
 def is_last(steps: Taker, parts: Sequence[Part]) -> bool:
@@ -202,7 +215,9 @@ def update_variable(steps: Taker, gradient: Any, variable: Any, rate: Any) -> No
     """
     optimizer = steps.optimizer
     part = Part(optimizer._get_variable_index(variable), variable, gradient)
-    update, constants = steps.update_of(part), steps.constants(rate)
+    [update], constants = steps.updates_of([part]), steps.constants(rate)
+    if steps.is_apart(part):
+        [update], constants = of_table(update, constants)
     if steps.own() & hooks.UPDATE_STEP:
         assign, assign_sub = optimizer.assign, optimizer.assign_sub
         update_one(update._replace(rows=None), constants, assign, assign_sub)

@@ -7,7 +7,7 @@ from keras_rmsprop import hooks, options, rule, step
 from keras_rmsprop.automatic import Search
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.building import build_for, knows, slots_of
+from keras_rmsprop.building import build_for, is_apart, knows, slots_of
 from keras_rmsprop.codecs import Draw, are_in_blocks
 from keras_rmsprop.step import F, update_all, update_variable
 from keras_rmsprop.tables import Tables
@@ -63,11 +63,17 @@ class Steps:
 
     def decay_of(self, variable: Any) -> Any:
         """Return the weight decay that is a part of a variable's update, or None."""
-        optimizer = self.optimizer
-        is_apart = hooks.decays_apart(optimizer, self.own())
-        if is_apart or not options.is_on(optimizer.weight_decay):
+        decay = self._decay()
+        if decay is None or not self.optimizer._use_weight_decay(variable):
             return None
-        return optimizer.weight_decay if optimizer._use_weight_decay(variable) else None
+        return decay
+
+    def _decay(self) -> Any:
+        optimizer = self.optimizer
+        decay = optimizer.weight_decay
+        if not options.is_on(decay) or hooks.decays_apart(optimizer, self.own()):
+            return None
+        return decay
 
     def why_all_rows(self, variable: Any) -> str:
         """Return why a step must update all rows of a table; empty: it need not."""
@@ -78,18 +84,25 @@ class Steps:
         whys = (f.why_all_rows(variable) for f in self.features.values())
         return next(filter(None, whys), "")
 
-    def update_of(self, part: Part) -> Update:
-        """Return what a step does to a variable."""
-        optimizer, i = self.optimizer, part.place
+    def updates_of(self, parts: Iterable[Part]) -> list[Update]:
+        """Return what a step does to variables."""
+        optimizer, decays = self.optimizer, self._decay() is not None
         tables, averages = self.on(Tables), self.on(Averages)
-        return Update(
-            part.variable,
-            part.gradient,
-            slots_of(optimizer, i),
-            self.decay_of(part.variable),
-            tables.rows_of(i, part.ids) if tables else None,
-            optimizer._weight_averages[i] if averages else None,
-        )
+        return [
+            Update(
+                part.variable,
+                part.gradient,
+                slots_of(optimizer, part.place),
+                self.decay_of(part.variable) if decays else None,
+                tables.rows_of(part.place, part.ids) if tables else None,
+                optimizer._weight_averages[part.place] if averages else None,
+            )
+            for part in parts
+        ]
+
+    def is_apart(self, part: Part) -> bool:
+        """Whether a part is a table that steps as `tables.of_table` says."""
+        return is_apart(self.optimizer, part.variable)
 
     def constants(self, rate: Any, scale: Any = None) -> Constants:
         """Return what is the same for all variables of a step."""
@@ -204,7 +217,7 @@ class Steps:
     def also_constant(self) -> tuple[Hashable, ...]:
         """Return what else a trace holds as constants."""
         optimizer = self.optimizer
-        clocks: tuple[Hashable, ...] = (*optimizer._clocks,)
+        clocks: tuple[Hashable, ...] = (*optimizer._clocks, *optimizer._clocks.sparse)
         if not (optimizer.use_ema and optimizer.ema_overwrite_frequency):
             return clocks
         return *clocks, *(v.trainable for v in optimizer._trainable_variables)
@@ -223,12 +236,13 @@ class Steps:
         does_more = self.own() or any(x is not None for x in others)
         if self.jit_compile != "auto" or does_more or not knows(optimizer, variables):
             return False
-        return backend.is_for_kernel(self.updates_of(variables), self.constants(0.0))
+        updates = self.without_gradients(variables)
+        return backend.is_for_kernel(updates, self.constants(0.0))
 
-    def updates_of(self, variables: Sequence[Any]) -> list[Update]:
+    def without_gradients(self, variables: Sequence[Any]) -> list[Update]:
         """Return what a step would do to variables, without gradients."""
         index_of = self.optimizer._get_variable_index
-        return [self.update_of(Part(index_of(v), v, None)) for v in variables]
+        return self.updates_of(Part(index_of(v), v, None) for v in variables)
 
     def has_blocks(self) -> bool:
         """Whether slots of any variable are stored in blocks."""

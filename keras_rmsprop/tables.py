@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
-from keras_rmsprop import codecs, options
+from keras_rmsprop import codecs, options, rule
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.update import Part
+from keras_rmsprop.update import Constants, Part, Update
 
 if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import catching_up, sparse
@@ -25,6 +26,13 @@ OPTIONS_OF_ROWS = (
 )
 """The options that decide how rows without a gradient are brought up to date; and what
 TensorFlow sets before it restores a checkpoint, which may hold no counters."""
+
+
+DENSE_RATIO = 4
+"""Under XLA, a table of at most so many times the slices of its gradient is updated as
+a whole: in loops on all cores, where rows are written one by one."""
+UNKNOWN_SLICES = 2**11
+"""How many slices there are taken to be where their number is not known yet."""
 
 
 class Tables:
@@ -60,6 +68,7 @@ class Tables:
         for gradient, variable in zip(grads, variables, strict=True):
             if not backend.is_slices(gradient):
                 continue
+            clocks.sparse.add(optimizer._var_key(variable))
             index = optimizer._get_variable_index(variable)
             if index not in clocks and not optimizer._steps.why_all_rows(variable):
                 sparse.check_ids(gradient, variable)
@@ -95,8 +104,8 @@ class Tables:
         if not clocks:
             return {}
         is_exact = optimizer.sparse_update != "lazy"
-        sums_up = optimizer.gradient_accumulation_steps and is_exact
-        if sums_up and backend.inside_xla():
+        may_be_whole = is_exact and backend.inside_xla()
+        if optimizer.gradient_accumulation_steps and may_be_whole:
             return {}  # how many rows have sums is not known there
         indices = [optimizer._get_variable_index(v) for v in variables]
         if own:
@@ -111,6 +120,7 @@ class Tables:
             if backend.is_slices(gradient)
             and i in clocks
             and indices.count(i) == 1
+            and not (may_be_whole and is_small(variable, gradient))
             and not optimizer._steps.why_all_rows(variable)
         }
 
@@ -123,12 +133,12 @@ class Tables:
             return "`rho` may change unseen"
         if i is not None and codecs.are_in_blocks(optimizer._steps.slots_of(i)):
             return "its slots are stored in blocks, not in rows"
-        if key in optimizer._clocks.refused:
-            return "a graph updates the table densely"
-        if options.is_on(optimizer.momentum):
+        if options.is_on(optimizer.momentum) and optimizer._auto is None:
             return "`momentum` moves rows without a gradient"
         if optimizer._steps.decay_of(variable) is not None:
             return "`weight_decay` moves rows without a gradient"
+        if key in optimizer._clocks.refused:
+            return "a graph updates the table densely"
         return ""
 
     def keep_current(self, parts: Sequence[Part]) -> None:
@@ -165,6 +175,58 @@ class Tables:
         if i not in self._optimizer._clocks:
             return None
         return sparse.Rows(self._optimizer._clocks[i], ids)
+
+
+def of_table(update: Update, constants: Constants) -> tuple[list[Update], Constants]:
+    """Return the update of a table with "auto", and its constants.
+
+    Its rate is not less for momentum that it does not have. It decays as others do.
+    Epsilon, unless it was given, is `typical_square` of the gradient: else a row that
+    is rarely seen, whose v has faded, would go all the way for the least gradient.
+
+    Args:
+        update: What a step does to the table, without momentum.
+        constants: What is the same for all other variables.
+    """
+    numbers = constants.options
+    mu, epsilon = numbers.momentum, numbers.epsilon
+    as_found = isinstance(epsilon, float) and epsilon == options.AUTO["epsilon"]
+    if update.gradient is not None and as_found:
+        typical = typical_square(update.gradient)
+        if constants.scale is not None:
+            typical *= ops.cast(ops.square(constants.scale), typical.dtype)
+        typical = typical if numbers.epsilon_inside_sqrt else ops.sqrt(typical)
+        constants = constants._replace(
+            options=numbers._replace(epsilon=typical + epsilon)
+        )
+    if not rule.is_zero(mu):
+        if update.decay is not None and constants.decoupled_weight_decay:
+            update = update._replace(decay=update.decay * (1 - mu))
+        rate = constants.learning_rate / (1 - mu)
+        constants = constants._replace(learning_rate=rate)
+    return [update], constants
+
+
+def typical_square(gradient: Any) -> Any:
+    """Return the eighth power of the mean fourth root of |g|, where there is any.
+
+    It is a mean of squares in which the few large ones, of rows that are seen often,
+    count little.
+    """
+    # In float16 the sum of many would be infinite.
+    size = ops.absolute(ops.cast(gradient, rule.wide(gradient.dtype)))
+    root = ops.sqrt(ops.sqrt(size))
+    count = ops.sum(ops.cast(root > 0, root.dtype))
+    typical = (ops.sum(root) / ops.maximum(count, 1)) ** 8
+    # One row with a NaN must not spoil the others.
+    return ops.where(ops.isfinite(typical), typical, 0)
+
+
+def is_small(table: Any, gradient: Any) -> bool:
+    """Whether XLA updates a table faster as a whole than by the rows of slices."""
+    slices = gradient.indices.shape.num_elements()
+    slices = UNKNOWN_SLICES if slices is None else slices
+    return bool(table.shape[0] <= DENSE_RATIO * slices)
 
 
 def parts_of(

@@ -1,7 +1,7 @@
 """Moving a run from one framework to another: the optimizer's state, in and out.
 
 You move the weights yourself. These functions move the state that belongs to them: the
-average squared gradient, the sum of updates, the average gradient and the step count.
+average squared gradient, the momentum buffer, the average gradient and the step count.
 The optimizer must be built, with the variables of the model. Either all of a state is
 taken over, or nothing is, and an error names what does not fit.
 
@@ -45,7 +45,7 @@ def from_torch(
 ) -> None:
     """Take over the state of a `torch.optim.RMSprop`, or of timm's `RMSpropTF`.
 
-    PyTorch's sum of updates leaves out the learning rate. If that of the optimizer
+    PyTorch's momentum buffer leaves out the learning rate. If that of the optimizer
     includes it (`lr_in_momentum`), it is multiplied by the rate in the state dict.
 
     Args:
@@ -281,7 +281,7 @@ def from_optax(
 
 
 def _rate(learning_rate: Any, theirs: bool, optimizer: RMSprop) -> float:
-    """Return what their sum of updates is to be multiplied by.
+    """Return what their momentum buffer is to be multiplied by.
 
     Args:
         learning_rate: Their learning rate.
@@ -302,7 +302,7 @@ def _rate(learning_rate: Any, theirs: bool, optimizer: RMSprop) -> float:
 def _converted(
     slots: Sequence[Slots], learning_rate: Any, optimizer: RMSprop
 ) -> list[Slots]:
-    """Return slots whose sum of updates includes the learning rate, as mine has it."""
+    """Return slots whose momentum buffer includes the learning rate, as mine does."""
     if all(of_one.momentum is None for of_one in slots):
         return list(slots)
     rate = _rate(learning_rate, True, optimizer)

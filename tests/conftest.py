@@ -16,7 +16,7 @@ elif BACKEND == "torch":
     from keras_rmsprop.kernel import torch as kernel
 
 # A plugin for `make test-keras`, which imports torch, and what `make fuzz` runs.
-collect_ignore = ["keras_suite.py", "fuzz"]
+collect_ignore = ["keras_suite.py", "fuzz", "typed"]
 if find_spec("keras_tuner") is None:
     collect_ignore.append("clients")  # for `make test-clients`
 

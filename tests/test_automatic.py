@@ -22,6 +22,8 @@ from keras_rmsprop import AutoLearningRate, RMSprop, estimate, reference
 from keras_rmsprop.complaints import complaint
 
 SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2)]
+PLAIN = {"momentum": 0.0, "use_ema": False}
+"""Without what "auto" does besides."""
 FOUND = ("first_weight", "gradient_sum", "learning_rate_estimate")
 IN_REFERENCE = {"rho": "beta"}
 
@@ -49,7 +51,9 @@ def both(optimizer, options, steps=20, way="eager", scale=1.0, **search):
     weights = [v.numpy().astype("float64") for v in variables]
     optimizer.build(variables)
     apply, state = WAYS[way](optimizer), {}
-    options = {IN_REFERENCE.get(name, name): x for name, x in options.items()}
+    # The averages of the weights change no step.
+    options = {IN_REFERENCE.get(k, k): x for k, x in options.items() if k != "use_ema"}
+    options = {"momentum": 0.9, "nesterov": True} | options
     if not options.get("centered"):
         options = {"epsilon": 1e-30, "bias_correction": True} | options
     for step in range(steps):
@@ -57,19 +61,20 @@ def both(optimizer, options, steps=20, way="eager", scale=1.0, **search):
         given = gradients([v.numpy().astype("float64") for v in variables], step)
         apply([tensor(scale * g, "float32") for g in given])
         weights = reference.automatic_step(weights, given, state, **search, **options)
-    rate = state["d"] * (1 - options.get("momentum", 0.0))
+    rate = state["d"] * (1 - options["momentum"])
     found = optimizer.current_learning_rate
     return [v.numpy() for v in variables], weights, found, rate
 
 
 OPTIONS = [
     {},
-    {"momentum": 0.9},
-    {"momentum": 0.5, "nesterov": True, "rho": 0.99},
+    PLAIN,
+    {"momentum": 0.9, "nesterov": False},
+    {"momentum": 0.5, "rho": 0.99},
     {"centered": True, "epsilon": 1e-4},
     {"weight_decay": 0.1},
     {"weight_decay": 0.1, "decoupled_weight_decay": False},
-    {"bias_correction": False, "initial_accumulator_value": 1.0},
+    PLAIN | {"bias_correction": False, "initial_accumulator_value": 1.0},
 ]
 
 
@@ -87,7 +92,7 @@ def test_the_rate_and_the_steps_are_those_of_the_reference(way, options):
         optimizer, options, way=way, initial=1e-3
     )
     assert rate == pytest.approx(expected_rate, rel=3e-4)
-    assert rate > 2e-3 * (1 - options.get("momentum", 0))  # else nothing was found
+    assert rate > 2e-3 * (1 - options.get("momentum", 0.9))  # else nothing was found
     assert_close(found, expected, 1e-4)
 
 
@@ -152,14 +157,14 @@ def test_going_up_finds_the_rate_of_going_down():
             optimizer.apply([tensor(sign * g, "float32") for g in given], variables)
         rates.append(optimizer.current_learning_rate)
     assert rates[0] == pytest.approx(rates[1], rel=1e-5)
-    assert rates[0] > 1e-4
+    assert rates[0] > 1e-5
 
 
 # What multiplies it.
 
 
 def test_what_is_set_is_a_factor():
-    optimizer, weight = RMSprop("auto"), keras.Variable([1.0, -1.0])
+    optimizer, weight = RMSprop("auto", **PLAIN), keras.Variable([1.0, -1.0])
     assert float(optimizer.learning_rate) == 1
     for _ in range(50):
         optimizer.apply([weight.numpy()], [weight])
@@ -185,7 +190,7 @@ def test_a_schedule_and_callbacks_multiply_it():
     model.fit(x, y, batch_size=16, epochs=5, verbose=0)
     optimizer = model.optimizer
     distance = optimizer._search.estimate.numpy()[0]
-    assert optimizer.current_learning_rate == pytest.approx(distance / 2)
+    assert optimizer.current_learning_rate == pytest.approx(distance / 20)
 
     model = dense_model(RMSprop("auto"))
     reduce = keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=0, min_delta=1e9)
@@ -213,10 +218,11 @@ def test_the_configuration_makes_an_equal_one():
     assert float(again.learning_rate) == 0.5
     assert again._search.options.growth == np.inf
     assert again.bias_correction
-    assert again.epsilon == estimate.EPSILON
+    assert again.epsilon == 1e-30
     assert RMSprop("auto", bias_correction=False, epsilon=1e-3).epsilon == 1e-3
     assert not RMSprop("auto", bias_correction=False).bias_correction
     assert RMSprop("auto", centered=True).epsilon == 1e-7
+    assert RMSprop("auto", epsilon=1e-7).epsilon == 1e-7
 
 
 @pytest.mark.parametrize(
@@ -298,7 +304,7 @@ def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     x, y = numbers(model)
     model.fit(x, y, epochs=3, verbose=0)
     model.save_weights(tmp_path / "its.weights.h5")
-    mine = dense_model(RMSprop("auto"))
+    mine = dense_model(RMSprop("auto", **PLAIN))
     mine.optimizer.build(mine.trainable_variables)
     with pytest.warns(UserWarning, match="Started fresh"):
         mine.load_weights(tmp_path / "its.weights.h5")
@@ -340,7 +346,7 @@ def test_a_rate_in_a_file_of_the_built_in_is_no_factor(tmp_path):
     x, y = numbers(source)
     source.train_on_batch(x, y)
     source.save_weights(tmp_path / "m.weights.h5")
-    model = dense_model(RMSprop("auto"))
+    model = dense_model(RMSprop("auto", **PLAIN))
     model.optimizer.build(model.trainable_variables)
     with pytest.warns(UserWarning, match="1 `learning_rate_factor`"):
         model.load_weights(tmp_path / "m.weights.h5")
@@ -450,7 +456,8 @@ def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, shape):
     ]
     found = []
     for sparse in (True, False):
-        table = keras.Variable(start, dtype="float32", name="table")
+        # On the way to the rule of tables; else only slices tell what is one.
+        table = keras.Variable(start, dtype="float32", name="embeddings")
         bias = keras.Variable(start[0], dtype="float32", name="bias")
         optimizer = RMSprop(AutoLearningRate(initial=1e-3))
         optimizer.build([table, bias])
@@ -492,7 +499,7 @@ def test_a_table_of_which_some_rows_are_looked_at_goes_by_rows(shape):
 @pytest.mark.parametrize("sparse", [True, False])
 def test_what_has_no_gradient_counts_as_it_stands(sparse):
     """Against the reference, to which a gradient of None is a variable left out."""
-    model = table_model(RMSprop("auto"))
+    model = table_model(RMSprop("auto", **PLAIN))
     variables = model.trainable_variables
     optimizer = model.optimizer
     optimizer.build(variables)
@@ -521,7 +528,7 @@ def automatic_without(weights, gradients, state):
     ]
     if all(known):
         return reference.automatic_step(
-            weights, zeros, state, epsilon=1e-30, bias_correction=True
+            weights, zeros, state, tables=[0], epsilon=1e-30, bias_correction=True
         )
     # A silent variable keeps its s, its v and its weights.
     kept = [s / 0.999**0.5 for s in state["s"]]
@@ -530,7 +537,7 @@ def automatic_without(weights, gradients, state):
     ]
     each = [dict(e) for e in state["each"]]
     new = reference.automatic_step(
-        weights, zeros, state, epsilon=1e-30, bias_correction=True
+        weights, zeros, state, tables=[0], epsilon=1e-30, bias_correction=True
     )
     for i, k in enumerate(known):
         if not k:
@@ -629,7 +636,7 @@ def test_two_replicas_find_what_one_finds():
 
         one, rate = trained(tf.distribute.OneDeviceStrategy("CPU:0"))
         two, rate_of_two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-        assert rate > 1e-4
+        assert rate > 1e-5
         np.testing.assert_allclose(rate_of_two, rate, rtol=1e-4)
         for a, b in zip(one, two):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -702,7 +709,7 @@ def test_a_rate_that_is_stuck_is_told_of():
     ):
         model.fit(x, y, batch_size=1, epochs=15, verbose=0)
     with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
-        assert model.optimizer.current_learning_rate == pytest.approx(1e-5)
+        assert model.optimizer.current_learning_rate == pytest.approx(1e-6)
     known = estimate.Estimate(0.03, 0.0, 100.0, 3.0, 0.0)
     words = complaint(known, 0.03)
     assert "too large" in words
@@ -719,7 +726,7 @@ def test_a_rate_that_runs_away_is_told_of():
     for _ in range(1000):
         optimizer.apply([[1.0]], [weight])  # a slope without end
     with pytest.warns(UserWarning, match="larger than weights should move"):
-        assert optimizer.current_learning_rate == estimate.MOST
+        assert optimizer.current_learning_rate == pytest.approx(estimate.MOST / 10)
     assert np.isfinite(weight.numpy())
 
 
@@ -731,7 +738,7 @@ def test_a_rate_that_is_stuck_is_told_of_whatever_it_is(initial):
         way = keras.ops.convert_to_tensor(weight) - 3
         optimizer.apply([way], [weight])
     with pytest.warns(UserWarning, match="still at its initial value"):
-        assert optimizer.current_learning_rate == pytest.approx(initial)
+        assert optimizer.current_learning_rate == pytest.approx(initial / 10)
 
 
 ABSOLUTE = {

@@ -429,3 +429,44 @@ class TestBeforeTheFirstStep:
         optimizer.apply([tensor([1.0, 1.0], "float32")], [weight])
         want = 0.99 * np.array([4.0, -2.0]) + 0.01 * as_array(weight)
         assert_close(averages_of(optimizer), [want], 1e-6)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_warm_up_begins_again_after_an_end(table):
+    weight = keras.Variable(np.zeros((6, 1)), dtype="float32", name="embeddings")
+    optimizer = RMSprop(0.1, use_ema=True, ema_momentum=0.999, ema_warmup=True)
+    average, t, begin = np.zeros((6, 1)), 0, 0
+    rng = np.random.default_rng(0)
+    for steps in (5, 1, 12, 3):
+        for _ in range(steps):
+            ids = rng.choice(6, 2, replace=False)
+            gradient = np.zeros((6, 1), "float32")
+            gradient[ids] = rng.normal(size=(2, 1))
+            if table and keras.backend.backend() == "tensorflow":
+                gradient = tf.IndexedSlices(tf.constant(gradient[ids]), ids)
+            optimizer.apply([gradient], [weight])
+            n = t - begin
+            m = min(0.999, (1 + n) / (10 + n)) if t else 0.0
+            now = keras.ops.convert_to_numpy(weight)
+            average, t = m * average + (1 - m) * now, t + 1
+        optimizer.finalize_variable_values([weight])
+        begin = t
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(weight), average, rtol=1e-5, atol=1e-7
+        )
+
+
+def test_a_loop_of_short_fits_gets_on():
+    def trained(fits):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(RMSprop("auto"), "mse")
+        for _ in range(fits):
+            model.fit(x, y, batch_size=8, epochs=24 // fits, verbose=0)
+        return model.evaluate(x, y, verbose=0)
+
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    y = x @ np.array([[1.0], [-2.0], [0.5], [0.0]], "float32")
+    start = float(np.mean(y**2))
+    assert trained(1) < 0.01 * start
+    assert trained(24) < 0.05 * start

@@ -58,15 +58,16 @@ ARGUMENTS = [
     *(
         no_number(name, x)
         for name in ("rho", "momentum", "epsilon", "learning_rate")
-        for x in ("0.9", None, True)
+        for x in ("0.9", True)
     ),
+    no_number("rho", None),
+    no_number("learning_rate", None),
     *(
         no_number(name, "1")
         for name in ("weight_decay", "clipnorm", "loss_scale_factor", "ema_momentum")
     ),
     ({"learning_rate": [0.1]}, ValueError, r"should be float, .* learning_rate=\[0.1"),
     ({"centered": "no"}, TypeError, "must be True or False. Received: centered='no'"),
-    ({"use_ema": None}, TypeError, "must be True or False. Received: use_ema=None"),
     out_of_range("jit_compile", "no", '"auto", True or False'),
     out_of_range("sparse_update", "x", '"exact" or "lazy"'),
     *(

@@ -19,6 +19,7 @@ OPTIONS = {
     "accumulation, auto": {
         "learning_rate": "auto",
         "gradient_accumulation_steps": 2,
+        "use_ema": False,
     },
     "lazy": {"momentum": 0.9, "sparse_update": "lazy", "use_ema": True},
 }

@@ -155,7 +155,7 @@ poisoned[7][2][0, 0, 0, 0] = np.inf
 ema = {"use_ema": True, "ema_momentum": 0.9}
 check("clipnorm", {"clipnorm": 0.5})
 check("clipvalue", {"clipvalue": 0.5})
-auto = {"learning_rate": "auto"}
+auto = {"learning_rate": "auto", "momentum": 0.0, "use_ema": False}
 check("auto", auto, tolerance=2e-5)
 check("auto, clipped", auto | {"global_clipnorm": 1.0}, tolerance=2e-5)
 check("averages", ema | {"momentum": 0.5})
@@ -307,7 +307,7 @@ for dtype in ("float64", "float32"):
         {"momentum": 0.9},
         {"bias_correction": True},
         {"centered": True},
-        {"learning_rate": "auto"},
+        {"learning_rate": "auto", "momentum": 0.0},
         {"skip_nonfinite": True},
     ):
         by_g, by_v, epsilon = derivatives(dtype, **options)

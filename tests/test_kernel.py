@@ -438,7 +438,7 @@ def test_xla_is_not_needed_where_it_does_all(options):
     optimizer = RMSprop(**options)
     variable = keras.Variable(np.zeros((300, 300)))
     optimizer.build([variable])
-    assert "An eager step is one program without XLA:" in optimizer.explain()
+    assert "Eager: one program without XLA." in optimizer.explain()
     variable.constraint = keras.constraints.NonNeg()
     assert "compiled by XLA" in optimizer.explain()
 
@@ -467,7 +467,7 @@ def test_what_it_leaves_to_the_rule(options, why):
     optimizer = RMSprop(**options)
     variable = keras.Variable(np.ones(5))
     optimizer.build([variable])
-    [one] = optimizer._steps.updates_of([variable])
+    [one] = optimizer._steps.without_gradients([variable])
     assert why in kernel.why_not_for(one, optimizer._steps.constants(0.1))
     optimizer.apply([tf.ones(5)])
 

@@ -443,7 +443,7 @@ def test_a_norm_that_is_not_finite_does_what_it_does_without(bad):
 def test_explains():
     _, optimizer = made(RMSprop)
     text = " ".join(optimizer.explain().split())
-    assert "6 native kernel (all of them in one call)" in text
+    assert "6 by the native kernel (all in one call)" in text
 
 
 def test_without_it_all_works_and_explain_says_why():

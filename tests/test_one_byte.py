@@ -121,7 +121,7 @@ def test_which_variables_keep_float32():
     assert kept[("embeddings",)] == ["uint8", "float32", "float32", "uint8"]
     assert kept[("head", "kern")] == ["float32", "float32", "uint8", "float32"]
     assert kept[()] == ["uint8", "float32", "uint8", "uint8"]
-    assert "3 uint8 (a byte a number, in blocks): kernel (64, 64)" in text
+    assert "3 uint8 (8 bits per element, in blocks): kernel (64, 64)" in text
     assert RMSprop(float32_slots=["a"]).get_config()["float32_slots"] == ("a",)
     with pytest.raises(TypeError, match="`float32_slots` must be a list of strings"):
         RMSprop(float32_slots="embeddings")
@@ -387,7 +387,7 @@ def test_slots_that_are_made_later_are_kept_as_velocity_is():
         kept = [str(v.dtype) for v in optimizer.variables if len(v.shape) == 2]
         assert sorted(kept) == ["float32"] * 2 + ["uint8"] * 2
         text = " ".join(optimizer.explain().split())
-        assert "1 uint8 (a byte a number, in blocks): variable" in text
+        assert "1 uint8 (8 bits per element, in blocks): variable" in text
         assert "1 float32 (by an earlier `slot_dtype`): variable" in text
 
 

@@ -10,6 +10,7 @@ import runpy
 from pathlib import Path
 
 import keras
+import public_api
 import pytest
 from stepping import python
 
@@ -121,6 +122,21 @@ def test_make_has_what_it_is_told_to_make(page):
     assert named <= targets
 
 
+def test_all_is_said_in_few_words():
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
+    texts = (re.sub("<!--.*?-->", "", p.read_text(), flags=re.DOTALL) for p in pages)
+    words = [x for text in texts for x in text.split() if re.search(r"\w", x)]
+    assert len(words) <= 16_000
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+@every_page
+def test_terms_are_those_of_the_field(page):
+    text = " ".join(page.read_text().split())
+    odd = r"silent row|slots in bytes|laid end to end|to the bit|\banew\b|\bmended\b"
+    assert re.findall(odd, text) == []
+
+
 def test_workflows_call_targets():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for workflow in ROOT.glob(".github/workflows/*.yml"):
@@ -179,6 +195,13 @@ def test_the_api_page_is_whole():
         assert hasattr(inspect.importlib.import_module(owner), last), name
 
 
+def test_the_api_is_the_one_written_down():
+    assert public_api.api() == public_api.FILE.read_text(encoding="utf-8"), (
+        "The public API has changed. If it should, say so in CHANGELOG.md, and run "
+        "`.venv/bin/python tests/public_api.py`"
+    )
+
+
 def test_figures_in_sentences_are_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report, sentences = map(importlib.import_module, ("report", "sentences"))
@@ -195,23 +218,18 @@ def test_figures_in_sentences_are_what_was_measured(monkeypatch):
         sentences.filled("<!-- figure fit: nobody -->1<!-- end figure -->", parts)
 
 
-def test_the_figures_of_mnist_are_those_of_make_tuning():
-    page, results = (
-        (ROOT / name).read_text()
-        for name in ("docs/learning_rate.md", "benchmarks/results/tuning.json")
-    )
-    shown = re.findall(r"^\| .* \| ([\d.]+) % \|$", page, re.MULTILINE)
-    assert len(shown) == 5
-    means = [row[1].split()[0] for row in json.loads(results)["table"][1:]]
-    assert {*shown} <= {*means}
-
-
-def test_the_means_on_the_page_are_those_of_make_tuning():
-    page = (ROOT / "docs/benchmarks.md").read_text()
+def test_tables_and_verdicts_are_those_of_make_tuning(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("tuning_report")
     results = json.loads((ROOT / "benchmarks/results/tuning.json").read_text())
-    for who, *cells in results["table"]:
-        means = [cell if who == "" else cell.split()[0] for cell in cells]
-        assert f"| {' | '.join([who, *means])} |\n" in page
+    pages = [page.read_text() for page in report.PAGES]
+    for page in pages:
+        assert report.filled(page, results) == page
+    everything = "".join(pages)
+    assert everything.count("<!-- figure tuning: ") > 5
+    assert report.markdown(results["table"]) in everything
+    for sentence in results["verdicts"] + results["ranking"]:
+        assert f"- {sentence}\n" in everything
 
 
 def test_the_decades_are_those_of_make_tune():
@@ -236,3 +254,18 @@ def test_the_tables_of_make_bench_are_what_was_measured(monkeypatch):
 def test_the_picture_of_the_pipeline_is_that_of_the_code():
     drawing = runpy.run_path(str(ROOT / "docs" / "draw_pipeline.py"))
     assert (ROOT / "docs" / "pipeline.svg").read_text() == drawing["drawn"]()
+
+
+def test_the_page_of_gpus_is_filled_with_what_is_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    page = (ROOT / "docs" / gpu.PAGE).read_text()
+    figure = {"who": "jax: this", "what": "1 M", "how": "64 M copied"}
+    figure["values"] = {"update": [1.0, 1.5, 2.0], "copy": [1.0]}
+    measured = {"1 M": {"machine": {"gpu": "A"}, "figures": [figure]}}
+    filled = gpu.filled(page, measured)
+    assert "gpu A\n\n|  | jax: this |\n| :-- | --: |\n| 1 M | 1.5 (1-2) |\n" in filled
+    assert gpu.filled(filled, measured) == filled
+    table = filled.partition(gpu.BEGIN)[2].partition(gpu.report.END)[0]
+    kept = page.partition(gpu.BEGIN)[2].partition(gpu.report.END)[0]
+    assert filled.replace(table, kept) == page

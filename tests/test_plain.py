@@ -218,7 +218,7 @@ def test_what_only_tensorflow_has_is_not_here():
     way = portable.way(Update(None, None, Slots(None)), None)
     assert way == ("on its own", "operation by operation")
     kinds = portable.kinds_of_steps(None, [])
-    assert kinds == {"A step is part of what Keras' backend makes of it:": True}
+    assert kinds == {"A step is part of the program that Keras' backend makes": True}
 
 
 @pytest.mark.parametrize("name", ["jax", "tensorflow"])

@@ -442,14 +442,43 @@ def test_explain_says_which_way_each_variable_goes():
     optimizer.apply([slices, tf.ones((80, 64)), tf.ones(64)], variables)
     eager, graph = optimizer.explain().split("In `fit`")
     assert "one program, compiled by XLA" in eager
+    assert graph.endswith("State: float32.")
     assert re.search(r"1 by rows .* table \(9, 4\)", graph.replace("\n", " "))
     assert re.search(r"1 on its own .* kernel", graph.replace("\n", " "))
     assert re.search(r"1 concatenated .* bias", graph.replace("\n", " "))
     optimizer.momentum = 0.9
     optimizer._momentums = optimizer._velocities
-    explained = " ".join(optimizer.explain().split())
-    assert "`momentum` moves rows without a gradient" in explained
+    assert MOVES.search(optimizer.explain())
     assert "operation by operation" in RMSpropOfOnes.explained([kernel])
+
+
+MOVES = re.compile(
+    r"1 by all rows \(sparse gradients, but `momentum` moves rows without a\s+gradient"
+)
+
+
+@pytest.mark.parametrize("way", ["eager", "tf.function"])
+def test_explain_says_why_a_table_is_dense(way):
+    table = keras.Variable(np.ones((9, 4)), name="table")
+    optimizer = RMSprop(momentum=0.9, slot_dtype="bfloat16")
+    optimizer.build([table])
+    apply = tf.function(optimizer.apply) if way == "tf.function" else optimizer.apply
+    apply([tf.IndexedSlices(tf.ones((1, 4)), tf.constant([2]), tf.constant([9, 4]))])
+    explained = optimizer.explain()
+    assert MOVES.search(explained)
+    assert explained.endswith("\nState: bfloat16.")
+
+
+def test_explain_says_what_it_knows_of_the_learning_rate():
+    average = {"use_ema": True, "ema_momentum": 0.998, "ema_warmup": True}
+    optimizer = RMSprop("auto", momentum=0.9, nesterov=True, **average)
+    optimizer.build([weight := keras.Variable([1.0])])
+    assert "Estimated learning rate: not known before a step;" in optimizer.explain()
+    optimizer.apply([[1.0]], [weight])
+    assert optimizer.explain().splitlines()[-1] == (
+        "Estimated learning rate: 1e-06; Nesterov momentum 0.9; "
+        "EMA of the weights 0.998 with warm-up."
+    )
 
 
 class RMSpropOfOnes(RMSprop):
@@ -479,6 +508,13 @@ def test_autograph_has_nothing_to_say(options, size, caplog):
     optimizer.build([weights])
     with caplog.at_level("WARNING"):
         tf.function(lambda g: optimizer.apply([g]))(tf.ones(weights.shape))
+    assert "AutoGraph" not in caplog.text
+
+
+def test_autograph_has_nothing_to_say_of_an_optimizer_that_a_graph_builds(caplog):
+    weights, optimizer = keras.Variable(tf.ones(3)), RMSprop("auto")
+    with caplog.at_level("WARNING"):
+        tf.function(lambda g: optimizer.apply([g], [weights]))(tf.ones(3))
     assert "AutoGraph" not in caplog.text
 
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from stepping import LOOP, assert_close, tensor, train
 
 from keras_rmsprop import RMSprop, rmsprop_optimizer
+from keras_rmsprop.options import DEFAULTS
 
 BUILT_IN = keras.optimizers.RMSprop
 
@@ -23,7 +24,7 @@ def test_signature_is_the_built_ins_and_keyword_only_beyond():
     assert [
         (p.name, None if p.default == "rmsprop" else p.default) for p in theirs.values()
     ] == [
-        (p.name, p.default)
+        (p.name, DEFAULTS.get(p.name) if p.default is None else p.default)
         for p in ours.values()
         if p.kind is not inspect.Parameter.KEYWORD_ONLY
     ]

@@ -418,3 +418,24 @@ def test_checkpoint_restored_before_a_search_has_its_variables(tmp_path):
     pairs = zip(optimizer.variables, model.optimizer.variables, strict=True)
     for got, want in pairs:
         np.testing.assert_array_equal(got.numpy(), want.numpy(), err_msg=got.name)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"use_ema": True}])
+def test_velocities_of_a_plain_built_in_are_taken_over(tmp_path, options):
+    def model(optimizer):
+        made = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        made.compile(optimizer, "mse")
+        return made
+
+    x, y = np.ones((4, 3)), np.zeros((4, 2))
+    source = model(keras.optimizers.RMSprop())
+    source.fit(x, y, verbose=0)
+    source.save_weights(tmp_path / "m.weights.h5")
+    ours = model(RMSprop(**options))
+    ours.optimizer.build(ours.trainable_variables)
+    with pytest.warns(UserWarning, match="Started fresh: 2 `"):
+        ours.load_weights(tmp_path / "m.weights.h5")
+    expected = [v.numpy() for v in source.optimizer._velocities]
+    for mine, theirs in zip(ours.optimizer._velocities, expected, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), theirs)
+    assert int(ours.optimizer.iterations) == 1

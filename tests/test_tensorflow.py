@@ -211,43 +211,43 @@ XLA = "XLA makes one loop of its operations"
 @pytest.mark.parametrize(
     ("size", "jit_compile", "compiled", "eager", "graph"),
     [
-        (1, False, 0, "runs operation by operation:", "part of that graph:"),
+        (1, False, 0, "operation by operation", "part of the graph"),
         (
             1,
             "auto",
             0,
-            "is one program without XLA, as no variable has more than 4096 elements:",
-            "part of that graph:",
+            "one program without XLA, as no variable has more than 4096 elements",
+            "part of the graph",
         ),
         (
             1,
             True,
             99,
-            "is one program, compiled by XLA unless gradients are sparse:",
-            "a program of its own, compiled by XLA:",
+            "one program, compiled by XLA unless gradients are sparse",
+            "a program of its own, compiled by XLA",
         ),
         (
             2**13,
             "auto",
             0,
-            "is one program, compiled by XLA unless gradients are sparse:",
-            "part of that graph:",
+            "one program, compiled by XLA unless gradients are sparse",
+            "part of the graph",
         ),
         (
             2**13,
             "auto",
             16,
-            "that is new now is one program without XLA, which has compiled 16 in this "
-            "process and frees none:",
-            "part of that graph:",
+            "one program without XLA, as it has compiled 16 in this process and frees "
+            "none",
+            "part of the graph",
         ),
-        (2**20, False, 0, "runs operation by operation:", "part of that graph:"),
+        (2**20, False, 0, "operation by operation", "part of the graph"),
         (
             2**20,
             "auto",
             0,
-            "is one program, compiled by XLA unless gradients are sparse:",
-            "a program of its own, compiled by XLA:",
+            "one program, compiled by XLA unless gradients are sparse",
+            "a program of its own, compiled by XLA",
         ),
     ],
 )
@@ -255,18 +255,16 @@ def test_kinds_of_steps(size, jit_compile, compiled, eager, graph, monkeypatch):
     monkeypatch.setattr(Programs, "compiled", compiled)
     kinds = backend.kinds_of_steps(Asked(jit_compile), variables(size))
     assert kinds == {
-        f"An eager step {eager}": "compiled by XLA" in eager,
-        f"In `fit` and in a `tf.function` a step is {graph}": (
-            "compiled by XLA" in graph
-        ),
+        f"Eager: {eager}": "compiled by XLA" in eager,
+        f"In `fit` and `tf.function`: {graph}": "compiled by XLA" in graph,
     }
 
 
 def test_kinds_of_steps_with_a_kernel():
     large = variables(2**20)
     assert backend.kinds_of_steps(Asked("auto", True), large) == {
-        "An eager step is one program without XLA:": False,
-        "In `fit` and in a `tf.function` a step is part of that graph:": False,
+        "Eager: one program without XLA": False,
+        "In `fit` and `tf.function`: part of the graph": False,
     }
     for jit_compile in (True, False):
         without, with_kernel = (Asked(jit_compile, x) for x in (False, True))
@@ -291,7 +289,7 @@ def step(**options):
             {},
             {"xla": True},
             "by rows",
-            "sparse gradients: the rows of the batch",
+            "only those of the batch",
         ),
         *(
             (
@@ -329,7 +327,7 @@ def step(**options):
             {},
             {},
             "concatenated with others",
-            "small, so operations cost more than what they compute",
+            "small",
         ),
     ],
 )

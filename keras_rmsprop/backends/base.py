@@ -70,6 +70,7 @@ class NoClocks(tuple[int, ...]):
     """The last-update counters of tables, where a step has no rows: none."""
 
     refused: frozenset[Any] = frozenset()
+    sparse: frozenset[Any] = frozenset()
 
 
 class Backend:
@@ -202,7 +203,8 @@ class Backend:
     ) -> None:
         """Do one thing or another.
 
-        XLA updates variables in place only if one branch is empty.
+        XLA updates variables in place only if one branch is empty, and copies them in
+        the second: what is rarely done goes there.
 
         Args:
             condition: A bool scalar.
@@ -324,7 +326,7 @@ class Backend:
         self, stepper: Stepper, variables: Sequence[Any]
     ) -> dict[str, bool]:
         """Return the kinds of steps, in words, and whether XLA compiles each."""
-        return {"A step is part of what Keras' backend makes of it:": True}
+        return {"A step is part of the program that Keras' backend makes": True}
 
 
 def check_fits(

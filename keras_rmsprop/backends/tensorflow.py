@@ -145,7 +145,7 @@ class TensorFlow(Backend):
                 if place not in clocks:
                     gradient = sparse.dense(gradient, variable)
                 else:
-                    gradient, ids = _distinct(gradient, variable, may=kernel)
+                    gradient, ids = _distinct(gradient, clocks[place], may=kernel)
             elif gradient is not None:
                 if not gradient.shape.is_fully_defined():
                     gradient = tf.ensure_shape(gradient, variable.shape)
@@ -279,8 +279,8 @@ class TensorFlow(Backend):
 _kernel = kernel  # where an argument has its name
 
 
-def _distinct(gradient: tf.IndexedSlices, variable: Any, *, may: bool) -> Any:
+def _distinct(gradient: tf.IndexedSlices, clock: Any, *, may: bool) -> Any:
     wide = tf.IndexedSlices(widened(gradient.values), gradient.indices)
     if may and kernel.takes([wide.values]):
         return kernel.distinct(wide)
-    return sparse.distinct(wide, variable)
+    return sparse.distinct(wide, clock)

@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 2**19
 """Of a block: a few of that size fit into the caches."""
 SMALL_ELEMENTS = 2**12
 """Up to this size copying a variable costs less than the operations it saves."""
-KERNEL, ALONE = "native kernel", "on its own"
+KERNEL, ALONE = "by the native kernel", "on its own"
 CONCATENATED, IN_BLOCKS = "concatenated with others", "in blocks"
 
 
@@ -89,22 +89,20 @@ class Torch(Backend):
         """See `Backend`."""
         like = update._replace(gradient=update.variable._value)
         if not _why_not_by_kernel(constants) and _part(like, constants):
-            return Way(KERNEL, "all of them in one call")
+            return Way(KERNEL, "all in one call")
         if constants.options.cautious:
             return Way(ALONE, "`cautious` counts each variable's elements")
         if not codecs.of(update.slots.velocity).elementwise:
             return Way(ALONE, "`slot_dtype` draws by each element's place")
         if math.prod(update.variable.shape) <= SMALL_ELEMENTS:
-            return Way(
-                CONCATENATED, "small, so operations cost more than what they compute"
-            )
+            return Way(CONCATENATED, "small")
         return Way(IN_BLOCKS, "a block fits into the caches, for all operations")
 
     def kinds_of_steps(
         self, stepper: Stepper, variables: Sequence[Any]
     ) -> dict[str, bool]:
         """See `Backend`."""
-        return {"A step runs immediately:": False}
+        return {"A step runs immediately": False}
 
 
 _kernel = kernel

@@ -22,7 +22,7 @@ from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla, unwrapped
 from keras_rmsprop.update import Change, Constants, Update, Way, same, update_one
 
-ROWS, KERNEL, IN_TURN = "by rows", "native kernel", "one after the other"
+ROWS, KERNEL, IN_TURN = "by rows", "by the native kernel", "one after the other"
 CONCATENATED, ALONE = "concatenated with others", "on its own"
 
 
@@ -92,9 +92,9 @@ def way(update: Update, constants: Constants, *, xla: bool | None = None) -> Way
     by_kernel = _is_for_kernel(update, constants, xla)
     if update.rows is not None:
         how = ", in one native call" if by_kernel else ""
-        return Way(ROWS, f"sparse gradients: the rows of the batch{how}")
+        return Way(ROWS, f"only those of the batch{how}")
     if by_kernel:
-        return Way(KERNEL, "all of them in one call")
+        return Way(KERNEL, "all in one call")
     if codecs.are_in_blocks(update.slots):
         return Way(IN_TURN, "8-bit state, so one at a time is in float32")
     if xla:
@@ -107,41 +107,35 @@ def way(update: Update, constants: Constants, *, xla: bool | None = None) -> Way
         return Way(ALONE, "`cautious` counts each variable's elements")
     if not codecs.of(update.slots.velocity).elementwise:
         return Way(ALONE, "`slot_dtype` draws by each element's place")
-    return Way(CONCATENATED, "small, so operations cost more than what they compute")
+    return Way(CONCATENATED, "small")
 
 
 def kinds_of_steps(stepper: Stepper, variables: Sequence[Any]) -> dict[str, bool]:
     """Return the kinds of steps, in words; see `Backend.kinds_of_steps`."""
     compiled, for_kernel = stepper.jit_compile, stepper.is_for_kernel(variables)
-    eager, xla = "An eager step is one program without XLA", False
+    eager, xla = "Eager: one program without XLA", False
     if compiled is False:
-        eager = "An eager step runs operation by operation"
+        eager = "Eager: operation by operation"
     elif stepper.has_blocks() and not for_kernel:
-        eager = "An eager step is one program; XLA compiles each variable's update"
-        return {
-            f"{eager}:": False,
-            "So are parts of other graphs, of large ones:": False,
-        }
+        eager = "Eager: one program, where XLA compiles the update of each variable"
+        return {eager: False, f"{IN_GRAPHS}: the same for large models": False}
     elif for_kernel and compiled is not True:
         pass
     elif compiled is True or (is_worth_xla(variables) and is_xla_left()):
-        eager = (
-            "An eager step is one program, compiled by XLA unless gradients are sparse"
-        )
+        eager = "Eager: one program, compiled by XLA unless gradients are sparse"
         xla = True
     elif is_worth_xla(variables):
-        eager = (
-            "An eager step that is new now is one program without XLA, which has "
-            f"compiled {XLA_PROGRAMS} in this process and frees none"
-        )
+        eager += f", as it has compiled {XLA_PROGRAMS} in this process and frees none"
     else:
         eager += f", as no variable has more than {XLA_EAGER_ELEMENTS} elements"
     in_graph = compiled is True or (
         compiled == "auto" and is_large(variables) and not for_kernel
     )
-    what = "a program of its own, compiled by XLA" if in_graph else "part of that graph"
-    graph = f"In `fit` and in a `tf.function` a step is {what}:"
-    return {f"{eager}:": xla, graph: in_graph}
+    what = "a program of its own, compiled by XLA" if in_graph else "part of the graph"
+    return {eager: xla, f"{IN_GRAPHS}: {what}": in_graph}
+
+
+IN_GRAPHS = "In `fit` and `tf.function`"
 
 
 def _is_for_kernel(update: Update, constants: Constants, xla: bool) -> bool:

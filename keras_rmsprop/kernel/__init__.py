@@ -1,7 +1,7 @@
-"""The step as one native call on CPUs: the arithmetic, and a door for each framework.
+"""The step as one native call on CPUs: arithmetic, and bindings for each framework.
 
 `step.cc` and those beside it compute on plain pointers. `ops.cc` and `tensorflow.py`
-are the door for TensorFlow, `pointers.cc` and `torch.py` that for PyTorch.
+are the bindings for TensorFlow, `pointers.cc` and `torch.py` those for PyTorch.
 
 `python -m keras_rmsprop.kernel` builds it (see `build.py`). Without it the portable way
 takes the step. It is never an error: `why_not` says why there is no kernel.

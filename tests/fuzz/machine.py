@@ -187,7 +187,7 @@ class Programs(RuleBasedStateMachine):
         self.oracle.frozen = frozen
         self.use(self.optimizer)
 
-    # Doors of state.
+    # StateIO of state.
 
     @rule()
     def read(self):

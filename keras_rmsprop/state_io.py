@@ -12,8 +12,8 @@ from keras_rmsprop.state import State, as_array, assign_state, fingerprint, path
 from keras_rmsprop.tables import Tables
 
 
-class Doors:
-    """The doors of an optimizer. State that goes out is up to date.
+class StateIO:
+    """The ways of state out of an optimizer and into it; what goes out is up to date.
 
     Args:
         optimizer: The optimizer.

@@ -1,0 +1,161 @@
+"""Statistics of `BatchNormalization` for averaged weights.
+
+The moving mean and variance are of the activations that the weights in training made.
+Averaged weights make others. Statistics averaged at the same rate are near enough.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_rmsprop import checks
+from keras_rmsprop.state import as_array, copied, sync
+
+BATCH = 32
+"""The examples of a batch of an array, as in Keras."""
+STATISTICS = "moving_mean", "moving_variance"
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Return the layers of a model that have moving statistics."""
+    layers = model._flatten_layers(include_self=False)
+    return [x for x in layers if all(hasattr(x, name) for name in STATISTICS)]
+
+
+def statistics_of(model: Any) -> list[Any]:
+    """Return the variables that keep them."""
+    return [getattr(x, name) for x in layers_of(model) for name in STATISTICS]
+
+
+def share(optimizer: Any, t: int, begin: int) -> float:
+    """Return the share of an average that stays after t updates; see `averages`."""
+    most = float(optimizer.ema_momentum)
+    if getattr(optimizer, "ema_warmup", False):
+        most = min(most, (1 + t - begin) / (10 + t - begin))
+    return most if t else 0.0
+
+
+class Averaged:
+    """Averages of a model's statistics, which follow at the rate of the weights'.
+
+    Args:
+        model: The model.
+        optimizer: One with `use_ema`, which trains it.
+        updates: How many updates it has taken.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, updates: int) -> None:
+        self.variables = statistics_of(model)
+        self.averages = [copied(v) for v in self.variables]
+        self._model, self._optimizer = model, optimizer
+        self._calls = updates * _calls_an_update(optimizer)
+        # When `fit` ends, it is later, before the last updates are followed here.
+        begin = vars(optimizer).get("_ema_begin")
+        self._begin = 0 if begin is None else int(as_array(begin))
+
+    def follow(self, calls: int) -> None:
+        """Let avg <- m avg + (1 - m) s, after so many more calls of the optimizer."""
+        if not (self.variables and calls):
+            return
+        n, kept = _calls_an_update(self._optimizer), 1.0
+        for call in range(self._calls, self._calls + calls):
+            kept *= share(self._optimizer, call // n, self._begin)
+        self._calls += calls
+        sync(self._model)
+        self.averages = [  # so that a frozen layer's stay as they are, to the last bit
+            copied(average + (1 - kept) * (ops.convert_to_tensor(variable) - average))
+            for average, variable in zip(self.averages, self.variables, strict=True)
+        ]
+
+
+def _calls_an_update(optimizer: Any) -> int:
+    return int(optimizer.gradient_accumulation_steps or 1)
+
+
+def recompute_batch_norm(model: Any, data: Any, batches: int | None = 100) -> None:
+    r"""Compute the statistics of `BatchNormalization` again, for the weights of now.
+
+    Where weights were replaced, as by their average, the moving mean $\mu$ and variance
+    $\sigma^2$ are still those of the old ones. They become the means, over batches
+    $i = 1, \dots, n$, of the mean and variance that the layer finds in each:
+
+    $$\mu = \frac 1 n \sum_i \mu_i, \qquad \sigma^2 = \frac 1 n \sum_i \sigma_i^2$$
+
+    The model runs as in training; its weights, and what else it has, stay as they are.
+    Layers that are frozen keep their statistics.
+
+    Args:
+        model: The model.
+        data: Batches as for `fit`: a `tf.data.Dataset`, a `DataLoader` or anything else
+            that yields inputs, or tuples of which they are the first. Or an array, or a
+            dictionary of arrays.
+        batches: How many to use at most; `None`: all. Defaults to `100`.
+
+    Raises:
+        ValueError: There is no batch, or `batches` is no integer >= 1.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_rmsprop.callbacks import recompute_batch_norm
+        >>> layer = keras.layers.BatchNormalization()
+        >>> model = keras.Sequential([keras.Input((1,)), layer])
+        >>> recompute_batch_norm(model, np.array([[1.0], [3.0]]))
+        >>> float(layer.moving_mean[0]), float(layer.moving_variance[0])
+        (2.0, 1.0)
+    """
+    most = None if batches is None else checks.integer("batches", batches, 1)
+    layers = layers_of(model)
+    if not layers:
+        return
+    mine = {id(variable) for variable in statistics_of(model)}
+    others = [v for v in model.non_trainable_variables if id(v) not in mine]
+    before = [copied(v) for v in others]
+    count = 0
+    try:
+        with _momenta(layers), _without_gradients():
+            for batch in itertools.islice(_batches(data), most):
+                for layer in layers:
+                    layer.momentum = count / (count + 1)
+                x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+                model(x, training=True)
+                count += 1
+    finally:
+        for variable, value in zip(others, before, strict=True):
+            variable.assign(value)
+    if count == 0:
+        raise ValueError(f"`data` must have at least one batch. Received: {data!r}")
+
+
+def _batches(data: Any) -> Iterable[Any]:
+    if not (isinstance(data, dict) or hasattr(data, "shape")):
+        return iter(data)
+    size = keras.tree.flatten(data)[0].shape[0]
+    return (
+        keras.tree.map_structure(lambda x: x[i : i + BATCH], data)  # noqa: B023
+        for i in range(0, size, BATCH)
+    )
+
+
+@contextlib.contextmanager
+def _momenta(layers: Sequence[Any]) -> Iterator[None]:
+    """Put back what the layers have for momentum, which may be changed meanwhile."""
+    before = [layer.momentum for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, before, strict=True):
+            layer.momentum = momentum
+
+
+def _without_gradients() -> Any:
+    """Return a context in which PyTorch keeps nothing for gradients."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()

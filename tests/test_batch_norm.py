@@ -1,0 +1,189 @@
+"""Statistics of `BatchNormalization`, for weights that are averaged."""
+
+import keras
+import numpy as np
+import pytest
+from small_models import JIT
+
+from keras_rmsprop import RMSprop
+from keras_rmsprop.callbacks import AverageForEvaluation, recompute_batch_norm
+
+STATISTICS = "moving_mean", "moving_variance"
+
+
+def array(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+def model_and_data(optimizer):
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = (3 * rng.normal(size=(48, 5)) + 1).astype("float32")
+    layers = [
+        keras.layers.Dense(4),
+        keras.layers.BatchNormalization(name="norm"),
+        keras.layers.Dropout(0.2),
+        keras.layers.Dense(1),
+    ]
+    model = keras.Sequential([keras.Input((5,)), *layers])
+    model.compile(optimizer, "mse", jit_compile=JIT)
+    return model, x, x[:, :1] ** 2
+
+
+def statistics(model):
+    return [array(getattr(model.get_layer("norm"), name)) for name in STATISTICS]
+
+
+class Noted(keras.callbacks.Callback):
+    """Notes the statistics after each batch, and at the end of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.after, self.ends = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if JIT:
+            self.model.jax_state_sync()
+        self.after.append(statistics(self.model))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.ends.append(statistics(self.model))
+
+
+OPTIMIZERS = {
+    "auto": lambda: RMSprop("auto"),
+    "given": lambda: RMSprop(0.01, use_ema=True, ema_momentum=0.8),
+    "of Keras": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.8),
+}
+SHARES = {
+    "auto": lambda t: min(0.99, (1 + t) / (10 + t)),
+    "given": lambda t: 0.8,
+    "of Keras": lambda t: 0.8,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("fits", [1, 2])
+def test_statistics_are_averaged_with_the_weights(name, fits):
+    model, x, y = model_and_data(OPTIMIZERS[name]())
+    average, t = None, 0
+    for _ in range(fits):
+        noted, begin = Noted(), t
+        model.fit(
+            x,
+            y,
+            batch_size=8,
+            epochs=3,
+            verbose=0,
+            validation_data=(x, y),
+            callbacks=[noted, AverageForEvaluation()],
+        )
+        ends = []
+        for i, new in enumerate(noted.after):
+            m = SHARES[name](t - begin) if t else 0.0
+            new = [n.astype("float64") for n in new]
+            old = new if average is None else average
+            average = [m * a + (1 - m) * n for a, n in zip(old, new, strict=True)]
+            t += 1
+            if i % 6 == 5:
+                ends.append(average)
+        for found, expected in zip(noted.ends, ends, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(statistics(model), average, rtol=1e-5, atol=1e-6)
+
+
+def test_training_goes_on_from_those_of_the_weights():
+    ends = []
+    for callbacks in ([], [AverageForEvaluation()]):
+        model, x, y = model_and_data(RMSprop("auto"))
+        noted = Noted()
+        model.fit(
+            *(x, y),
+            batch_size=8,
+            epochs=3,
+            verbose=0,
+            validation_data=(x, y),
+            callbacks=[noted, *callbacks],
+        )
+        ends.append(noted.after)
+    np.testing.assert_array_equal(*ends)
+
+
+def test_computed_again_they_are_means_over_batches():
+    model, x, _ = model_and_data(RMSprop("auto"))
+    before = [array(v) for v in model.trainable_variables]
+    seeds = [array(v) for v in model.non_trainable_variables if "seed" in v.path]
+    norm = model.get_layer("norm")
+    recompute_batch_norm(model, [(x[:16], None), (x[16:32], None), x[32:]], 2)
+    kernel, bias = (array(w) for w in model.layers[0].weights)
+    parts = [x[:16] @ kernel + bias, x[16:32] @ kernel + bias]
+    expected = (
+        np.mean([part.mean(0) for part in parts], 0),
+        np.mean([part.var(0) for part in parts], 0),
+    )
+    np.testing.assert_allclose(statistics(model), expected, rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.99
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(array(variable), value)
+    after = [array(v) for v in model.non_trainable_variables if "seed" in v.path]
+    np.testing.assert_array_equal(after, seeds)
+
+
+def test_an_array_is_cut_into_batches():
+    model, x, _ = model_and_data(RMSprop("auto"))
+    recompute_batch_norm(model, x, None)
+    of_array = statistics(model)
+    recompute_batch_norm(model, [x[:32], x[32:]], None)
+    np.testing.assert_array_equal(of_array, statistics(model))
+
+
+def test_what_cannot_be_is_refused():
+    model, x, _ = model_and_data(RMSprop("auto"))
+    with pytest.raises(ValueError, match="`batches` must be an integer >= 1"):
+        recompute_batch_norm(model, x, 0)
+    with pytest.raises(ValueError, match="at least one batch"):
+        recompute_batch_norm(model, [])
+    assert model.get_layer("norm").momentum == 0.99
+
+
+def test_frozen_layers_keep_theirs_and_others_need_none():
+    model, x, _ = model_and_data(RMSprop("auto"))
+    model.get_layer("norm").trainable = False
+    before = statistics(model)
+    recompute_batch_norm(model, x)
+    np.testing.assert_array_equal(statistics(model), before)
+    plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1)])
+    recompute_batch_norm(plain, x)
+
+
+def test_of_a_frozen_layer_not_even_the_last_digit_changes():
+    model, x, y = model_and_data(RMSprop("auto"))
+    norm = model.get_layer("norm")
+    norm.moving_mean.assign([0.1, 0.2, 0.3, 0.7])
+    norm.moving_variance.assign([1.1, 0.9, 0.33, 0.77])
+    norm.trainable = False
+    model.compile(RMSprop("auto"), "mse", jit_compile=JIT)
+    before = statistics(model)
+    callbacks = [AverageForEvaluation()]
+    model.fit(x, y, batch_size=4, epochs=5, verbose=0, callbacks=callbacks)
+    np.testing.assert_array_equal(statistics(model), before)
+
+
+def test_after_an_error_the_rest_of_the_model_is_as_it_was():
+    model, x, _ = model_and_data(RMSprop("auto"))
+    seeds = [array(v) for v in model.non_trainable_variables if "seed" in v.path]
+    with pytest.raises(ValueError, match="incompatible"):
+        recompute_batch_norm(model, [x[:16], x[:, :2]])
+    assert model.get_layer("norm").momentum == 0.99
+    after = [array(v) for v in model.non_trainable_variables if "seed" in v.path]
+    np.testing.assert_array_equal(after, seeds)
+
+
+def test_a_dictionary_of_arrays_is_cut_into_batches_too():
+    model, x, _ = model_and_data(RMSprop("auto"))
+    recompute_batch_norm(model, x)
+    of_array = statistics(model)
+    given = keras.Input((5,), name="x")
+    named = keras.Model({"x": given}, model(given))
+    recompute_batch_norm(named, {"x": x})
+    np.testing.assert_array_equal(statistics(model), of_array)
