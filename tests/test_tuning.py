@@ -87,13 +87,11 @@ def test_verdicts_count_what_is_behind_and_by_how_much(load):
     results |= of("vit", "auto", 1.0, 0.91) | of("vit", "constant", 0.001, 0.9)
     first, *_, last, seeds = report.verdicts(results)
     assert "on 2 of 3 tasks (1 of 1 held out)" in first
-    assert first.endswith("all: **missed**. Behind: MNIST (0.2 points).")
+    assert first.endswith("all; **missed**. Behind: MNIST (0.2 points).")
     assert "97.00 %" in last
     assert "**missed**" in last
     assert seeds.endswith("Of the others' 3 means are 3 of 1 seed.")
     better = results | of("mnist", "auto", 1.0, 0.982)
     first, *_, last, seeds = report.verdicts(better)
-    assert first.endswith(
-        "on 3 of 3 tasks (1 of 1 held out). The goal is all: reached."
-    )
-    assert last.endswith("The goal is 98.1: reached.")
+    assert first.endswith("on 3 of 3 tasks (1 of 1 held out). Goal: all; reached.")
+    assert last.endswith("Goal: 98.1; reached.")
