@@ -124,9 +124,8 @@ def test_make_has_what_it_is_told_to_make(page):
 
 def test_all_is_said_in_few_words():
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
-    texts = (re.sub("<!--.*?-->", "", p.read_text(), flags=re.DOTALL) for p in pages)
-    words = [x for text in texts for x in text.split() if re.search(r"\w", x)]
-    assert len(words) <= 16_000
+    # As `cat README.md CHANGELOG.md docs/*.md | wc -w` counts.
+    assert sum(len(page.read_bytes().split()) for page in pages) <= 16_000
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
@@ -226,7 +225,7 @@ def test_tables_and_verdicts_are_those_of_make_tuning(monkeypatch):
     for page in pages:
         assert report.filled(page, results) == page
     everything = "".join(pages)
-    assert everything.count("<!-- figure tuning: ") > 5
+    assert everything.count("<!-- figure tuning: ") >= 5
     assert report.markdown(results["table"]) in everything
     for sentence in results["verdicts"] + results["ranking"]:
         assert f"- {sentence}\n" in everything
