@@ -73,9 +73,9 @@ class Accumulation:
     def _of(self, part: Part) -> tuple[Any, Any]:
         """Return the sums of a variable, and its last-update counter or None."""
         optimizer, clock = self._optimizer, None
-        if part.place in optimizer._clocks:
-            clock = optimizer._clocks[part.place]
-        return optimizer._accumulated_gradients[part.place], clock
+        if part.variable_index in optimizer._clocks:
+            clock = optimizer._clocks[part.variable_index]
+        return optimizer._accumulated_gradients[part.variable_index], clock
 
     def _mean(self, part: Part, n: int) -> Part:
         """Return the mean gradient: (g + G) / n; of a table, for all rows with sums."""
@@ -97,7 +97,10 @@ class Accumulation:
 
     def _reset(self, parts: Sequence[Part]) -> None:
         """Let G <- 0, of all variables; on JAX, as in Keras, of those with a part."""
-        optimizer, rows = self._optimizer, {part.place: part.ids for part in parts}
+        optimizer, rows = (
+            self._optimizer,
+            {part.variable_index: part.ids for part in parts},
+        )
         for i, sums in enumerate(optimizer._accumulated_gradients):
             if sums is None or not (i in rows or backend.resets_all_sums):
                 continue

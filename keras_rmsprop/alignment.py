@@ -1,9 +1,9 @@
 """Which variable in a file belongs to which variable of the model.
 
 The weights tell: a variable with the weights that one had when the file was saved is
-that one. Then names and places do. Keras finds weights by their place in the model, and
-names are a check, as Keras numbers layers as they are made: `dense_1` in one process
-may be `dense` in another.
+that one. Then names and positions do. Keras finds weights by their position in the
+model, and names are a check, as Keras numbers layers as they are made: `dense_1` in one
+process may be `dense` in another.
 """
 
 import re
@@ -24,7 +24,7 @@ class Owner(NamedTuple):
 class Alignment(NamedTuple):
     """Which variable in the file is which of mine."""
 
-    places: list[int | None]
+    indices: list[int | None]
     """For each variable in the file, its index among mine, or None."""
     names_differ: bool = False
     """Whether variables were matched whose names say that they are others."""
@@ -37,8 +37,8 @@ def aligned(
 
     Those with the same weights are the same. The layers' names that they show hold for
     the other variables of these layers. If both orders are the model's, the others are
-    found by their places, with names as a check (see `_by_places`); else by their names
-    alone (see `_by_names`).
+    found by their positions, with names as a check (see `_by_positions`); else by their
+    names alone (see `_by_names`).
 
     Args:
         theirs: The variables in the file, in its order.
@@ -47,23 +47,23 @@ def aligned(
 
     Example:
         >>> a, b, c = (Owner(f"{name}/kernel", (2,)) for name in "abc")
-        >>> aligned([a, b], [b, a]).places, aligned([b], [a, b, c]).places
+        >>> aligned([a, b], [b, a]).indices, aligned([b], [a, b, c]).indices
         ([1, 0], [1])
     """
-    places: list[int | None] = _unique(theirs, mine, _weights)
+    indices: list[int | None] = _unique(theirs, mine, _weights)
     layers = {
         _parent(owner.path): _parent(mine[i].path)
-        for owner, i in zip(theirs, places, strict=True)
+        for owner, i in zip(theirs, indices, strict=True)
         if i is not None
     }
-    rest = [i for i, place in enumerate(places) if place is None]
-    free = [i for i in range(len(mine)) if i not in places]
+    rest = [i for i, index in enumerate(indices) if index is None]
+    free = [i for i in range(len(mine)) if i not in indices]
     called = [_in_layer(theirs[i], layers) for i in rest]
-    match = _by_places if in_order else _by_names
+    match = _by_positions if in_order else _by_names
     found, names_differ = match(called, [mine[i] for i in free])
-    for i, place in zip(rest, found, strict=True):
-        places[i] = None if place is None else free[place]
-    return Alignment(places, names_differ)
+    for i, index in zip(rest, found, strict=True):
+        indices[i] = None if index is None else free[index]
+    return Alignment(indices, names_differ)
 
 
 def _weights(owner: Owner) -> Hashable:
@@ -82,11 +82,11 @@ def _unique(
     mine: Sequence[Owner],
     feature: Callable[[Owner], Hashable],
 ) -> list[int | None]:
-    """Return the places of those with a feature that only one here and there has."""
-    places = {feature(owner): i for i, owner in enumerate(mine)}
+    """Return the indices of those with a feature that only one here and there has."""
+    indices = {feature(owner): i for i, owner in enumerate(mine)}
     counts = [Counter(map(feature, owners)) for owners in (theirs, mine)]
     return [
-        places[f] if f is not None and all(c[f] == 1 for c in counts) else None
+        indices[f] if f is not None and all(c[f] == 1 for c in counts) else None
         for f in map(feature, theirs)
     ]
 
@@ -102,12 +102,12 @@ def _by_names(theirs: Sequence[Owner], mine: Sequence[Owner]) -> Alignment:
     found: list[int | None] = [None] * len(theirs)
     differ = False
     for feature in [*exact, *loose]:
-        rest = [i for i, place in enumerate(found) if place is None]
+        rest = [i for i, index in enumerate(found) if index is None]
         free = [i for i in range(len(mine)) if i not in found]
         matches = _unique([theirs[i] for i in rest], [mine[i] for i in free], feature)
-        for i, place in zip(rest, matches, strict=True):
-            if place is not None:
-                found[i] = free[place]
+        for i, index in zip(rest, matches, strict=True):
+            if index is not None:
+                found[i] = free[index]
                 differ = differ or feature in loose
     return Alignment(found, differ)
 
@@ -124,13 +124,13 @@ def _kind(owner: Owner) -> Hashable:
     return _leaf(owner.path), owner.shape
 
 
-def _by_places(theirs: Sequence[Owner], mine: Sequence[Owner]) -> Alignment:
-    """Match by places, with names as a check.
+def _by_positions(theirs: Sequence[Owner], mine: Sequence[Owner]) -> Alignment:
+    """Match by position, with names as a check.
 
-    If there are as many, with the same shapes, each is at its place: unless the names,
-    apart from the numbers that Keras gives, are the same in another order, or only some
-    are the same. Otherwise the order is kept, and if there are several ways to match
-    them, only what all of them agree on counts.
+    If there are as many, with the same shapes, each has kept its position: unless the
+    names, apart from the numbers that Keras gives, are the same in another order, or
+    only some are the same. Otherwise the order is kept, and if there are several ways
+    to match them, only what all of them agree on counts.
     """
     same_shapes = [o.shape for o in theirs] == [o.shape for o in mine]
     if same_shapes and _all_equal(theirs, mine, _without_numbers):
@@ -188,12 +188,12 @@ def _all_equal(
 def _permuted(
     theirs: Sequence[Owner], mine: Sequence[Owner], short: Callable[[str], str]
 ) -> list[int | None] | None:
-    """Return the places by name; None if one is missing, misfits or occurs twice."""
-    places = {short(o.path): i for i, o in enumerate(mine)}
+    """Return the indices by name; None if one is missing, misfits or occurs twice."""
+    indices = {short(o.path): i for i, o in enumerate(mine)}
     names = [short(o.path) for o in theirs]
-    if len(places) < len(mine) or sorted(names) != sorted(places):
+    if len(indices) < len(mine) or sorted(names) != sorted(indices):
         return None
-    found = [places[name] for name in names]
+    found = [indices[name] for name in names]
     fits = all(mine[i].shape == o.shape for i, o in zip(found, theirs, strict=True))
     return [*found] if fits else None
 
@@ -211,12 +211,12 @@ def _likeness(a: Owner, b: Owner, names_count: bool) -> int:
 def _in_order(
     theirs: Sequence[Owner], mine: Sequence[Owner], names_count: bool
 ) -> list[int | None]:
-    """Return the places that every best match in order agrees on."""
+    """Return the indices that every best match in order agrees on."""
     forward = _best(theirs, mine, names_count)
     n = len(mine)
     backward = [
-        None if place is None else n - 1 - place
-        for place in _best(theirs[::-1], mine[::-1], names_count)[::-1]
+        None if index is None else n - 1 - index
+        for index in _best(theirs[::-1], mine[::-1], names_count)[::-1]
     ]
     return [a if a == b else None for a, b in zip(forward, backward, strict=True)]
 
@@ -237,15 +237,15 @@ def _best(
                 best[i][j + 1],
                 like + best[i + 1][j + 1] if like else 0,
             )
-    places: list[int | None] = [None] * rows
+    indices: list[int | None] = [None] * rows
     i = j = 0
     while i < rows and j < columns:
         like = likeness[i][j]
         if like and best[i][j] == like + best[i + 1][j + 1]:
-            places[i] = j
+            indices[i] = j
             i, j = i + 1, j + 1
         elif best[i][j] == best[i + 1][j]:
             i += 1
         else:
             j += 1
-    return places
+    return indices

@@ -14,7 +14,7 @@ from keras import ops
 from keras_rmsprop import checks
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.complaints import complaint
-from keras_rmsprop.estimate import Estimate, Part, farthest, find
+from keras_rmsprop.estimate import Estimate, Sampled, farthest, find
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE, RATE_FACTOR
@@ -282,11 +282,11 @@ class Search:
         variables: Sequence[Any],
         grads: Mapping[int, Any] = types.MappingProxyType({}),
         ids: Mapping[int, Any] = types.MappingProxyType({}),
-    ) -> list[Part]:
+    ) -> list[Sampled]:
         slots = zip(variables, self.firsts, self.sums, strict=True)
         sample, tables = self.options.sample, Tables(self._optimizer)
         return [
-            Part(
+            Sampled(
                 *(v, grads.get(i), first, sums, sample(v.shape)),
                 tables.rows_of(i, ids.get(i)),
             )
@@ -308,12 +308,14 @@ class Search:
         """
         optimizer, grads = self._optimizer, dict[int, Any]()
         for part in parts:
-            i, g = part.place, part.gradient
+            i, g = part.variable_index, part.gradient
             grads[i] = g + grads[i] if i in grads else g
         variables = optimizer._trainable_variables
         momentums = [m for m in optimizer._momentums if m is not None]
         distance = find(
-            self._parts(variables, grads, {part.place: part.ids for part in parts}),
+            self._parts(
+                variables, grads, {part.variable_index: part.ids for part in parts}
+            ),
             self.estimate,
             factor,
             self.options,

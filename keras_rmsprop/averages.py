@@ -345,7 +345,7 @@ class Averages:
                 table.catch_up()
         if own or not tables:
             return {}
-        updated = {part.place: part.ids for part in parts}
+        updated = {part.variable_index: part.ids for part in parts}
         return before_step(tables, updated, self._optimizer.iterations)
 
     def follow(
@@ -359,7 +359,7 @@ class Averages:
             done: Averages that were updated with their weights.
         """
         optimizer, ids = self._optimizer, {id(average) for average in done}
-        rows = {part.place: part.ids for part in parts if part.ids is not None}
+        rows = {part.variable_index: part.ids for part in parts if part.ids is not None}
         if optimizer.gradient_accumulation_steps:
             rows = {}  # at calls that only sum up, averages follow, too: of all rows
         follow(
@@ -405,11 +405,11 @@ class Averages:
         optimizer = self._optimizer
         if self.are_new():  # all steps were skipped, or there was none
             self.start()
-        places = optimizer._trainable_variables_indices
+        index_of = optimizer._trainable_variables_indices
         known = [
             v
             for v in variables
-            if optimizer._var_key(v) in places and getattr(v, "trainable", True)
+            if optimizer._var_key(v) in index_of and getattr(v, "trainable", True)
         ]
         indices = list(map(optimizer._get_variable_index, known))
         for i, table in self.tables().items():

@@ -84,7 +84,7 @@ def encoded(x: Any, draw: Any, *, signed: bool) -> Any:
     inverse = ops.where(is_good, 1 / ops.where(is_good, scale, 1.0), 0.0)
     share = (ops.abs(x) if signed else x) * inverse
     share = ops.where(share < 1, share, 1.0) / (GROWTH if signed else 1)
-    code = ops.right_shift(ops.cast(_place(share), "int32") + draw, 16)
+    code = ops.right_shift(ops.cast(_position(share), "int32") + draw, 16)
     code = ops.minimum(code, 127 if signed else 255)
     if signed:
         code = ops.bitwise_and(ops.where(x < 0, -code, code), 255)
@@ -101,7 +101,7 @@ def _share(above: Any) -> Any:
     return ops.where(above > 1, share, 0.0)
 
 
-def _place(share: Any) -> Any:
+def _position(share: Any) -> Any:
     """Return where a share lies among the codes, in units of 1 / `bits.DRAWS`."""
     # From one group to the next the exponent grows by three.
     exponent = ops.right_shift(bits.view(share, "int32"), 23) - 103

@@ -164,5 +164,5 @@ def slots_of(optimizer: Any, i: int) -> Slots:
 
 def knows(optimizer: Any, variables: Sequence[Any]) -> bool:
     """Whether an optimizer is built for all of these variables."""
-    places = optimizer._trainable_variables_indices
-    return optimizer.built and all(optimizer._var_key(v) in places for v in variables)
+    index_of = optimizer._trainable_variables_indices
+    return optimizer.built and all(optimizer._var_key(v) in index_of for v in variables)

@@ -59,7 +59,7 @@ class AverageForEvaluation(Callback):
     The moving statistics of `BatchNormalization` would not fit averaged weights. So the
     callback averages them, too, at the same rate. When `fit` ends the model has both.
 
-    Its place in the list of callbacks does not matter: it runs before all others,
+    Its position in the list of callbacks does not matter: it runs before all others,
     except `BackupAndRestore` and `Monitor`, which need the weights themselves.
 
     It works with any Keras optimizer that has `use_ema=True`, also inside a

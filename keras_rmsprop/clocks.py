@@ -310,9 +310,9 @@ class Clocks(tf.Module):
         names = [name for name in vars(self) if name.startswith("table_")]
         return (int(name.removeprefix("table_")) for name in names)
 
-    def move(self, places: Mapping[int, int]) -> None:
+    def move(self, index_of: Mapping[int, int]) -> None:
         """Give the clocks the new indices of their variables."""
-        clocks = {places[i]: self[i] for i in self}
+        clocks = {index_of[i]: self[i] for i in self}
         for i in self:
             delattr(self, f"table_{i}")
         for i, clock in clocks.items():

@@ -98,7 +98,7 @@ class StochasticBfloat16(Float):
     """Keeps numbers in bfloat16, rounded up or down at random, right on average."""
 
     extra = DRAWN_ONCE
-    elementwise = False  # its place decides how it is rounded
+    elementwise = False  # its position decides how it is rounded
 
     def __init__(self) -> None:
         super().__init__("bfloat16")

@@ -69,8 +69,8 @@ class Estimate(NamedTuple):
         return cls(initial, 0.0, 0.0, 0.0, -1.0 if again else 0.0)
 
 
-class Part(NamedTuple):
-    """A variable in the estimate."""
+class Sampled(NamedTuple):
+    """A variable in the estimate, of which a sample of elements is looked at."""
 
     variable: Any
     gradient: Any
@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
 
 def find(
-    parts: Sequence[Part],
+    parts: Sequence[Sampled],
     kept: Any,
     factor: Any,
     options: Any,
@@ -118,7 +118,7 @@ def find(
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
     is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
-    small: dict[str, list[Part]] = {}
+    small: dict[str, list[Sampled]] = {}
     if kernel is not None:
         found, parts = kernel.follow(parts, weight, is_first, FORGETTING)
         for gain, sum_ in found:
@@ -155,7 +155,7 @@ def find(
     return distance
 
 
-def farthest(parts: Sequence[Part]) -> Any:
+def farthest(parts: Sequence[Sampled]) -> Any:
     """Return how far the farthest weight is from its first value, a float32 scalar."""
     found = [ops.zeros((), "float32")]
     for part in parts:
@@ -166,7 +166,7 @@ def farthest(parts: Sequence[Part]) -> Any:
     return ops.stop_gradient(ops.max(ops.stack(found)))
 
 
-def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Any:
+def _unless_replaced(parts: Sequence[Sampled], kept: Any, initial: float) -> Any:
     """Return the estimate so far, or a first one if the weights are others.
 
     That is so if they are not those with which the last `fit` ended. A step looks at
@@ -180,7 +180,7 @@ def _unless_replaced(parts: Sequence[Part], kept: Any, initial: float) -> Any:
     return ops.where(is_other, ops.convert_to_tensor(at_first, "float32"), so_far)
 
 
-def _begin(parts: Sequence[Part], is_first: Any) -> None:
+def _begin(parts: Sequence[Sampled], is_first: Any) -> None:
     """Keep the first weights, if this is the first step.
 
     Other weights may have been loaded since the optimizer was built.
@@ -197,7 +197,7 @@ def _begin(parts: Sequence[Part], is_first: Any) -> None:
     backend.either(ops.logical_not(is_first), lambda: None, begin, firsts)
 
 
-def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> None:
+def _forget(parts: Sequence[Sampled], momentums: Sequence[Any], forgets: Any) -> None:
     """Forget the last search, if another one begins: its sums, and steps of its rate.
 
     Old steps in a momentum buffer, at a large rate, would go on for a while.
@@ -214,7 +214,7 @@ def _forget(parts: Sequence[Part], momentums: Sequence[Any], forgets: Any) -> No
     backend.either(ops.logical_not(forgets), lambda: None, forget, variables)
 
 
-def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
+def _follow(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:
     """Return <g, x0 - x> and the sum of |s| of a variable; keep s."""
     dtype = part.sums.dtype
     g, x = (
@@ -227,7 +227,7 @@ def _follow(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     return total(g * way, fold=fold), total(ops.absolute(new), fold=fold)
 
 
-def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
+def _follow_end_to_end(parts: Sequence[Sampled], weight: Any) -> tuple[Any, Any]:
     """Do the same for small variables, where operations cost more than numbers."""
     dtype = parts[0].sums.dtype
 
@@ -250,18 +250,18 @@ def _follow_end_to_end(parts: Sequence[Part], weight: Any) -> tuple[Any, Any]:
     return ops.sum(g * (first - x)), ops.sum(ops.absolute(new))
 
 
-def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
+def _follow_rows(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:
     """Do the same from the rows of a table that a step updates."""
     before = _without_gradient(part, fold)
-    rows, places, g, x = _rows_seen(part)
+    rows, positions, g, x = _rows_seen(part)
     g, x = (ops.cast(tensor, part.sums.dtype) for tensor in (g, x))
-    first = sparse.read(part.first, places)
-    old = FORGETTING * sparse.faded(sparse.read(part.sums, places), rows, FORGETTING)
+    first = sparse.read(part.first, positions)
+    old = FORGETTING * sparse.faded(sparse.read(part.sums, positions), rows, FORGETTING)
     new = old + ops.cast(weight, g.dtype) * g
-    written = places if places is None else sparse.after(places, before)
+    written = positions if positions is None else sparse.after(positions, before)
     sparse.write(part.sums, new, written)
     sum_ = ops.sum(ops.absolute(new))
-    if places is not None:
+    if positions is not None:
         sum_ += FORGETTING * ops.cast(before, g.dtype) - ops.sum(ops.absolute(old))
     sum_ = ops.maximum(sum_, 0)  # rounding takes it below
     clock = rows.clock
@@ -269,7 +269,7 @@ def _follow_rows(part: Part, weight: Any, fold: bool) -> tuple[Any, Any]:
     return ops.sum(g * (first - x)), sum_
 
 
-def _rows_seen(part: Part) -> tuple[Any, Any, Any, Any]:
+def _rows_seen(part: Sampled) -> tuple[Any, Any, Any, Any]:
     """Return which rows of a step are looked at, and what they have.
 
     Returns:
@@ -285,13 +285,13 @@ def _rows_seen(part: Part) -> tuple[Any, Any, Any, Any]:
     is_seen = tf.equal(ids % step, 0)
     if sparse.inside_xla():  # which wants to know how many they are
         outside = tf.cast(sample.shape[0], ids.dtype)
-        places = tf.where(is_seen, ids // step, outside)
+        positions = tf.where(is_seen, ids // step, outside)
         is_seen = tf.reshape(is_seen, [-1] + [1] * (len(g.shape) - 1))
         g = tf.where(is_seen, g, tf.zeros_like(g))
     else:
         g, ids = tf.boolean_mask(g, is_seen), tf.boolean_mask(ids, is_seen)
-        places = ids // step
-    return sparse.Rows(clock, ids), places, g, sparse.read(part.variable, ids)
+        positions = ids // step
+    return sparse.Rows(clock, ids), positions, g, sparse.read(part.variable, ids)
 
 
 def _all_seen(clock: Any, sample: Sample) -> Any:
@@ -300,7 +300,7 @@ def _all_seen(clock: Any, sample: Sample) -> Any:
     return sparse.Rows(clock, None if step == 1 else tf.range(0, clock.shape[0], step))
 
 
-def _without_gradient(part: Part, fold: bool) -> Any:
+def _without_gradient(part: Sampled, fold: bool) -> Any:
     """Return the current sum of |s| of a variable; for a table, its clock knows it."""
 
     def whole() -> Any:

@@ -356,7 +356,7 @@ class RMSprop(keras.optimizers.Optimizer):
         """Load the state, now or, if the optimizer is not built yet, when it is.
 
         A value goes to the variable with the weights that its variable had; else by
-        place, with names as a check. A warning says what starts fresh.
+        position, with names as a check. A warning says what starts fresh.
         """
         self._state_io.load(store)
 

@@ -90,7 +90,7 @@ def plan(
     if names_differ:
         warning = (
             f"{warning} The variables in the file have other names; they were matched "
-            "by their places."
+            "by their positions."
         ).strip()
     return Plan(fitting, fresh, warning)
 
@@ -109,11 +109,11 @@ def _by_name(
     named, left = {}, []
     for value in file.values:
         kind, owner = value.name or Name("")
-        place = None if owner is None else found[owner]
-        if owner is not None and place is None:
+        index = None if owner is None else found[owner]
+        if owner is not None and index is None:
             left.append(value)
         else:
-            named[Name(kind, None if place is None else mine[place])] = value
+            named[Name(kind, None if index is None else mine[index])] = value
     return named, left, names_differ
 
 

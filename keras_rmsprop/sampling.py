@@ -26,8 +26,8 @@ class Sample:
         shape: The shape of these elements.
         row_step: They are of one row in so many, all elements of it if that is not 1.
         stands_for: How many elements of the variable one of these stands for.
-        places: Where they are: they come in runs. In memory a run has so many elements,
-            the next run begins so many elements later, and so does the next element.
+        runs: How they lie in memory, in runs: the elements of a run, the distance
+            from one run to the next, and that from one element to the next.
 
     Example:
         >>> import numpy as np
@@ -37,7 +37,7 @@ class Sample:
                [5, 9]])
         >>> sample.shape, sample.stands_for
         ((2000, 2), 2.5)
-        >>> sample.places
+        >>> sample.runs
         (2, 5, 4)
     """
 
@@ -53,11 +53,11 @@ class Sample:
         elif self._step > 1:
             self.shape = *shape[:-1], -(-last // step)
         self.stands_for = size / max(math.prod(self.shape), 1)
-        self.places = max(math.prod(self.shape), 1), max(size, 1), 1
+        self.runs = max(math.prod(self.shape), 1), max(size, 1), 1
         if self._lines:
-            self.places = last, step * last, 1
+            self.runs = last, step * last, 1
         elif step > 1:
-            self.places = self.shape[-1], last, step
+            self.runs = self.shape[-1], last, step
 
     def of(self, x: Any) -> Any:
         """Return these elements of a tensor of the variable's shape.

@@ -1,6 +1,6 @@
 """State in files: what is written, and which value belongs where when it is read.
 
-Values are saved in the places that Keras gives them, so that a file can move between
+Values are saved where Keras saves them, so that a file can move between
 this optimizer and `keras.optimizers.RMSprop`. Attributes beside each value say what it
 is and which variable it belongs to. So it is found again when an option has been
 switched on or off since, or when layers have been frozen or unfrozen.
@@ -148,10 +148,12 @@ def read(store: Any) -> File:
             are_in_order.append(is_in_order)
         values.append(Value(name, shape, dtype, load))
     numbers = sorted(owners)
-    places: dict[Any, int] = {number: i for i, number in enumerate(numbers)}
+    index_of: dict[Any, int] = {number: i for i, number in enumerate(numbers)}
     if any(value.name for value in values):
         values = [
-            value._replace(name=value.name._replace(owner=places.get(value.name.owner)))
+            value._replace(
+                name=value.name._replace(owner=index_of.get(value.name.owner))
+            )
             for value in values
             if value.name
         ]

@@ -97,10 +97,10 @@ class Order(NamedTuple):
             return Order(given)
         keys = list(self.keys)
         if not self.is_certain:
-            places = [i for i, key in enumerate(keys) if key in given]
+            indices = [i for i, key in enumerate(keys) if key in given]
             here = [key for key in given if key in known]
-            for place, key in zip(places, here, strict=True):
-                keys[place] = key
+            for index, key in zip(indices, here, strict=True):
+                keys[index] = key
         for i, key in enumerate(given):
             if key not in new:
                 continue

@@ -99,25 +99,25 @@ def distinct(gradient: tf.IndexedSlices, clock: Clock) -> tuple[Any, Any]:
     if not inside_xla():
         # Who gathers these rows while the forward pass holds the table would copy it.
         with tf.control_dependencies([values]):
-            ids, places = tf.unique(ids)
-        return tf.math.unsorted_segment_sum(values, places, tf.size(ids)), ids
+            ids, positions = tf.unique(ids)
+        return tf.math.unsorted_segment_sum(values, positions, tf.size(ids)), ids
     n, rows = tf.size(ids), tf.cast(clock.shape[0], ids.dtype)
-    places = tf.range(n)
+    positions = tf.range(n)
     is_inside = (ids >= 0) & (ids < rows)
-    met = tf.where(is_inside, _meeting_places(places, ids, clock), n)
+    met = tf.where(is_inside, _shared_positions(positions, ids, clock), n)
     sums = tf.math.unsorted_segment_sum(values, met, n)
-    return sums, tf.where(met == places, ids, rows)
+    return sums, tf.where(met == positions, ids, rows)
 
 
-def _meeting_places(places: Any, ids: Any, clock: Clock) -> Any:
-    """Return a place for each index: one that its repeats have, too.
+def _shared_positions(positions: Any, ids: Any, clock: Clock) -> Any:
+    """Return a position for each index: one that its repeats share.
 
     XLA sorts on one thread, so that repeats do not find each other by sorting. Each
-    writes its place into the row's number in the clock and reads what is there then:
-    the place of one of them, no matter which. Then the number is put back.
+    writes its position into the row's number in the clock and reads what is there then:
+    the position of one of them, no matter which. Then the number is put back.
     """
     last = read(clock.last, ids)
-    write(clock.last, places, after(ids, last))
+    write(clock.last, positions, after(ids, last))
     found = read(clock.last, ids)
     write(clock.last, last, after(ids, found))
     return found

@@ -26,7 +26,7 @@ class State(NamedTuple):
     slots: list[Slots]
     """The slots of each variable, in the order the optimizer was built with."""
     paths: Sequence[str] = ()
-    """The path of each variable; without paths slots are matched by their places."""
+    """The path of each variable; without paths slots are matched by their positions."""
     in_model_order: bool = True
     """Whether that order is the model's, as far as the optimizer knew."""
     checksums: Sequence[int | None] = ()
@@ -170,7 +170,7 @@ def in_my_order(
     if names_differ:
         warnings.warn(
             "The variables of the state have other names; they were matched by their "
-            "places.",
+            "positions.",
             stacklevel=3,
         )
     return [state.slots[found.index(i)] for i in range(len(mine))]

@@ -48,8 +48,8 @@ class Steps:
 
     def update(self, grads: Sequence[Any], variables: Sequence[Any], rate: Any) -> None:
         """Update variables with their gradients, for a subclass' hook."""
-        places = map(self.optimizer._get_variable_index, variables)
-        update_all(self, [*map(Part, places, variables, grads)], rate)
+        indices = map(self.optimizer._get_variable_index, variables)
+        update_all(self, [*map(Part, indices, variables, grads)], rate)
 
     def update_one(self, gradient: Any, variable: Any, rate: Any) -> None:
         """Update one variable with its gradient, for a subclass' `update_step`."""
@@ -92,10 +92,10 @@ class Steps:
             Update(
                 part.variable,
                 part.gradient,
-                slots_of(optimizer, part.place),
+                slots_of(optimizer, part.variable_index),
                 self.decay_of(part.variable) if decays else None,
-                tables.rows_of(part.place, part.ids) if tables else None,
-                optimizer._weight_averages[part.place] if averages else None,
+                tables.rows_of(part.variable_index, part.ids) if tables else None,
+                optimizer._weight_averages[part.variable_index] if averages else None,
             )
             for part in parts
         ]

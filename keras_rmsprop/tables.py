@@ -64,7 +64,7 @@ class Tables:
         one, as the graph would not increment it: it is marked in `clocks.refused`.
         """
         optimizer, found = self._optimizer, set()
-        clocks, places = optimizer._clocks, optimizer._trainable_variables_indices
+        clocks, index_of = optimizer._clocks, optimizer._trainable_variables_indices
         for gradient, variable in zip(grads, variables, strict=True):
             if not backend.is_slices(gradient):
                 continue
@@ -77,12 +77,12 @@ class Tables:
             with_clock = found.union(clocks)
             for gradient, variable in zip(grads, variables, strict=True):
                 key = optimizer._var_key(variable)
-                if gradient is not None and places.get(key) not in with_clock:
+                if gradient is not None and index_of.get(key) not in with_clock:
                     clocks.refused.add(key)
             if optimizer.use_ema and optimizer.ema_overwrite_frequency:
                 # Averages replace the weights of all, those without a gradient, too.
                 clocks.refused |= {
-                    key for key, place in places.items() if place not in with_clock
+                    key for key, i in index_of.items() if i not in with_clock
                 }
         return found
 
@@ -97,7 +97,7 @@ class Tables:
             own: The hooks that a subclass overrides.
 
         Returns:
-            The counters, by the place of the gradient.
+            The counters, by the position of the gradient in `grads`.
         """
         optimizer = self._optimizer
         clocks = optimizer._clocks
@@ -113,8 +113,8 @@ class Tables:
                 self.catch_up(i)  # such a step knows no counter
             return {}
         return {
-            place: clocks[i]
-            for place, (gradient, variable, i) in enumerate(
+            position: clocks[i]
+            for position, (gradient, variable, i) in enumerate(
                 zip(grads, variables, indices, strict=True)
             )
             if backend.is_slices(gradient)
@@ -146,9 +146,9 @@ class Tables:
         for part in parts:
             if (
                 part.ids is not None
-                and self._optimizer._clocks[part.place].stays_current
+                and self._optimizer._clocks[part.variable_index].stays_current
             ):
-                self.catch_up(part.place)
+                self.catch_up(part.variable_index)
 
     def catch_up(self, i: int) -> None:
         """Bring all rows of a table up to date: of slots, search and averages."""
@@ -242,7 +242,8 @@ def parts_of(
     Args:
         grads: A tensor, slices or None for each variable.
         variables: The variables.
-        clocks: By the place of the gradient, the counters of tables whose rows suffice.
+        clocks: The counters of tables whose rows suffice, by the position of the
+            gradient.
         index_of: Function from a variable to its index.
         kernel: Whether a native kernel may sum up.
     """

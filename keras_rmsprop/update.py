@@ -17,8 +17,8 @@ Change = tuple[Any, Slots]
 class Part(NamedTuple):
     """A variable of the model with its gradient, on its way through a step."""
 
-    place: int
-    """Its index among those that the optimizer was built with."""
+    variable_index: int
+    """Its index among the variables that the optimizer was built with."""
     variable: Any
     gradient: Any
     """A tensor of the variable's shape, or of its rows' with `ids`."""

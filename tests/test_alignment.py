@@ -14,7 +14,7 @@ def owners(*paths, shape=(2,)):
 
 
 def places(theirs, mine, **options):
-    return aligned(owners(*theirs), owners(*mine), **options).places
+    return aligned(owners(*theirs), owners(*mine), **options).indices
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_by_name_numbers_count_too():
     assert places(theirs, theirs[::-1], in_order=False) == [1, 0]
     # Of other shapes, too: where the order in the file is not the model's.
     a, b, c = Owner("a", (1,)), Owner("b", (2,)), Owner("c", (3,))
-    assert aligned([b, c, a], [a, b, c], in_order=False).places == [1, 2, 0]
+    assert aligned([b, c, a], [a, b, c], in_order=False).indices == [1, 2, 0]
     # One name for two says nothing.
     twice = owners("x/a/kernel", "y/a/kernel")
-    assert aligned(twice, twice[::-1], in_order=False).places == [1, 0]
+    assert aligned(twice, twice[::-1], in_order=False).indices == [1, 0]
     other = owners("z/a/kernel", "w/a/kernel")
-    assert aligned(twice, other, in_order=False).places == [None, None]
+    assert aligned(twice, other, in_order=False).indices == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_some_of_them(theirs, mine, expected):
 def test_numbers_are_no_hindrance_where_shapes_tell():
     theirs = [Owner("dense_4/kernel", (2, 3)), Owner("dense_5/kernel", (3, 1))]
     mine = [Owner("dense/kernel", (9, 2)), Owner("dense_1/kernel", (2, 3))]
-    assert aligned(theirs, mine).places == [1, None]
+    assert aligned(theirs, mine).indices == [1, None]
 
 
 def test_only_what_all_ways_to_match_agree_on_counts():
@@ -84,15 +84,15 @@ def test_only_what_all_ways_to_match_agree_on_counts():
         Owner("z/bias", (3,)),
         Owner("z/gain", (2,)),
     ]
-    assert aligned([kernel, bias], mine).places == [None, 2]
+    assert aligned([kernel, bias], mine).indices == [None, 2]
 
 
 def test_a_shape_or_a_last_name_that_differs_is_no_match():
     a = Owner("a/kernel", (2,))
-    assert aligned([a], [Owner("a/kernel", (3,))]).places == [None]
-    assert aligned([a], [Owner("a/bias", (2,)), Owner("b", (1,))]).places == [None]
-    assert aligned([], [a]).places == []
-    assert aligned([a], []).places == [None]
+    assert aligned([a], [Owner("a/kernel", (3,))]).indices == [None]
+    assert aligned([a], [Owner("a/bias", (2,)), Owner("b", (1,))]).indices == [None]
+    assert aligned([], [a]).indices == []
+    assert aligned([a], []).indices == [None]
 
 
 def test_a_better_name_wins():
@@ -118,7 +118,7 @@ some = st.lists(
 
 @given(some, some)
 def test_matches_fit_keep_the_order_and_are_one_to_one(theirs, mine):
-    found = aligned(theirs, mine).places
+    found = aligned(theirs, mine).indices
     assert len(found) == len(theirs)
     pairs = [(a, mine[i]) for a, i in zip(theirs, found, strict=True) if i is not None]
     assert all(a.shape == b.shape for a, b in pairs)
@@ -133,7 +133,7 @@ def test_of_distinct_names_any_part_is_found_again(all_of_them, data):
     distinct = [*{o.path: o for o in all_of_them}.values()]
     keep = data.draw(st.lists(st.booleans(), min_size=len(distinct), max_size=6))
     part = [*itertools.compress(distinct, keep)]
-    for owner, i in zip(part, aligned(part, distinct).places, strict=True):
+    for owner, i in zip(part, aligned(part, distinct).indices, strict=True):
         assert i is None or distinct[i] == owner
 
 
@@ -144,8 +144,8 @@ def test_itself(mine):
 
 def test_where_some_names_are_the_same_others_mean_others():
     a, b, c, d = (Owner(f"{name}/kernel", (2,)) for name in "abcd")
-    assert aligned([a, b], [b, c]).places == [None, 0]
-    assert aligned([a, b, c], [b, d]).places == [None, 0, None]
+    assert aligned([a, b], [b, c]).indices == [None, 0]
+    assert aligned([a, b, c], [b, d]).indices == [None, 0, None]
     assert aligned([a, b], [c, d]) == ([0, 1], True)
 
 
@@ -187,25 +187,25 @@ def test_the_weights_tell_before_names_and_places(in_order):
     assert aligned(theirs, mine, in_order=in_order) == ([0, 1, 2, 3], False)
     # The same weights twice, or in another shape, tell nothing either.
     same = [Owner("a/x", (2,), 1), Owner("b/x", (2,), 1)]
-    assert aligned(same, same[::-1], in_order=in_order).places == [1, 0]
+    assert aligned(same, same[::-1], in_order=in_order).indices == [1, 0]
     other = [Owner("a/x", (3,), 1)]
-    assert aligned(other, [Owner("b/x", (2,), 1)], in_order=in_order).places == [None]
+    assert aligned(other, [Owner("b/x", (2,), 1)], in_order=in_order).indices == [None]
 
 
 def test_without_an_order_what_names_leave_open_stays_so():
     a = owners("m/dense_7/kernel")
     assert aligned(a, owners("dense/kernel"), in_order=False) == ([0], True)
     two = owners("dense/kernel", "dense_1/kernel")
-    assert aligned(a, two, in_order=False).places == [None]
+    assert aligned(a, two, in_order=False).indices == [None]
     # `dense_1` is here and there, so `dense` is not the other one here.
     other = owners("dense_1/kernel", "dense_2/kernel")
-    assert aligned(two, other, in_order=False).places == [None, 0]
+    assert aligned(two, other, in_order=False).indices == [None, 0]
 
 
 @given(some, some, st.randoms())
 def test_without_an_order_no_order_counts(theirs, mine, random):
     def pairs(theirs, mine):
-        found = aligned(theirs, mine, in_order=False).places
+        found = aligned(theirs, mine, in_order=False).indices
         pairs = zip(theirs, found, strict=True)
         return {(a, mine[i]) for a, i in pairs if i is not None}
 

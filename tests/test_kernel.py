@@ -20,7 +20,7 @@ from stepping import python
 from keras_rmsprop import RMSprop, automatic, rule
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Blockwise, Draw
-from keras_rmsprop.estimate import Part, find
+from keras_rmsprop.estimate import Sampled, find
 from keras_rmsprop.kernel import DTYPES as TAKEN
 from keras_rmsprop.kernel import SWITCH, build, files
 from keras_rmsprop.kernel import tensorflow as kernel
@@ -815,7 +815,7 @@ def test_the_search_with_it_finds_what_it_finds_without(
         sample = how.sample(shape)
         first, s = (tf.Variable(tf.zeros(sample.shape, sums)) for _ in "12")
         variable = tf.Variable(tf.cast(rng.normal(size=shape), weights))
-        return Part(variable, None, first, s, sample)
+        return Sampled(variable, None, first, s, sample)
 
     parts = [part_of(shape) for shape in shapes]
     others = [
@@ -854,8 +854,8 @@ def test_the_search_refuses_elements_that_are_not_there():
     how = automatic.AutoLearningRate()
     sample = how.sample((5000,))
     variables = [tf.Variable(tf.zeros(n)) for n in (5000, *sample.shape, *sample.shape)]
-    part = Part(variables[0], tf.ones(5000), *variables[1:], sample)
-    sample.places = sample.places[0], sample.places[1], sample.places[2] + 1
+    part = Sampled(variables[0], tf.ones(5000), *variables[1:], sample)
+    sample.runs = sample.runs[0], sample.runs[1], sample.runs[2] + 1
     with pytest.raises(tf.errors.InvalidArgumentError, match="looked at"):
         kernel.follow([part], 1.0, tf.constant(True), 0.9)
     for variable in variables:

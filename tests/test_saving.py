@@ -314,7 +314,7 @@ class TestRestoring:
         other = two_layers(RMSprop(0.02), name="another_")
         other.load_weights(tmp_path / "m.weights.h5")
         other.set_weights([w + 1 for w in other.get_weights()])
-        with pytest.warns(UserWarning, match="matched by their places"):
+        with pytest.warns(UserWarning, match="matched by their positions"):
             other.optimizer.build(other.trainable_variables)
         for got, want in zip(
             other.optimizer.variables, model.optimizer.variables, strict=True

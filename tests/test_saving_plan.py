@@ -261,7 +261,8 @@ def test_other_names_are_told():
     done = planned(file_of(state(A), [A]), state(other), [other])
     np.testing.assert_array_equal(arrays(done)[v(0)], state(A)[v(0)])
     assert done.warning == (
-        "The variables in the file have other names; they were matched by their places."
+        "The variables in the file have other names; they were matched by their "
+        "positions."
     )
     both = planned(file_of(state(A), [A]), state(other, momentum=True), [other])
     assert "Left out: nothing. The variables in the file" in both.warning

@@ -320,7 +320,7 @@ def step(**options):
             {},
             {},
             "on its own",
-            "`slot_dtype` draws by each element's place",
+            "`slot_dtype` draws by each element's position",
         ),
         (
             one(2),

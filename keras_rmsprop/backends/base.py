@@ -168,8 +168,8 @@ class Backend:
         Args:
             grads: One for each variable.
             variables: The variables.
-            clocks: By their place, the last-update counters of tables whose rows
-                suffice.
+            clocks: The last-update counters of tables whose rows suffice, by the
+                position of the gradient.
             kernel: Whether a native kernel may sum up.
 
         Returns:

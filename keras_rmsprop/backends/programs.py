@@ -305,7 +305,7 @@ class _Program(NamedTuple):
     captured: list[Any]
     """The handles of the variables that it reads and writes."""
     device: str | None
-    """Where these variables are, if in one place: XLA runs there and nowhere else."""
+    """The device of these variables, if they share one: XLA runs only there."""
     owners: Any
     """The objects whose ids are its key: while it lives, no other gets these ids."""
     xla: bool

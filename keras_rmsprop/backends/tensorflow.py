@@ -135,17 +135,17 @@ class TensorFlow(Backend):
         tensors: list[Any] = []
         rows: list[Any] = []
         checks = []
-        for place, (gradient, variable) in enumerate(
+        for position, (gradient, variable) in enumerate(
             zip(grads, variables, strict=True)
         ):
             ids = None
             if isinstance(gradient, tf.IndexedSlices):
                 gradient, of_shape = sparse.with_known_shape(gradient, variable)
                 checks += [*of_shape, sparse.check_ids(gradient, variable)]
-                if place not in clocks:
+                if position not in clocks:
                     gradient = sparse.dense(gradient, variable)
                 else:
-                    gradient, ids = _distinct(gradient, clocks[place], may=kernel)
+                    gradient, ids = _distinct(gradient, clocks[position], may=kernel)
             elif gradient is not None:
                 if not gradient.shape.is_fully_defined():
                     gradient = tf.ensure_shape(gradient, variable.shape)

@@ -93,7 +93,7 @@ class Torch(Backend):
         if constants.options.cautious:
             return Way(ALONE, "`cautious` counts each variable's elements")
         if not codecs.of(update.slots.velocity).elementwise:
-            return Way(ALONE, "`slot_dtype` draws by each element's place")
+            return Way(ALONE, "`slot_dtype` draws by each element's position")
         if math.prod(update.variable.shape) <= SMALL_ELEMENTS:
             return Way(CONCATENATED, "small")
         return Way(IN_BLOCKS, "a block fits into the caches, for all operations")
@@ -122,7 +122,7 @@ def _update_by_kernel(
     followed: list[Any] = []
     others: list[Update] = []
     taken: dict[int, list[Update]] = defaultdict(list)
-    parts_of: dict[int, list[kernel.Part]] = defaultdict(list)
+    parts_of: dict[int, list[kernel.Pointers]] = defaultdict(list)
     for update in updates:
         part = _part(update, constants)
         if part is None:
@@ -140,7 +140,7 @@ def _update_by_kernel(
     return followed, others
 
 
-def _part(update: Update, constants: Constants) -> kernel.Part | None:
+def _part(update: Update, constants: Constants) -> kernel.Pointers | None:
     average = (
         update.average._value
         if constants.share and update.average is not None
@@ -237,8 +237,8 @@ def _blocks(tensors: Sequence[_Tensors]) -> Iterator[_Block]:
         if elements + size > BLOCK_ELEMENTS:
             yield small
             small, elements = _Block([], [], []), 0
-        for place, x in zip(small, (gradient, weights, slots), strict=True):
-            place.append(x)
+        for gathered, x in zip(small, (gradient, weights, slots), strict=True):
+            gathered.append(x)
         elements += size
     if small.weights:
         yield small

@@ -49,8 +49,8 @@ def update(
                 average = unwrapped(average)
             update = update._replace(average=average)
             dtypes = (x.dtype for x in (update.variable, update.slots.velocity))
-            place = *dtypes, update.dtype, update.variable.device, average is None
-            by_kernel.setdefault(place, []).append(update)
+            group = *dtypes, update.dtype, update.variable.device, average is None
+            by_kernel.setdefault(group, []).append(update)
         elif kind == IN_TURN:
             in_turn.append(update)
         elif kind == CONCATENATED and is_once:
@@ -106,7 +106,7 @@ def way(update: Update, constants: Constants, *, xla: bool | None = None) -> Way
     if constants.options.cautious:
         return Way(ALONE, "`cautious` counts each variable's elements")
     if not codecs.of(update.slots.velocity).elementwise:
-        return Way(ALONE, "`slot_dtype` draws by each element's place")
+        return Way(ALONE, "`slot_dtype` draws by each element's position")
     return Way(CONCATENATED, "small")
 
 

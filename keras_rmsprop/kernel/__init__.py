@@ -38,15 +38,15 @@ def loaded(
     switch = os.environ.get(SWITCH, "").strip().lower()
     if switch in ("0", "false", "no", "off"):
         return None, f"{SWITCH} is {switch}"
-    place = "its library"
+    path = "its library"
     try:
         found = build.found(library)
         if found is None:
             return None, "`python -m keras_rmsprop.kernel` has not built it yet"
-        place = str(found.path)
+        path = str(found.path)
         return load(files.loadable(found)), ""
     except Exception as error:  # of TensorFlow, of the file system
-        why = f"{place} cannot be loaded: {' '.join(str(error).split())}"
+        why = f"{path} cannot be loaded: {' '.join(str(error).split())}"
         if warn:
             text = f"There is no kernel, so steps are slower. {why}."
             warnings.warn(text, stacklevel=3)

@@ -151,8 +151,8 @@ def copy(library: files.Checked, folder: Path) -> Path:
     """
     copied = folder / library.path.name
     if not (copied.is_file() and copied.samefile(library.path)):
-        with files.whole(folder, copied.name) as place:
-            place.write_bytes(library.content)
+        with files.whole(folder, copied.name) as path:
+            path.write_bytes(library.content)
     return copied
 
 

@@ -148,7 +148,7 @@ def make_private(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole(folder: Path, name: str) -> Iterator[Path]:
-    """Give a place for a file; once it is written, put it and its note into a folder.
+    """Give a path for a file; once it is written, put it and its note into a folder.
 
     So nobody finds half a file. What others left there who were killed is removed.
 

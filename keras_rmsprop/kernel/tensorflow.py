@@ -214,7 +214,7 @@ def follow(
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
-        parts: The variables, each an `estimate.Part`.
+        parts: The variables, each an `estimate.Sampled`.
         weight: What a gradient is multiplied by.
         begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
@@ -223,17 +223,17 @@ def follow(
         For each call that it took, two doubles: the sum of <g, x0 - x>, and of |s|.
         And the parts that it has left alone.
     """
-    places: dict[tuple[Any, Any, str], list[Any]] = {}
+    groups: dict[tuple[Any, Any, str], list[Any]] = {}
     left = []
     for part in parts:
         if not _follows(part):
             left.append(part)
             continue
         variable = unwrapped(part.variable)
-        place = variable.dtype, part.gradient.dtype, variable.device
-        places.setdefault(place, []).append(part)
+        kind = variable.dtype, part.gradient.dtype, variable.device
+        groups.setdefault(kind, []).append(part)
     found = []
-    for (of_weights, dtype, _), several in places.items():
+    for (of_weights, dtype, _), several in groups.items():
         sums = ops().keras_rmsprop_follow(
             gradients=[part.gradient for part in several],
             weights=[unwrapped(part.variable).handle for part in several],
@@ -243,7 +243,7 @@ def follow(
             weight=tf.cast(weight, dtype),
             begins=begins,
             W=of_weights.base_dtype,
-            samples=[x for part in several for x in part.sample.places],
+            samples=[x for part in several for x in part.sample.runs],
         )
         found.append((sums.gain, sums.length))
     return found, left

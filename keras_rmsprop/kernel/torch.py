@@ -29,12 +29,12 @@ _SEARCHES = {
     (getattr(torch, t), getattr(torch, w)): number
     for number, (t, w) in enumerate(SEARCHES)
 }
-PLACES: Final = 2
-"""The first of the fields of a `Part` that `pointers.cc` is given."""
+ADDRESSES: Final = 2
+"""The first of the fields of a `Pointers` that `pointers.cc` is given."""
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
-class Part(NamedTuple):
+class Pointers(NamedTuple):
     """What the kernel is told of a variable: its size, and addresses, or 0."""
 
     kind: int
@@ -97,7 +97,7 @@ def is_watched() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or count() > 0
 
 
-def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Part | None:
+def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Pointers | None:
     """Return what the kernel is to be told of a variable; None if it does not take it.
 
     Args:
@@ -123,7 +123,7 @@ def part(gradient: Any, weights: Any, slots: Slots, average: Any) -> Part | None
     if v.dtype is torch.uint8:
         kept = blockwise.blocks(size) * (blockwise.BLOCK + blockwise.SCALE)
     try:
-        return Part(
+        return Pointers(
             number,
             (gradient, weights, v, m, a, average),
             size,
@@ -153,13 +153,15 @@ def _address(x: Any, size: int, dtype: Any) -> int:
         and not x.is_inference()
         and not x.is_neg()
     ):
-        place = int(x.data_ptr())
-        if place or size == 0:
-            return place or id(x)  # an empty one has no place, but is there
+        address = int(x.data_ptr())
+        if address or size == 0:
+            return address or id(x)  # an empty one has no address, but is there
     raise RuntimeError("No plain tensor")
 
 
-def update(parts: Sequence[Part], decays: Sequence[Any], constants: Constants) -> bool:
+def update(
+    parts: Sequence[Pointers], decays: Sequence[Any], constants: Constants
+) -> bool:
     """Take the step of variables of one kind in one call.
 
     Args:
@@ -196,13 +198,13 @@ def update(parts: Sequence[Part], decays: Sequence[Any], constants: Constants) -
         constants.decoupled_weight_decay,
         numbers.cautious and parts[0].at_momentum != 0,
     )
-    places = array("q", [x for part in parts for x in part[PLACES:]])
+    addresses = array("q", [x for part in parts for x in part[ADDRESSES:]])
     decay = array("d", [0 if x is None else _number(x) for x in decays])
     taken = library().keras_rmsprop_step(
         ctypes.byref(request),
         kind,
         len(parts),
-        *(ctypes.c_void_p(x.buffer_info()[0]) for x in (places, decay)),
+        *(ctypes.c_void_p(x.buffer_info()[0]) for x in (addresses, decay)),
         torch.get_num_threads(),
     )
     if taken:
@@ -246,13 +248,13 @@ def norm(tensors: Sequence[Any]) -> float | None:
     tensors = [x.contiguous() for x in tensors]
     sizes = array("q", [x.numel() for x in tensors])
     try:
-        places = array("q", map(_address, tensors, sizes, repeat(dtype)))
+        addresses = array("q", map(_address, tensors, sizes, repeat(dtype)))
     except RuntimeError:
         return None
     found = library().keras_rmsprop_norm(
         dtype is torch.float64,
         len(tensors),
-        *(ctypes.c_void_p(x.buffer_info()[0]) for x in (sizes, places)),
+        *(ctypes.c_void_p(x.buffer_info()[0]) for x in (sizes, addresses)),
         torch.get_num_threads(),
     )
     return float(found)
@@ -264,7 +266,7 @@ def follow(
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
-        parts: The variables, each an `estimate.Part`.
+        parts: The variables, each an `estimate.Sampled`.
         weight: What a gradient is multiplied by.
         begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
@@ -283,7 +285,7 @@ def follow(
             kinds.setdefault(searched[0], []).append(searched[1:])
     found = []
     for kind, several in kinds.items():
-        told = array("q", [x for places in several for x in places])
+        told = array("q", [x for addresses in several for x in addresses])
         sums = array("d", [0.0, 0.0])
         library().keras_rmsprop_follow(
             kind,
@@ -308,7 +310,7 @@ def _searched(part: Any) -> tuple[int, ...] | None:
     number = _SEARCHES.get((sums.dtype, weights.dtype))
     if number is None:
         return None
-    run, pitch, stride = part.sample.places
+    run, pitch, stride = part.sample.runs
     all_, size = weights.numel(), sums.numel()
     last = (size // run - 1) * pitch + (run - 1) * stride
     if size and (size % run or last >= all_):
