@@ -14,14 +14,14 @@ from keras_rmsprop.callback_base import Callback, described, list_of
 from keras_rmsprop.state import as_array, sync
 
 STALLED, EXPLODING = 1e-7, 0.3
-"""Change of a step, as a share of the weights: less, and float32 weights stay as they
-are; more, and it is no training."""
+"""Change per step, relative to the weights: below the first, float32 weights do not
+change; above the second, training fails."""
 MOST_ELEMENTS = 2**15
-"""Of a larger variable only so many elements are looked at, evenly spaced."""
+"""Of a larger variable, only so many elements are read, evenly spaced."""
 SETTLING = 10
 """After so many looks, no weight should change much in one step."""
 FEWEST_STEPS, MOST_TIME = 100, 0.02
-"""Steps from one look to the next by default, and the share of time that looks take."""
+"""Least steps between readings, by default, and the most of the time that they take."""
 
 
 class Reading(NamedTuple):
@@ -49,7 +49,7 @@ class Reading(NamedTuple):
     Of variables with more than 32,768 elements, this and the one above are estimates.
     """
     learning_rate: float
-    """The rate in force: the one that was found, or the one that was given."""
+    """The learning rate in use, estimated or given."""
     skipped_steps: int
     """How many steps `skip_nonfinite` has skipped so far."""
 
@@ -74,16 +74,15 @@ class Monitor(Callback):
 
     Once the optimizer is built, it compares the weights and $v$ before and after a
     step, every few batches. That gives the change of the weights and, from
-    $v' = \rho v + (1 - \rho) g^2$, the norm of the gradient $g$, whatever runs the
-    step. In between it does nothing. At the end of an epoch it puts the learning rate
+    $v' = \rho v + (1 - \rho) g^2$, the norm of the gradient $g$. In between it does
+    nothing. At the end of an epoch it puts the learning rate
     in use into the logs, as `current_learning_rate`: for the progress bar, the history,
     `CSVLogger`, `TensorBoard` and all other callbacks, wherever it stands in their
     list. (What Keras' own log as `learning_rate` is the factor, with `"auto"`.)
 
     Args:
-        every: Number of batches from one look to the next; or `None`: 100, and more
-            where looking would take more than a fiftieth of the time. Defaults to
-            `None`.
+        every: Number of batches between readings; or `None`: 100, or more where they
+            would take more than a fiftieth of the time. Defaults to `None`.
         csv_file: A file to write the readings to, one line each; or `None`.
         log_dir: A folder for TensorBoard; or `None`. Needs TensorFlow.
         show: Whether to print what looks wrong, once for each variable. Defaults to

@@ -60,17 +60,19 @@ class RMSprop(keras.optimizers.Optimizer):
     Args:
         learning_rate: $\eta$, a number >= 0, a
             `keras.optimizers.schedules.LearningRateSchedule`, a callable without
-            arguments that returns a number, or `"auto"`: then it is estimated in
-            training (see `AutoLearningRate`), `current_learning_rate` is the rate, a
-            value assigned to `learning_rate` multiplies it, and other defaults are
-            those that train best so. Defaults to `0.001`.
+            arguments that returns a number, or `"auto"`, which estimates it in training
+            (see `AutoLearningRate`): then `current_learning_rate` is the rate, a value
+            assigned to `learning_rate` multiplies it, and other defaults change, as
+            noted below. Defaults to `0.001`.
         rho: $\rho$, the decay rate of $v$ and $a$, in [0, 1). Defaults to `0.9`.
         momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
-            Defaults to `0.0`, with "auto" to `0.9`; then tables have none: variables
-            with "embeddings" in their name, and on TensorFlow what has gradients in
-            `tf.IndexedSlices`. Their rate is `1 / (1 - momentum)` times that of others.
+            Defaults to `0.0`, with "auto" to `0.9`, but not for embedding tables:
+            variables with "embeddings" in their name, and on TensorFlow those with
+            `tf.IndexedSlices` gradients. Their rate is `1 / (1 - momentum)` times that
+            of others.
         epsilon: $\epsilon$ > 0, in units of the squared gradient if it stands inside
-            the root, else of the gradient. Defaults to `1e-7`, with "auto" to `1e-30`.
+            the root, else of the gradient. Defaults to `1e-7`, with "auto" and without
+            `centered` to `1e-30`, of tables to a value from their gradients.
         centered: Whether to divide by the root of the variance, $v - a^2$; else there
             is no $a$. Defaults to `False`.
         weight_decay: Number or `None`: $\omega$ or $\lambda$, see
@@ -78,7 +80,7 @@ class RMSprop(keras.optimizers.Optimizer):
         clipnorm: Number or `None`: the largest norm of one gradient.
         clipvalue: Number or `None`: the largest magnitude of an element of a gradient.
         global_clipnorm: Number or `None`: the largest norm of all gradients together.
-        use_ema: Whether to keep an exponential moving average (EMA) of the weights.
+        use_ema: Whether to track an exponential moving average (EMA) of the weights.
             Defaults to `False`, with "auto" to `True`.
         ema_momentum: Decay rate of the EMA, in [0, 1]. Defaults to `0.99`.
         ema_overwrite_frequency: Number of steps after which the EMA replaces the
@@ -115,20 +117,20 @@ class RMSprop(keras.optimizers.Optimizer):
             keeps its slots in float32, as do those with fewer than 4096 elements.
             Defaults to `("embeddings",)`.
         ema_warmup: Whether the decay rate of the EMA after $t$ updates of this `fit` is
-            at most $(1 + t) / (10 + t)$: a short run does not drag its first weights
-            along. Defaults to `False`, with "auto" and `use_ema` to `True`.
+            at most $(1 + t) / (10 + t)$, so that the first weights do not dominate a
+            short run. Defaults to `False`, with "auto" and `use_ema` to `True`.
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing but `skipped_steps`, which counts such steps. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient (of
-            an embedding) does. `"exact"` gives the result of the same dense gradient,
-            and costs what its rows cost unless others move, too: with momentum, weight
-            decay or a constraint. `"lazy"` updates the rows of the gradient and never
-            moves others. Defaults to `"exact"`.
+            an embedding) does. `"exact"` gives the result of the same dense gradient;
+            its cost depends on the rows of the gradient only, unless other rows move,
+            too: with momentum, weight decay or a constraint. `"lazy"` never moves other
+            rows. Defaults to `"exact"`.
         jit_compile: On the TensorFlow backend, how a step is compiled. `"auto"`: by the
             native kernel on CPUs (`python -m keras_rmsprop.kernel` builds it), else by
             XLA where that is faster. `True`: by XLA also in every `tf.function` and in
-            subclasses with an `update_step` of their own. `False`: neither, and with
-            operations that converters know. Inside a function that XLA compiles, the
+            subclasses with an `update_step` of their own. `False`: neither, with
+            operations that converters support. Inside a function that XLA compiles, the
             step is part of that program. Defaults to `"auto"`.
         **kwargs: `lr`, the deprecated spelling of `learning_rate`.
 
@@ -221,7 +223,7 @@ class RMSprop(keras.optimizers.Optimizer):
     # The variables that it makes.
 
     def build(self, variables: list[Any]) -> None:
-        """Create slots for variables; if it is built for some, for the others, too."""
+        """Create slots for variables that have none yet."""
         if self.built:
             if any(building.knows(self, [v]) for v in variables):
                 building.build_for(self, variables)

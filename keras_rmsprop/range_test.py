@@ -22,14 +22,14 @@ class LearningRateFinder(Callback):
 
     The first `steps` batches of `fit` are the test: step $k$ is taken with the rate
     `lowest` $\cdot$ (`highest` / `lowest`)$^{k / (\text{steps} - 1)}$. It ends early if
-    the loss is no longer finite, or of five batches four times what it began with. Then
+    the loss is not finite, or over five batches is four times the first one. Then
     the model and the optimizer are restored bit-for-bit: weights, slots, averages,
     statistics, seeds and the learning rate. `fit` stops there, so call it again to
     train; with `train=True` it continues with the suggested rate. If `fit` is
     interrupted during the test, the next `fit` with this callback puts them back.
 
     It suggests a third of the rate at which the smoothed loss is lowest. That is a
-    place to start: the best rate for a long training may be larger or smaller.
+    starting point: the best rate for a long training may be larger or smaller.
 
     It works with any Keras optimizer whose learning rate is a number. `RMSprop("auto")`
     needs none.
@@ -43,9 +43,9 @@ class LearningRateFinder(Callback):
             test, and the rate is what it was. Defaults to `False`.
 
     Attributes:
-        rates: The rates that were tried, a list.
+        rates: The rates tried, a list.
         losses: The loss of each batch, a list.
-        suggestion: The rate to begin with; None if the loss never fell.
+        suggestion: The suggested rate; None if the loss never fell.
 
     Raises:
         ValueError: An argument is out of its range, or the optimizer's learning rate is
