@@ -38,7 +38,7 @@ class Run:
         first_step: Seconds until the first batch was trained: mostly tracing. Whoever
             comes first in the program waits for TensorFlow's own start too.
         test_loss: Mean loss on the test digits.
-        test_accuracy: Share of the test digits that were told right.
+        test_accuracy: Share of the test digits that are classified correctly.
     """
 
     optimizer: str

@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 Accuracies = dict[Run, float]
-"""By training, the share of the test digits told right."""
+"""For each training, the share of the test digits classified correctly."""
 
 
 def variants() -> dict[str, Callable[[float, int], Any]]:

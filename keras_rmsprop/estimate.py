@@ -1,4 +1,4 @@
-r"""A learning rate found while training: how far the weights must travel, estimated.
+r"""The automatic learning rate: an estimate of how far the weights must travel.
 
 It is the distance estimate of Prodigy, with RMSprop's steps. The weights $x$ began at
 $x_0$ and have gradients $g$. The distance is $d$, a factor on it is $f$ (a schedule's,

@@ -180,7 +180,7 @@ class LearningRateFinder(Callback):
         if kind == "AutoLearningRate":
             raise ValueError(
                 '`LearningRateFinder` is not needed with `learning_rate="auto"`, which '
-                "finds the rate while training. Remove the callback."
+                "estimates the rate. Remove the callback."
             )
         if not isinstance(rate, float):
             raise ValueError(

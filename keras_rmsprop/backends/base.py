@@ -234,7 +234,7 @@ class Backend:
     ) -> Any:
         """Return what one function returns if a bool scalar is true, else the other."""
         if keras.backend.backend() == "jax" and not _is_traced(condition):
-            # `ops.cond` would compile its branches anew at every call.
+            # `ops.cond` would compile its branches again at every call.
             return one() if condition else other()
         return ops.cond(condition, one, other)
 
