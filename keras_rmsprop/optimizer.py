@@ -66,13 +66,11 @@ class RMSprop(keras.optimizers.Optimizer):
             noted below. Defaults to `0.001`.
         rho: $\rho$, the decay rate of $v$ and $a$, in [0, 1). Defaults to `0.9`.
         momentum: $\mu$, the decay rate of $m$, in [0, 1). At 0 there is no $m$.
-            Defaults to `0.0`, with "auto" to `0.9`, but not for embedding tables:
-            variables with "embeddings" in their name, and on TensorFlow those with
-            `tf.IndexedSlices` gradients. Their rate is `1 / (1 - momentum)` times that
-            of others.
+            Defaults to `0.0`, with "auto" to `0.9`. Then embedding tables (variables
+            with "embeddings" in their name or `tf.IndexedSlices` gradients) have none,
+            and `1 / (1 - momentum)` times the rate of others.
         epsilon: $\epsilon$ > 0, in units of the squared gradient if it stands inside
-            the root, else of the gradient. Defaults to `1e-7`, with "auto" and without
-            `centered` to `1e-30`, of tables to a value from their gradients.
+            the root, else of the gradient. Defaults to `1e-7`, with "auto" to `1e-30`.
         centered: Whether to divide by the root of the variance, $v - a^2$; else there
             is no $a$. Defaults to `False`.
         weight_decay: Number or `None`: $\omega$ or $\lambda$, see

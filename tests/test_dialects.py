@@ -426,6 +426,15 @@ def test_the_documented_table():
             assert function(**given).get_config()[argument] == other
 
 
+def test_what_the_page_says_of_all_dialects():
+    for name in {dialect for dialect, _ in table()}:
+        given = {"learning_rate": 0.25} if name in ("optax", "tensorflow_v1") else {}
+        config = getattr(dialects, name)(**given).get_config()
+        assert config["momentum"] == 0
+        assert config["weight_decay"] is None
+        assert config["centered"] == (name == "deepmind_dqn")
+
+
 def test_every_dialect_is_in_the_table():
     public = {
         name
