@@ -25,6 +25,11 @@ if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import sparse
 
 
+def begin_of(optimizer: Any) -> Any:
+    """Return the variable with the update at which the EMA's warm-up began, or None."""
+    return vars(optimizer).get("_ema_begin")
+
+
 class Momentum(NamedTuple):
     """The share of an average that an update keeps."""
 
@@ -34,6 +39,13 @@ class Momentum(NamedTuple):
     """Whether the share is (1 + t) / (10 + t) as long as that is less."""
     begin: Any = 0
     """How many updates there were before t counts: up to the end of the last `fit`."""
+
+    @classmethod
+    def of(cls, optimizer: Any) -> "Momentum":
+        """Return that of a Keras optimizer with `use_ema`."""
+        begin = begin_of(optimizer)
+        warms_up = bool(getattr(optimizer, "ema_warmup", False))
+        return cls(optimizer.ema_momentum, warms_up, 0 if begin is None else begin)
 
     def at(self, t: Any, dtype: Any) -> Any:
         """Return the share after t updates: 0 at first, which copies the weights."""
@@ -287,9 +299,7 @@ class Averages:
 
     def momentum(self) -> Momentum:
         """Return the decay rate."""
-        optimizer = self._optimizer
-        begin = vars(optimizer).get("_ema_begin", 0)
-        return Momentum(optimizer.ema_momentum, optimizer.ema_warmup, begin)
+        return Momentum.of(self._optimizer)
 
     def warm_up_again(self) -> None:
         """Warm up from here: weights that go on from their average have little past.
@@ -297,8 +307,8 @@ class Averages:
         Else a loop of short calls of `fit` would hardly move, as each ends with an
         average over several of them.
         """
-        begin = self.momentum().begin
-        if not isinstance(begin, int):
+        begin = begin_of(self._optimizer)
+        if begin is not None:
             for table in self.tables().values():
                 table.catch_up()
             # A copy: on JAX both would share one buffer, and give it away twice.
