@@ -24,16 +24,17 @@ def net(*units: int, **options: Any) -> Callable[[], Any]:
     return functools.partial(mlp, *units, **options)
 
 
-def cnn() -> Any:
+def cnn(classes: int = 10, channels: tuple[int, int] = (12, 24)) -> Any:
     """Return two convolutions and a dense layer."""
+    first, second = channels
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
-            layers.Conv2D(12, 3, strides=2, activation="relu"),
-            layers.Conv2D(24, 3, strides=2, activation="relu"),
+            layers.Conv2D(first, 3, strides=2, activation="relu"),
+            layers.Conv2D(second, 3, strides=2, activation="relu"),
             layers.Flatten(),
             layers.Dense(64, activation="relu"),
-            layers.Dense(10),
+            layers.Dense(classes),
         ]
     )
 
@@ -113,25 +114,11 @@ def factors() -> Any:
     return keras.Model(pairs, layers.Dense(1)(x))
 
 
-def small_cnn(classes: int) -> Any:
-    """Return convolutions, then their mean over the picture, then a dense layer."""
-    return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            layers.Conv2D(16, 3, strides=2, activation="relu"),
-            layers.Conv2D(32, 3, strides=2, activation="relu"),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(classes),
-        ]
-    )
-
-
 @functools.cache
 def learned() -> list[Any]:
     """Return the weights of a CNN that knows the digits 0 to 4."""
     keras.utils.set_random_seed(0)
-    model, (low, _) = small_cnn(5), halves()
+    model, (low, _) = cnn(5, (16, 32)), halves()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss)
     model.fit(low.x, low.y, batch_size=64, epochs=3, verbose=0)
@@ -146,7 +133,7 @@ def other_digits() -> Data:
 
 def pretrained() -> Any:
     """Return the network of `learned` with a last layer that is new."""
-    model = small_cnn(5)
+    model = cnn(5, (16, 32))
     old = learned()[:-2]
     model.set_weights([*old, *model.get_weights()[len(old) :]])
     return model

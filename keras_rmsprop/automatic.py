@@ -59,12 +59,12 @@ class AutoLearningRate:
     Example:
         >>> import keras
         >>> from keras_rmsprop import AutoLearningRate, RMSprop
-        >>> decay = keras.optimizers.schedules.CosineDecay(1.0, 200)
+        >>> decay = keras.optimizers.schedules.CosineDecay(1.0, 400)
         >>> optimizer = RMSprop(AutoLearningRate(growth=1.1, factor=decay))
         >>> weight = keras.Variable(1.0)
-        >>> for _ in range(200):
+        >>> for _ in range(400):
         ...     optimizer.apply([weight.numpy()], [weight])  # of weight^2 / 2
-        >>> bool(abs(weight.numpy()) < 0.01)
+        >>> bool(abs(weight.numpy()) < 1e-6)
         True
 
     Reference:

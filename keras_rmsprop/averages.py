@@ -25,6 +25,11 @@ if keras.backend.backend() == "tensorflow":
     from keras_rmsprop import sparse
 
 
+def begin_of(optimizer: Any) -> Any:
+    """Return the variable with the update at which the EMA's warm-up began, or None."""
+    return vars(optimizer).get("_ema_begin")
+
+
 class Momentum(NamedTuple):
     """The share of an average that an update keeps."""
 
@@ -34,6 +39,13 @@ class Momentum(NamedTuple):
     """Whether the share is (1 + t) / (10 + t) as long as that is less."""
     begin: Any = 0
     """How many updates there were before t counts: up to the end of the last `fit`."""
+
+    @classmethod
+    def of(cls, optimizer: Any) -> "Momentum":
+        """Return that of a Keras optimizer with `use_ema`."""
+        begin = begin_of(optimizer)
+        warms_up = bool(getattr(optimizer, "ema_warmup", False))
+        return cls(optimizer.ema_momentum, warms_up, 0 if begin is None else begin)
 
     def at(self, t: Any, dtype: Any) -> Any:
         """Return the share after t updates: 0 at first, which copies the weights."""
@@ -134,20 +146,21 @@ class Table(NamedTuple):
 
 
 def before_step(
-    tables: Mapping[int, Table], updated: Mapping[int, Any], iterations: Any
-) -> dict[int, Any]:
+    tables: Mapping[int, Table], parts: Sequence[Part], iterations: Any
+) -> tuple[Sequence[Part], dict[int, Any]]:
     """Read the averages that depend on weights that a step is about to change.
 
     Args:
         tables: Tables, by their index.
-        updated: By their index, the variables that have a gradient: the rows of a table
-            that the step updates, or None: all.
+        parts: The variables that have a gradient.
         iterations: The optimizer's iterations.
 
     Returns:
-        By their index, the averages of the rows that will be updated, or None: no row.
-        A table of which all rows will be updated is not among them.
+        The parts, their rows known only after the averages; and the averages of the
+        rows that will be updated, or None: no row, by the index of their table. A table
+        of which all rows will be updated is not among them.
     """
+    updated = {part.variable_index: part.ids for part in parts}
     found: dict[int, Any] = {}
     for i, table in tables.items():
         updates = tf.convert_to_tensor(table.clock.updates)
@@ -158,8 +171,12 @@ def before_step(
         # As a rule iterations go up by one. If not, the counter restarts.
         jumped = _as_int(iterations) != table.clock.iterations(updates)
         _only_if(behind & jumped, table.catch_up)
-        found[i] = table.caught_up(updated[i]) if i in updated else None
-    return found
+        found[i] = None
+        if i in updated:
+            caught_up = tf.convert_to_tensor(table.clock.updates)
+            updated[i] = sparse.after(updated[i], caught_up)
+            found[i] = table.caught_up(updated[i])
+    return [part._replace(ids=updated[part.variable_index]) for part in parts], found
 
 
 def follow(
@@ -287,9 +304,7 @@ class Averages:
 
     def momentum(self) -> Momentum:
         """Return the decay rate."""
-        optimizer = self._optimizer
-        begin = vars(optimizer).get("_ema_begin", 0)
-        return Momentum(optimizer.ema_momentum, optimizer.ema_warmup, begin)
+        return Momentum.of(self._optimizer)
 
     def warm_up_again(self) -> None:
         """Warm up from here: weights that go on from their average have little past.
@@ -297,8 +312,8 @@ class Averages:
         Else a loop of short calls of `fit` would hardly move, as each ends with an
         average over several of them.
         """
-        begin = self.momentum().begin
-        if not isinstance(begin, int):
+        begin = begin_of(self._optimizer)
+        if begin is not None:
             for table in self.tables().values():
                 table.catch_up()
             # A copy: on JAX both would share one buffer, and give it away twice.
@@ -332,21 +347,25 @@ class Averages:
             return None  # Keras averages at each call, also at those that only sum up
         return functools.partial(self.momentum().at, self._optimizer.iterations)
 
-    def read(self, parts: Sequence[Part], own: frozenset[str]) -> dict[int, Any]:
+    def read(
+        self, parts: Sequence[Part], own: frozenset[str]
+    ) -> tuple[Sequence[Part], dict[int, Any]]:
         """Return the averages of rows whose weights a step is about to change.
 
         Args:
             parts: The parts of the step.
             own: The hooks that a subclass overrides: then all averages are dense.
+
+        Returns:
+            See `before_step`.
         """
         tables = self.tables()
         if own:
             for table in tables.values():
                 table.catch_up()
         if own or not tables:
-            return {}
-        updated = {part.variable_index: part.ids for part in parts}
-        return before_step(tables, updated, self._optimizer.iterations)
+            return parts, {}
+        return before_step(tables, parts, self._optimizer.iterations)
 
     def follow(
         self, parts: Sequence[Part], before: Mapping[int, Any], done: Sequence[Any]

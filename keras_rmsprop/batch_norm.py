@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rmsprop import checks
+from keras_rmsprop.averages import Momentum
 from keras_rmsprop.state import as_array, copied, sync
 
 BATCH = 32
@@ -31,14 +33,6 @@ def statistics_of(model: Any) -> list[Any]:
     return [getattr(x, name) for x in layers_of(model) for name in STATISTICS]
 
 
-def share(optimizer: Any, t: int, begin: int) -> float:
-    """Return the share of an average that stays after t updates; see `averages`."""
-    most = float(optimizer.ema_momentum)
-    if getattr(optimizer, "ema_warmup", False):
-        most = min(most, (1 + t - begin) / (10 + t - begin))
-    return most if t else 0.0
-
-
 class Averaged:
     """Averages of a model's statistics, which follow at the rate of the weights'.
 
@@ -53,17 +47,18 @@ class Averaged:
         self.averages = [copied(v) for v in self.variables]
         self._model, self._optimizer = model, optimizer
         self._calls = updates * _calls_an_update(optimizer)
+        momentum = Momentum.of(optimizer)
         # When `fit` ends, it is later, before the last updates are followed here.
-        begin = vars(optimizer).get("_ema_begin")
-        self._begin = 0 if begin is None else int(as_array(begin))
+        begin = int(ops.convert_to_numpy(momentum.begin))
+        self._momentum = momentum._replace(begin=begin)
 
     def follow(self, calls: int) -> None:
         """Let avg <- m avg + (1 - m) s, after so many more calls of the optimizer."""
         if not (self.variables and calls):
             return
-        n, kept = _calls_an_update(self._optimizer), 1.0
-        for call in range(self._calls, self._calls + calls):
-            kept *= share(self._optimizer, call // n, self._begin)
+        every = np.arange(self._calls, self._calls + calls)
+        updates = every // _calls_an_update(self._optimizer)
+        kept = float(np.prod(as_array(self._momentum.at(updates, "float32"))))
         self._calls += calls
         sync(self._model)
         self.averages = [  # so that a frozen layer's stay as they are, to the last bit

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_rmsprop.averages import begin_of
 from keras_rmsprop.batch_norm import Averaged
 from keras_rmsprop.batch_norm import recompute_batch_norm as recompute_batch_norm
 from keras_rmsprop.callback_base import Callback, described, inner, list_of
@@ -204,13 +205,12 @@ class AverageForEvaluation(Callback):
         if model in _held and _held[model].is_in_place():
             return  # another callback has put them in
         sync(model)
-        variables, statistics = model.trainable_variables, self._statistics
+        # That ends a training. So where the warm-up began is put back later, too.
+        begins = [begin_of(one) for one in _averaging(model.optimizer)]
+        weights, statistics = model.trainable_variables, self._statistics
+        variables = [*weights, *(x for x in begins if x is not None)]
         raw = [copied(v) for v in variables]
-        begins = [vars(one).get("_ema_begin") for one in _averaging(model.optimizer)]
-        before = [(begin, copied(begin)) for begin in begins if begin is not None]
-        model.optimizer.finalize_variable_values(variables)
-        for begin, value in before:  # it is no end: the warm-up goes on
-            begin.assign(value)
+        model.optimizer.finalize_variable_values(weights)
         averages = [copied(v) for v in variables]
         if statistics is not None:
             self._count(self._done)

@@ -147,10 +147,16 @@ def update(
         reads_weights: Whether `step` uses the weights.
     """
     clock, ids = rows
+    # The average was read with the weights. So XLA must see that they are older than
+    # what is written, or it copies the table.
+    reads_weights |= inside_xla() and clock.average is not None
     weights = read(variable, ids) if reads_weights else None
     taken, new = step(weights, caught_up(slots, rows, rho))
     _write_slots(slots, new, rows, draw)
-    subtract(variable, taken, ids)
+    if inside_xla() and weights is not None:
+        write(variable, weights - tf.cast(taken, weights.dtype), ids)
+    else:
+        subtract(variable, taken, ids)
     if ids is None:
         Ticks.reset(clock)  # the average of the weights has its own
     else:

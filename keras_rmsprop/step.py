@@ -103,9 +103,9 @@ def take(
     given, checks = parts_of(grads, variables, clocks, index_of, kernel=kernel)
 
     def step() -> None:
-        before = averages.read(given, own) if averages else {}
+        parts, before = averages.read(given, own) if averages else (given, {})
         # Overwrite: w <- g, for float8 scales.
-        parts = overwritten(optimizer, given)
+        parts = overwritten(optimizer, parts)
         # Unscale: g <- g / loss_scale_factor.
         parts = unscaled(parts, optimizer.loss_scale_factor)
         # Accumulate: G <- G + g; each n-th call g <- (G + g) / n, G <- 0, update.

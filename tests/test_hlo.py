@@ -47,7 +47,9 @@ CASES = [
     Case(DENSE, {"skip_nonfinite": True}, passes=3, conditions=1),
     Case(ROWS, {}, passes=2),
     Case(ROWS, {"centered": True}, passes=3),
+    Case(ROWS, {"use_ema": True}, passes=4, conditions=2),
     Case(ROWS, {**AUTO, "use_ema": False}, passes=4, conditions=4),
+    Case(ROWS, AUTO, passes=5, conditions=6),
     Case(ROWS, {"skip_nonfinite": True}, passes=2, conditions=1),
     Case(WHOLE, {}, passes=4),
     Case(WHOLE, {"momentum": 0.9}, passes=5),
@@ -73,9 +75,9 @@ def optimized(case, monkeypatch):
     program = step.experimental_get_compiler_ir(*given)(stage="optimized_hlo")
     names = [v.name for v in optimizer.variables]
     if 0 in optimizer._clocks:
-        names += ["updates", "last"] + ["sum"] * (
-            case.options.get("learning_rate") == "auto"
-        )
+        names += ["updates", "last"]
+        names += ["sum"] if case.options.get("learning_rate") == "auto" else []
+        names += ["updates", "last", "first"] if optimizer.use_ema else []
     return program, names
 
 

@@ -67,6 +67,7 @@ def expected(options, gradients):
     weights, states, averages, auto = START, [{} for _ in START], START, {}
     if options.get("learning_rate") == "auto":
         rule |= {"epsilon": 1e-30, "bias_correction": True, "factor": 1.0}
+        rule |= {"momentum": 0.9, "nesterov": True}
         del rule["alpha"]
     t, summed = 0, []
     for given in gradients:
@@ -85,6 +86,8 @@ def expected(options, gradients):
                     for w, g, state in zip(weights, mean, states)
                 ]
         share = options.get("ema_momentum", 0.99) if t // every else 0.0
+        if options.get("learning_rate") == "auto":
+            share = min(share, (1 + t) / (10 + t))
         averages = [share * a + (1 - share) * w for a, w in zip(averages, weights)]
         overwrites = options.get("ema_overwrite_frequency")
         if overwrites and (t // every + 1) % overwrites == 0:
@@ -112,7 +115,7 @@ def check(name, options, gradients=GRADIENTS, tolerance=2e-6):
         close(traced_state, state, max(tolerance, 5e-6))
         want, averages = expected(options, gradients)
         close(weights, want, tolerance)
-        if options.get("use_ema"):
+        if optimizer.use_ema:
             paths = [v.path for v in optimizer.variables]
             got = [x for path, x in zip(paths, state) if path.endswith("_average")]
             close(got, averages, tolerance)
@@ -155,7 +158,7 @@ poisoned[7][2][0, 0, 0, 0] = np.inf
 ema = {"use_ema": True, "ema_momentum": 0.9}
 check("clipnorm", {"clipnorm": 0.5})
 check("clipvalue", {"clipvalue": 0.5})
-auto = {"learning_rate": "auto", "momentum": 0.0, "use_ema": False}
+auto = {"learning_rate": "auto"}
 check("auto", auto, tolerance=2e-5)
 check("auto, clipped", auto | {"global_clipnorm": 1.0}, tolerance=2e-5)
 check("averages", ema | {"momentum": 0.5})
@@ -307,11 +310,13 @@ for dtype in ("float64", "float32"):
         {"momentum": 0.9},
         {"bias_correction": True},
         {"centered": True},
-        {"learning_rate": "auto", "momentum": 0.0},
+        {"learning_rate": "auto"},
         {"skip_nonfinite": True},
     ):
         by_g, by_v, epsilon = derivatives(dtype, **options)
-        rate = 1e-5 if "learning_rate" in options else RATE
+        rate = RATE
+        if "learning_rate" in options:  # (1 - mu) d, and Nesterov's 1 + mu
+            rate = (1 - 0.9) * 1e-5 * (1 + 0.9)
         np.testing.assert_allclose(
             by_g, [-rate / epsilon**0.5, 0, 0, 0], rtol=1e-5, err_msg=options
         )

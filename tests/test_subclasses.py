@@ -447,7 +447,7 @@ def test_weights_decay_with_the_rate_that_was_found(hook):
     def run(kind):
         variable, optimizer = (
             keras.Variable(np.ones(3)),
-            kind("auto", momentum=0.0, weight_decay=0.1),
+            kind("auto", weight_decay=0.1),
         )
         for _ in range(10):
             optimizer.apply([tensor([1.0, 1.0, 1.0])], [variable])
@@ -470,7 +470,7 @@ def test_the_rate_that_was_found_is_that_of_its_step():
         seen.append([float(rate) for rate in (learning_rate, *rates)])
 
     optimizer = of_class(RMSprop, looking)
-    optimizer = type(optimizer)("auto", momentum=0.0)
+    optimizer = type(optimizer)("auto")
     optimizer.apply([tensor([1.0])], [keras.Variable([1.0])])
     assert len({*seen[0]}) == 1
     assert seen[0][0] < 0.1

@@ -84,7 +84,7 @@ def replayed(concrete: Any) -> Replay | None:
             if all(x.name in known for x in several):
                 values = [known[x.name] for x in several]
                 takes_group = operation.type in kernel.TAKE_GROUPS
-                takes_group = takes_group and name != "counters"
+                takes_group = takes_group and name not in kernel.SINGLE
                 if takes_group and [*{x.dtype for x in values}] == [tf.resource]:
                     values = [kernel.group(values)]
                 fixed[name] = values if isinstance(given, list) else values[0]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -29,6 +30,7 @@ REGISTER_OP("KerasRmspropStep")
     .Input("average_gradients: A * resource")
     .Input("averages: E * resource")
     .Input("counters: C * resource")  // go up by 1: the step and its count are one
+    .Input("rates: R * resource")     // if there is one, in place of `learning_rate`
     .Input("learning_rate: T")
     .Input("correction: T")
     .Input("scale: T")
@@ -43,6 +45,7 @@ REGISTER_OP("KerasRmspropStep")
     .Attr("A: int >= 0")
     .Attr("E: int >= 0")
     .Attr("C: int >= 0")
+    .Attr("R: int >= 0")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
     .Attr("S: {float, double, bfloat16, uint8}")
@@ -206,6 +209,21 @@ absl::Status ReadScalar(tf::OpKernelContext* ctx, const char* name,
   return absl::OkStatus();
 }
 
+// Reads the variable with the learning rate, if there is one. It is not locked together
+// with the others, which an op elsewhere may hold that waits for this one.
+absl::Status ReadRate(tf::OpKernelContext* ctx, std::optional<float>* rate) {
+  tf::OpInputList handles;
+  TF_RETURN_IF_ERROR(ctx->input_list("rates", &handles));
+  if (handles.size() == 0) return absl::OkStatus();
+  Variables rates;
+  TF_RETURN_IF_ERROR(rates.Find(ctx, 1, {"rates"}, 0));
+  TF_RETURN_IF_ERROR(rates.Lock());
+  const tf::TensorShape scalar;
+  TF_RETURN_IF_ERROR(rates.Check(0, 0, tf::DT_FLOAT, &scalar));
+  *rate = *rates.Data<float>(0, 0);
+  return absl::OkStatus();
+}
+
 // What the ops have in common that take a step: its numbers.
 template <typename T>
 class UpdateOp : public tf::OpKernel {
@@ -220,7 +238,8 @@ class UpdateOp : public tf::OpKernel {
  protected:
   // Reads what is asked for, and the weight decay of each variable.
   absl::Status Read(tf::OpKernelContext* ctx, int count, Request* request,
-                    std::vector<Decay<T>>* decays) {
+                    std::vector<Decay<T>>* decays,
+                    std::optional<float> current_rate = std::nullopt) {
     const tf::Tensor *rate, *correction, *scale, *constants, *given;
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "learning_rate", &rate));
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "correction", &correction));
@@ -235,7 +254,7 @@ class UpdateOp : public tf::OpKernel {
     const auto constant = constants->flat<double>();
     *request = {};
     request->scale = scale->flat<T>()(0);
-    request->learning_rate = rate->flat<T>()(0);
+    request->learning_rate = current_rate ? *current_rate : rate->flat<T>()(0);
     request->rho = constant(0);
     request->momentum = constant(1);
     request->epsilon = constant(2);
@@ -273,9 +292,11 @@ class StepOp : public UpdateOp<T> {
                                        {"weights", "velocities", "momenta",
                                         "average_gradients", "averages"},
                                        2));
+    std::optional<float> rate;
+    OP_REQUIRES_OK(ctx, ReadRate(ctx, &rate));
     Request request;
     std::vector<Decay<T>> decays;
-    OP_REQUIRES_OK(ctx, this->Read(ctx, count, &request, &decays));
+    OP_REQUIRES_OK(ctx, this->Read(ctx, count, &request, &decays, rate));
     const tf::Tensor* share;
     OP_REQUIRES_OK(ctx, ReadScalar(ctx, "share", &share));
     request.share = share->flat<T>()(0);

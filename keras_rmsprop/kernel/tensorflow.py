@@ -15,6 +15,8 @@ from keras_rmsprop.update import Constants, Update
 
 TAKE_GROUPS = "KerasRmspropStep", "KerasRmspropFollow"
 """The ops that take a `group` instead of several variables."""
+SINGLE = "counters", "rates"
+"""Their inputs that are no variables of a model."""
 
 
 def ops() -> Any:
@@ -108,6 +110,9 @@ def update(updates: Sequence[Update], constants: Constants) -> None:
     velocities, momenta, average_gradients = (
         [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
     )
+    rates = _readable_rates(updates, constants)
+    if rates:
+        constants = constants._replace(learning_rate=0)
     ops().keras_rmsprop_step(
         gradients=[tf.cast(update.gradient, dtype) for update in updates],
         weights=[update.variable.handle for update in updates],
@@ -118,12 +123,25 @@ def update(updates: Sequence[Update], constants: Constants) -> None:
             update.average.handle for update in updates if update.average is not None
         ],
         counters=[] if constants.count is None else [constants.count.handle],
+        rates=rates,
         share=tf.cast(0 if constants.share is None else constants.share(dtype), dtype),
         draw=_draw(constants.draw),
         S=updates[0].slots.velocity.dtype.base_dtype,
         cautious=constants.options.cautious,
         **_numbers(updates, constants),
     )
+
+
+def _readable_rates(updates: Sequence[Update], constants: Constants) -> list[Any]:
+    """Return the variable with the learning rate, if the op itself may read it.
+
+    To read it before takes an eager step of a small network a tenth longer.
+    """
+    rate = unwrapped(constants.learning_rate)
+    if not (isinstance(rate, tf.Variable) and _are_here([rate])):
+        return []
+    is_beside = rate.device == updates[0].variable.device
+    return [rate.handle] if is_beside and rate.dtype == tf.float32 else []
 
 
 def update_rows(update: Update, constants: Constants) -> None:
