@@ -110,9 +110,8 @@ def find(
         kernel: Where there is one, the native kernel, which follows most variables.
         momentums: Momentum buffers that hold learning rates: they begin again, too.
     """
-    known = _unless_replaced(parts, kept, options.initial)
-    old = Estimate(*ops.unstack(known, 5))
-    _forget(parts, momentums, old.reach < 0)
+    _begin_again(parts, momentums, kept, options.initial)
+    old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 5))
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
@@ -166,20 +165,6 @@ def farthest(parts: Sequence[Sampled]) -> Any:
     return ops.stop_gradient(ops.max(ops.stack(found)))
 
 
-def _unless_replaced(parts: Sequence[Sampled], kept: Any, initial: float) -> Any:
-    """Return the estimate so far, or a first one if the weights are others.
-
-    That is so if they are not those with which the last `fit` ended. A step looks at
-    them only if `fit` has ended since the last one.
-    """
-    so_far = ops.convert_to_tensor(kept)
-    reach = so_far[Estimate._fields.index("reach")]
-    now = backend.one_of(reach > 0, lambda: farthest(parts), lambda: reach)
-    is_other = ops.absolute(now - reach) > SAME * ops.absolute(reach)
-    at_first = [*Estimate.at_first(initial, again=True)]
-    return ops.where(is_other, ops.convert_to_tensor(at_first, "float32"), so_far)
-
-
 def _begin(parts: Sequence[Sampled], is_first: Any) -> None:
     """Keep the first weights, if this is the first step.
 
@@ -197,21 +182,31 @@ def _begin(parts: Sequence[Sampled], is_first: Any) -> None:
     backend.either(ops.logical_not(is_first), lambda: None, begin, firsts)
 
 
-def _forget(parts: Sequence[Sampled], momentums: Sequence[Any], forgets: Any) -> None:
-    """Forget the last search, if another one begins: its sums, and steps of its rate.
+def _begin_again(
+    parts: Sequence[Sampled], momentums: Sequence[Any], kept: Any, initial: float
+) -> None:
+    """Begin another search, if one is asked for or the weights are others.
 
-    Old steps in a momentum buffer, at a large rate, would go on for a while.
+    They are if they are not those with which the last `fit` ended. A step looks at them
+    only if `fit` has ended since the last one. The old sums are forgotten; and so are
+    steps of the old rate: in a momentum buffer they would go on for a while.
     """
-    variables = [*(part.sums for part in parts), *momentums]
+    so_far = ops.convert_to_tensor(kept)
+    reach = so_far[Estimate._fields.index("reach")]
+    forgotten = [*(part.sums for part in parts), *momentums]
+    clocks = [part.rows.clock for part in parts if part.rows is not None]
 
-    def forget() -> None:
-        for variable in variables:
-            variable.assign(ops.zeros(variable.shape, variable.dtype))
-        for part in parts:
-            if part.rows is not None:
-                part.rows.clock.sum.assign(0.0)
+    def look() -> None:
+        is_other = ops.absolute(farthest(parts) - reach) > SAME * ops.absolute(reach)
+        is_other = ops.logical_or(is_other, reach < 0)
+        at_first = [*Estimate.at_first(initial, again=True)]
+        kept.assign(ops.where(is_other, ops.convert_to_tensor(at_first), so_far))
+        for variable in [*forgotten, *(clock.sum for clock in clocks)]:
+            value = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(is_other, ops.zeros_like(value), value))
 
-    backend.either(ops.logical_not(forgets), lambda: None, forget, variables)
+    state = [kept, *forgotten]
+    backend.either(ops.equal(reach, 0), lambda: None, look, state)
 
 
 def _follow(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:

@@ -229,15 +229,6 @@ class Backend:
             if value is not variable.value:
                 variable.assign(ops.where(condition, value, variable.value))
 
-    def one_of(
-        self, condition: Any, one: Callable[[], Any], other: Callable[[], Any]
-    ) -> Any:
-        """Return what one function returns if a bool scalar is true, else the other."""
-        if keras.backend.backend() == "jax" and not _is_traced(condition):
-            # `ops.cond` would compile its branches again at every call.
-            return one() if condition else other()
-        return ops.cond(condition, one, other)
-
     def count(self, counter: Any) -> None:
         """Add 1 to a variable."""
         counter.assign_add(1)
