@@ -114,8 +114,8 @@ def automatic_step(
         s <- b s + factor d^2 / initial * g
         d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
 
-    A table steps without momentum, and its epsilon is larger by (mean of |g|^(1/4))^8,
-    over all g but 0.
+    A table steps without momentum, and its epsilon is larger by ten times the geometric
+    mean of g^2, over all g but 0.
 
     Args:
         thetas: The parameters.
@@ -172,8 +172,8 @@ def automatic_step(
 
     def like_a_table(gradient: ArrayLike) -> dict[str, Any]:
         size = np.abs(np.asarray(gradient, np.float64))
-        typical = (size[size > 0] ** 0.25).mean() ** 8 if size.any() else 0.0
-        epsilon = hyperparameters.get("epsilon", 0.0) + typical
+        typical = np.exp(2 * np.log(size[size > 0]).mean()) if size.any() else 0.0
+        epsilon = hyperparameters.get("epsilon", 0.0) + 10 * typical
         given = {"alpha": alpha, "momentum": 0.0, "epsilon": epsilon}
         if hyperparameters.get("decoupled_weight_decay", True):  # as of the others
             given["weight_decay"] = rest * hyperparameters.get("weight_decay", 0.0)

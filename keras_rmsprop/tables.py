@@ -4,6 +4,7 @@ Where only the rows of a batch change, a table has a last-update counter for eac
 (`clocks.Clock`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ DENSE_RATIO = 4
 a whole: in loops on all cores, where rows are written one by one."""
 UNKNOWN_SLICES = 2**11
 """How many slices there are taken to be where their number is not known yet."""
+EPSILON_IN_SQUARES = 10
+"""Epsilon of a table with "auto", as a multiple of a typical square of its gradient."""
 
 
 class Tables:
@@ -181,8 +184,9 @@ def of_table(update: Update, constants: Constants) -> tuple[list[Update], Consta
     """Return the update of a table with "auto", and its constants.
 
     Its rate is not less for momentum that it does not have. It decays as others do.
-    Epsilon, unless it was given, is `typical_square` of the gradient: else a row that
-    is rarely seen, whose v has faded, would go all the way for the least gradient.
+    Epsilon, unless it was given, is ten times `typical_square` of the gradient: else a
+    row that is rarely seen, whose v has faded, would go all the way for the least
+    gradient.
 
     Args:
         update: What a step does to the table, without momentum.
@@ -192,9 +196,11 @@ def of_table(update: Update, constants: Constants) -> tuple[list[Update], Consta
     mu, epsilon = numbers.momentum, numbers.epsilon
     as_found = isinstance(epsilon, float) and epsilon == options.AUTO["epsilon"]
     if update.gradient is not None and as_found:
-        typical = typical_square(update.gradient)
+        typical = EPSILON_IN_SQUARES * typical_square(update.gradient)
         if constants.scale is not None:
             typical *= ops.cast(ops.square(constants.scale), typical.dtype)
+        # Beside an infinite epsilon there would be no steps.
+        typical = ops.where(ops.isfinite(typical), typical, 0)
         typical = typical if numbers.epsilon_inside_sqrt else ops.sqrt(typical)
         constants = constants._replace(
             options=numbers._replace(epsilon=typical + epsilon)
@@ -208,18 +214,17 @@ def of_table(update: Update, constants: Constants) -> tuple[list[Update], Consta
 
 
 def typical_square(gradient: Any) -> Any:
-    """Return the eighth power of the mean fourth root of |g|, where there is any.
+    """Return the geometric mean of g^2, where it is not 0; 0 if there is none.
 
-    It is a mean of squares in which the few large ones, of rows that are seen often,
-    count little.
+    In this mean the few large ones, of rows that are seen often, count little. What is
+    not finite does not count: it must not spoil other rows.
     """
     # In float16 the sum of many would be infinite.
     size = ops.absolute(ops.cast(gradient, rule.wide(gradient.dtype)))
-    root = ops.sqrt(ops.sqrt(size))
-    count = ops.sum(ops.cast(root > 0, root.dtype))
-    typical = (ops.sum(root) / ops.maximum(count, 1)) ** 8
-    # One row with a NaN must not spoil the others.
-    return ops.where(ops.isfinite(typical), typical, 0)
+    counts = ops.logical_and(size > 0, size < math.inf)
+    count = ops.sum(ops.cast(counts, size.dtype))
+    logs = ops.sum(ops.log(ops.where(counts, size, ops.ones_like(size))))
+    return ops.exp(2 * logs / ops.maximum(count, 1)) * ops.minimum(count, 1)
 
 
 def is_small(table: Any, gradient: Any) -> bool:

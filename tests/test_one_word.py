@@ -153,13 +153,13 @@ def test_tables_step_as_those_of_the_reference(options, sparse):
 def test_an_epsilon_that_is_given_is_that_of_tables_too():
     steps = {}
     for epsilon in (1e-3, None):
-        table = keras.Variable(np.ones((4, 2)), name="embeddings")
+        table = keras.Variable(np.zeros((4, 2)), name="embeddings")
         optimizer = RMSprop("auto", epsilon=epsilon, bias_correction=False)
         optimizer.build([table])
         g = np.array([[1, 1], [0, 0], [0.01, 0.01], [0, 0]], "float32")
         LOOP(optimizer)([tensor(g)])
-        steps[epsilon] = 1e5 * (1 - keras.ops.convert_to_numpy(table)[[0, 2], 0])
-    typical = ((1 + 0.01**0.25) / 2) ** 8
+        steps[epsilon] = -1e5 * keras.ops.convert_to_numpy(table)[[0, 2], 0]
+    typical = 10 * 0.01  # 0.01: the geometric mean of 1 and 0.0001
     for epsilon, expected in ((1e-3, 1e-3), (None, typical)):
         v = 0.1 * np.array([1, 0.01]) ** 2
         np.testing.assert_allclose(
@@ -289,5 +289,22 @@ def test_a_typical_square_of_float16_is_that_of_float32(size):
     g = size * np.random.default_rng(0).normal(size=(3000, 50)).astype("float16")
     found = float(typical_square(tensor(g)))
     wide = np.abs(g.astype("float64"))
-    expected = np.mean(wide[wide > 0] ** 0.25) ** 8
+    expected = np.exp(2 * np.log(wide[wide > 0]).mean())
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("g", "expected"),
+    [([2, -8, 0], 16), ([2, 8, np.nan, np.inf], 16), ([0, 0], 0), ([np.nan], 0)],
+)
+def test_a_typical_square_is_of_what_counts(g, expected):
+    found = typical_square(tensor(np.array(g, "float32")))
+    np.testing.assert_allclose(float(found), expected, rtol=1e-5)
+
+
+def test_tables_step_where_squares_are_infinite():
+    table = keras.Variable(np.zeros((2, 2)), name="embeddings")
+    optimizer = RMSprop("auto")
+    optimizer.build([table])
+    LOOP(optimizer)([tensor(np.full((2, 2), 1e25, "float32"))])
+    assert (keras.ops.convert_to_numpy(table) < 0).all()
