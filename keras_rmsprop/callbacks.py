@@ -127,9 +127,6 @@ class AverageForEvaluation(Callback):
         """Put back what an interrupted run left, and become the first callback."""
         self._check()
         self.put_back()
-        [optimizer, *_] = _averaging(self.model.optimizer)
-        updates = int(as_array(optimizer.iterations)) if optimizer.built else 0
-        self._statistics = Averaged(self.model, optimizer, updates)
         caller = list_of(self)
         if caller is None:
             return
@@ -160,6 +157,10 @@ class AverageForEvaluation(Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Put the weights back."""
+        if self._statistics is None:  # after `BackupAndRestore` has restored, if it has
+            [optimizer, *_] = _averaging(self.model.optimizer)
+            updates = int(as_array(optimizer.iterations)) if optimizer.built else 0
+            self._statistics = Averaged(self.model, optimizer, updates)
         self._done = self._counted = 0
         if self._in_epoch_end:
             self._in_epoch_end = False

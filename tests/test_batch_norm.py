@@ -187,3 +187,46 @@ def test_a_dictionary_of_arrays_is_cut_into_batches_too():
     named = keras.Model({"x": given}, model(given))
     recompute_batch_norm(named, {"x": x})
     np.testing.assert_array_equal(statistics(model), of_array)
+
+
+class Kill(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["before", "after"])
+def test_a_restored_run_goes_on_from_the_restored_statistics(tmp_path, place):
+    def model():
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((2,)), *layers])
+        optimizer = RMSprop(0.1, use_ema=True, ema_momentum=0.5)
+        model.compile(optimizer, "mse")
+        return model
+
+    def fit(model, callbacks):
+        x = np.random.default_rng(0).normal(size=(8, 2)) + 3
+        given = {"batch_size": 4, "epochs": 3, "shuffle": False, "verbose": 0}
+        model.fit(x, np.ones((8, 1)), callbacks=callbacks, **given)
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), [backup(), AverageForEvaluation(), Kill()])
+    seen = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(resumed.get_weights())
+    )
+    callbacks = [backup(), watch]
+    callbacks.insert(place, AverageForEvaluation())
+    resumed = model()
+    fit(resumed, callbacks)
+    index = [v.path.endswith("moving_mean") for v in resumed.weights].index(True)
+    # Of the last epoch: restored, then after one batch; after two: from the data.
+    first, second = (np.asarray(w[index], "float64") for w in seen)
+    x = np.random.default_rng(0).normal(size=(8, 2)) + 3
+    third = 0.5 * second + 0.5 * x[4:].mean(0)
+    expected = 0.25 * first + 0.25 * second + 0.5 * third
+    np.testing.assert_allclose(resumed.get_weights()[index], expected, rtol=1e-5)
