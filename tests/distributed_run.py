@@ -121,10 +121,11 @@ def state(strategy, model):
     return arrays
 
 
-def main(name, output):
+def main(name, output, *runs):
     strategy = strategy_named(name)
     results = {}
-    for run, (way, kind, options) in RUNS.items():
+    for run in runs or RUNS:
+        way, kind, options = RUNS[run]
         with strategy.scope():
             model, data = model_and_data(kind, options)
         if way == "restored":

@@ -636,7 +636,7 @@ def test_two_replicas_find_what_one_finds():
 
         one, rate = trained(tf.distribute.OneDeviceStrategy("CPU:0"))
         two, rate_of_two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-        assert rate > 1e-5
+        assert rate > 3e-6  # it begins at 1e-6
         np.testing.assert_allclose(rate_of_two, rate, rtol=1e-4)
         for a, b in zip(one, two):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -37,18 +37,30 @@ def finish(*processes):
             process.kill()
 
 
-def test_equals_one_process(tmp_path):
+FEW = "dense, everything", "table, everything", "table, averages", "skipped"
+
+
+@pytest.mark.parametrize(
+    "runs", [FEW, pytest.param(tuple(RUNS), marks=pytest.mark.rest)], ids=["few", "all"]
+)
+def test_equals_one_process(runs, tmp_path):
     # In one test, as all is compared with the same run.
-    finish(*(start(name, tmp_path / f"{name}.npz") for name in ("one", "mirrored")))
+    both = "one", "mirrored"
+    finish(*(start(name, tmp_path / f"{name}.npz", *runs) for name in both))
     environments = runpy.run_path(str(EXAMPLE))["cluster"](2)
     finish(
         *(
-            start("workers", tmp_path / f"{n}.npz", TF_CONFIG=environment["TF_CONFIG"])
+            start(
+                "workers",
+                tmp_path / f"{n}.npz",
+                *runs,
+                TF_CONFIG=environment["TF_CONFIG"],
+            )
             for n, environment in enumerate(environments)
         )
     )
     expected = np.load(tmp_path / "one.npz")
-    assert {key.rsplit(",", 1)[0] for key in expected} == set(RUNS)
+    assert {key.rsplit(",", 1)[0] for key in expected} == set(runs)
     for name in ("mirrored", "0", "1"):
         got = np.load(tmp_path / f"{name}.npz")
         assert got.keys() == expected.keys()
@@ -80,6 +92,7 @@ def example(directory, *, kill=False):
     return "".join(lines)
 
 
+@pytest.mark.rest
 def test_a_job_whose_worker_was_killed_resumes(tmp_path):
     weights = re.compile(r"Weights: \w+")  # both may be on one line
     expected = weights.findall(example(tmp_path / "undisturbed"))

@@ -4,6 +4,7 @@ import pytest
 from stepping import python
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_low_precision_gradients_are_accumulated():
     out = python(

@@ -89,6 +89,7 @@ def slots(optimizer):
 '''
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_slots_are_laid_out_as_their_variables():
     out = python(

@@ -64,6 +64,7 @@ def test_equals_one_process(tmp_path):
     assert_same(tmp_path, expected)
 
 
+@pytest.mark.rest
 def test_a_job_whose_worker_was_killed_resumes(tmp_path):
     (tmp_path / "one").mkdir()
     finish(start("resume", tmp_path / "one" / "0.npz"))

@@ -1022,6 +1022,7 @@ def test_building_it(tmp_path):
     assert files.read(out / names[0]).content == library.content
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_its_arithmetic_under_sanitizers():

@@ -350,12 +350,14 @@ def accuracy_on_mnist(seed=0, policy="float32", epochs=2, most=None, **options):
     return model.evaluate(digits.test_images, digits.test_labels, 1000, verbose=0)[1]
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_slots_in_bfloat16_are_as_good_on_mnist():
     accuracies = [accuracy_on_mnist(slot_dtype=d) for d in (None, "bfloat16")]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.003)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_mixed_precision_is_as_good_on_mnist():
     means = {

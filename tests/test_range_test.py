@@ -290,7 +290,9 @@ def test_the_picture(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.tensorflow("a start: the others need not be started again")
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize(
+    "backend", ["jax", pytest.param("torch", marks=pytest.mark.rest)]
+)
 def test_other_backends(backend):
     pytest.importorskip(backend)
     out = python(
