@@ -52,6 +52,7 @@ def test_it_imports_no_other_backend(backend):
     assert {*out.split()} <= {backend}
 
 
+@pytest.mark.rest
 @pytest.mark.peers
 def test_a_run_goes_on_with_every_backend(tmp_path):
     program = FOLDER / "exchange_run.py"

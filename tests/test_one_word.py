@@ -234,6 +234,7 @@ def test_the_order_of_the_variables_does_not_matter_to_tables():
 # With everything else.
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize(
     "options",

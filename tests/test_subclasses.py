@@ -26,7 +26,7 @@ from small_models import (
 )
 from stepping import BACKEND, WAYS, assert_close, tensor
 
-from keras_rmsprop import RMSprop
+from keras_rmsprop import AutoLearningRate, RMSprop
 
 
 class BUILT_IN(keras.optimizers.RMSprop):  # noqa: N801
@@ -447,7 +447,7 @@ def test_weights_decay_with_the_rate_that_was_found(hook):
     def run(kind):
         variable, optimizer = (
             keras.Variable(np.ones(3)),
-            kind("auto", weight_decay=0.1),
+            kind(AutoLearningRate(initial=0.01), weight_decay=0.1),
         )
         for _ in range(10):
             optimizer.apply([tensor([1.0, 1.0, 1.0])], [variable])
