@@ -65,6 +65,8 @@ SHARES = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("fits", [1, 2])
 def test_statistics_are_averaged_with_the_weights(name, fits):
+    if keras.backend.backend() == "jax" and name == "of Keras" and fits > 1:
+        pytest.skip("there `use_ema` of Keras' own optimizers fails in a second `fit`")
     model, x, y = model_and_data(OPTIMIZERS[name]())
     average, t = None, 0
     for _ in range(fits):
