@@ -206,7 +206,7 @@ class AverageForEvaluation(Callback):
         if model in _held and _held[model].is_in_place():
             return  # another callback has put them in
         sync(model)
-        # That ends a training. So where the warm-up began is put back later, too.
+        # Training ends this way, so the warm-up begins again: that is put back, too.
         begins = [begin_of(one) for one in _averaging(model.optimizer)]
         weights, statistics = model.trainable_variables, self._statistics
         variables = [*weights, *(x for x in begins if x is not None)]

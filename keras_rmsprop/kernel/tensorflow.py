@@ -135,7 +135,7 @@ def update(updates: Sequence[Update], constants: Constants) -> None:
 def _readable_rates(updates: Sequence[Update], constants: Constants) -> list[Any]:
     """Return the variable with the learning rate, if the op itself may read it.
 
-    To read it before takes an eager step of a small network a tenth longer.
+    An operation that reads it makes an eager step of a small network a tenth slower.
     """
     rate = unwrapped(constants.learning_rate)
     if not (isinstance(rate, tf.Variable) and _are_here([rate])):
