@@ -36,14 +36,21 @@ def write(variable: Any, values: Any, ids: Any) -> None:
     _keep_reads_cheap(variable)
 
 
-def subtract(variable: Any, values: Any, ids: Any) -> None:
-    """Subtract from some rows of a variable in place; None: from all."""
-    if ids is not None and inside_xla():
+def subtract(variable: Any, values: Any, ids: Any, old: Any = None) -> None:
+    """Subtract from some rows of a variable in place; None: from all.
+
+    Args:
+        variable: The variable.
+        values: What to subtract.
+        ids: The rows.
+        old: The rows as they are, if they were read.
+    """
+    if old is None and ids is not None and inside_xla():
         tensor = unwrapped(variable)
         tensor.scatter_sub(tf.IndexedSlices(tf.cast(values, tensor.dtype), ids))
         return
     # Else `scatter_sub` takes twice as long, on CPU, as to read and to write.
-    old = read(variable, ids)
+    old = read(variable, ids) if old is None else old
     write(variable, old - tf.cast(values, old.dtype), ids)
 
 

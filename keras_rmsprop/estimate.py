@@ -200,7 +200,8 @@ def _begin_again(
         is_other = ops.absolute(farthest(parts) - reach) > SAME * ops.absolute(reach)
         is_other = ops.logical_or(is_other, reach < 0)
         at_first = [*Estimate.at_first(initial, again=True)]
-        kept.assign(ops.where(is_other, ops.convert_to_tensor(at_first), so_far))
+        at_first = ops.convert_to_tensor(at_first, so_far.dtype)
+        kept.assign(ops.where(is_other, at_first, so_far))
         for variable in [*forgotten, *(clock.sum for clock in clocks)]:
             value = ops.convert_to_tensor(variable)
             variable.assign(ops.where(is_other, ops.zeros_like(value), value))

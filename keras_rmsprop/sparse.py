@@ -153,10 +153,7 @@ def update(
     weights = read(variable, ids) if reads_weights else None
     taken, new = step(weights, caught_up(slots, rows, rho))
     _write_slots(slots, new, rows, draw)
-    if inside_xla() and weights is not None:
-        write(variable, weights - tf.cast(taken, weights.dtype), ids)
-    else:
-        subtract(variable, taken, ids)
+    subtract(variable, taken, ids, weights)
     if ids is None:
         Ticks.reset(clock)  # the average of the weights has its own
     else:
