@@ -92,6 +92,7 @@ rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4)
 steps = st.lists(st.one_of(rows, st.sampled_from(["none", "read"])), max_size=50)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(steps=steps, momentum=st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 1.0]))
 def test_random_steps_equal_the_dense_built_in(steps, momentum):
@@ -108,6 +109,7 @@ def test_random_steps_equal_the_dense_built_in(steps, momentum):
     assert_close(averages_of(ours.optimizer), averages_of(theirs.optimizer), 2e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(steps=steps, momentum=st.sampled_from([0.0, 0.05, 0.15, 0.5, 0.9, 1.0]))
 def test_random_steps_with_warm_up_equal_numpy(steps, momentum):
@@ -129,6 +131,7 @@ FIFTY = [[int(n) for n in np.random.default_rng(2).zipf(1.5, 3) % ROWS]] * 2 + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("warms_up", [False, True])
 def test_fifty_steps_every_way(way, warms_up, monkeypatch):
@@ -143,6 +146,7 @@ def test_fifty_steps_every_way(way, warms_up, monkeypatch):
     assert not run.is_behind()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
 def test_steps_by_rows_dense_and_without_gradient(way):
     run, oracle = Run(RMSprop(**OPTIONS, ema_warmup=True), way=way), Oracle()
@@ -237,6 +241,7 @@ def test_iterations_that_jump():
     assert_close(averages_of(run.optimizer), oracle.averages, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
 def test_a_state_that_is_set_leaves_the_averages(way):
     run, oracle = Run(RMSprop(**OPTIONS), way=way), Oracle()
@@ -334,6 +339,7 @@ def model_on_tokens(optimizer, jit_compile=False):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("warms_up", [False, True])

@@ -84,6 +84,7 @@ def test_fit_after_freezing(trained, frozen):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [["head"], ["body"]])
 @pytest.mark.parametrize("options", [{"learning_rate": "auto"}, {"use_ema": True}])
 def test_where_fit_cannot_go_on_one_is_told_why(options, layers):

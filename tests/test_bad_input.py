@@ -224,6 +224,7 @@ def assert_same(got, want):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients(case, how):

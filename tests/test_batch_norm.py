@@ -62,6 +62,7 @@ SHARES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("fits", [1, 2])
 def test_statistics_are_averaged_with_the_weights(name, fits):
@@ -94,6 +95,7 @@ def test_statistics_are_averaged_with_the_weights(name, fits):
         np.testing.assert_allclose(statistics(model), average, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_those_of_the_weights():
     ends = []
     for callbacks in ([], [AverageForEvaluation()]):

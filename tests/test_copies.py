@@ -73,6 +73,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(8)
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
@@ -104,6 +105,7 @@ def test_a_copy_has_results_of_its_own():
         copy.copy(AverageForEvaluation()).put_back()
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def of_table(model):
     return [v for v in found if v.shape.rank and v.shape[0] == ROWS]
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_read_and_no_write_copies_a_table(name):
@@ -74,6 +75,7 @@ def test_no_read_and_no_write_copies_a_table(name):
         assert of_step == seen[2]  # ... and a write does not move it
 
 
+@pytest.mark.slow
 def test_nothing_but_reads_is_as_long_as_a_table_that_accumulates():
     # Unless it is not known which rows have sums: that is one branch.
     optimizer = RMSprop(gradient_accumulation_steps=2)

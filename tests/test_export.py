@@ -93,6 +93,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(8)
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("has_table", [True, False], ids=["table", "dense"])

@@ -100,6 +100,7 @@ def is_large(line):
     return max(sizes, default=0) >= math.prod(SHAPE) // 8
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}, {c.options}")
 def test_what_xla_makes_of_a_step(case, monkeypatch):

@@ -118,6 +118,7 @@ def check(name, hits):
     assert_close([table.numpy(), *state], [twin_table.numpy(), *expected], 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_random_interrupts(name):
     check(name, 30)

@@ -35,6 +35,7 @@ def test_low_precision_gradients_are_accumulated():
     assert out == "jax"
 
 
+@pytest.mark.slow
 def test_lists_are_gradients_and_explain_answers():
     out = python(
         """

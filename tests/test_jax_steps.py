@@ -125,6 +125,7 @@ def check(name, options, gradients=GRADIENTS, tolerance=2e-6):
 '''
 
 
+@pytest.mark.slow
 def test_a_jitted_step_is_that_of_the_rule():
     out = python(
         STEPS
@@ -177,6 +178,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.slow
 def test_state_is_updated_in_place():
     """XLA writes the new state where the old one was: no memory for a second one."""
     out = python(
@@ -230,6 +232,7 @@ def central(function, x, h=1e-7):
 '''
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_steps():
     out = python(
         GRADIENT
@@ -280,6 +283,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.slow
 def test_gradients_where_nothing_has_moved():
     """Without a gradient so far v is 0, and so is g: as of a unit that is dead."""
     out = python(
@@ -372,5 +376,6 @@ for options in (
 """
 
 
+@pytest.mark.slow
 def test_later_eager_steps_compile_nothing():
     assert python(EAGER, KERAS_BACKEND="jax").count("compiled: 0") == 3

@@ -56,6 +56,7 @@ def assert_same(directory, expected):
         np.testing.assert_allclose(first[key], x, rtol=1e-6, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.rest
 def test_equals_one_process(tmp_path):
     finish(start("all", tmp_path / "one.npz"))
     expected = np.load(tmp_path / "one.npz")

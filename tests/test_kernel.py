@@ -166,6 +166,7 @@ def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
         np.testing.assert_allclose(got, want, rtol=2e-2)
 
 
+@pytest.mark.slow
 @needs_kernel
 @given(
     weights=st.sampled_from(TAKEN["float32"]),
@@ -658,6 +659,7 @@ def test_two_steps_of_the_same_variables_in_two_threads():
 # Found by people who had not written it.
 
 
+@pytest.mark.slow
 def test_a_large_model_unfrozen_in_a_graph():
     variables = [keras.Variable(np.ones(n, "float32")) for n in (2**20, 3)]
     optimizer = RMSprop(0.01)
@@ -792,6 +794,7 @@ def test_whoever_averages_in_another_way_does_so_once():
     )
 
 
+@pytest.mark.slow
 @needs_kernel
 @given(
     dtypes=st.sampled_from(DTYPES),
@@ -899,6 +902,7 @@ def test_a_global_norm_that_is_not_finite(bad):
 # Getting it, or doing without.
 
 
+@pytest.mark.slow
 def test_without_it_all_works_and_explain_says_why():
     program = """
         import keras, numpy as np
@@ -996,6 +1000,7 @@ def test_who_has_no_tensorflow_gets_the_other_library(tmp_path):
     assert "No kernel, so steps take the portable way: TensorFlow cannot be" in out
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_building_it(tmp_path):
     # What would take long is done by a compiler that writes what it wrote before.

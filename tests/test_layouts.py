@@ -64,6 +64,7 @@ def test_several_at_once_as_the_built_in_one_by_one(options, calls):
     assert_close(ours, steps(built_in, missing=[3]), 1e-5)
 
 
+@pytest.mark.slow
 def test_variables_whose_steps_differ_are_apart(calls):
     weights = {}
     for kind in (RMSprop, keras.optimizers.RMSprop):
@@ -81,6 +82,7 @@ def test_variables_whose_steps_differ_are_apart(calls):
     assert_close(mixed, steps(built_in, dtypes=("float32", "float64")), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"cautious": True, "momentum": 0.9}, {"slot_dtype": "bfloat16"}]
 )

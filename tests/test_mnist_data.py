@@ -33,6 +33,7 @@ def empty_home(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_sample():
     digits = mnist_data.sample(seed=0)
     assert digits.train_images.shape == (4000, 784)

@@ -65,6 +65,7 @@ def ran(sample, tmp_path_factory):
     return output, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_prints_bars_and_a_table(ran):
     output, printed = ran
     assert printed.count("Epoch 2/2") == 3
@@ -315,7 +316,7 @@ def all_digits():
         pytest.skip(str(reason))
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_all_of_mnist(tmp_path, monkeypatch):
     digits = all_digits()
     monkeypatch.setattr(mnist_data, "load", lambda source, seed: digits)

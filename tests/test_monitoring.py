@@ -38,6 +38,7 @@ def test_norms_and_ratios_are_those_of_the_gradients():
             assert reading.update_ratio == pytest.approx(ratio, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_looks_every_so_many_batches_and_changes_nothing():
     ends = []
     for callbacks in ([], [Monitor(every=3, show=False)]):
@@ -51,6 +52,7 @@ def test_it_looks_every_so_many_batches_and_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_averages_that_are_judged_are_not_looked_at():
     seen = []
     for more in ([], [AverageForEvaluation()]):
@@ -85,6 +87,7 @@ def test_by_default_looks_take_a_small_part_of_the_time(monkeypatch):
     assert 2 * len(looks) < 0.03 * now[0]
 
 
+@pytest.mark.slow
 def test_the_rate_is_in_the_logs():
     model = dense_model(RMSprop("auto"))
     x, y = numbers(model, batch=32)
@@ -97,6 +100,7 @@ def test_the_rate_is_in_the_logs():
     assert history["current_learning_rate"] == [0.25] * 3
 
 
+@pytest.mark.slow
 def test_other_callbacks_find_the_rate_in_the_logs_wherever_it_stands(tmp_path):
     for monitor_is_last in True, False:
         model = dense_model(RMSprop("auto"))
@@ -131,6 +135,7 @@ def test_a_layer_that_hardly_moves_has_stalled():
     assert any("body/kernel has stalled" in f for f in monitor.findings)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no `steps_per_execution`")
 def test_several_steps_in_one_execution():
     norms = []
@@ -149,6 +154,7 @@ def test_several_steps_in_one_execution():
         assert norms[1][name] == pytest.approx(norm, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_look_that_was_interrupted_is_forgotten():
     model = dense_model(RMSprop(0.01))
     x, y = numbers(model, 32)
@@ -168,6 +174,7 @@ def test_a_look_that_was_interrupted_is_forgotten():
     watched(dense_model(RMSprop(0.01), units=(2, 2)), x, y[:, :2], monitor)
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     model = table_model(RMSprop(0.01))
     ids = np.random.default_rng(0).integers(0, 12, (16, 4))
@@ -192,7 +199,7 @@ def test_bad_input():
         watched(model, *numbers(model))
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends(backend):

@@ -37,6 +37,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_is_the_reference_s_then_rounded(way, options):
@@ -132,6 +133,7 @@ def test_centered_is_refused():
         RMSprop(slot_dtype="uint8", centered=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_v_does_not_stall(way):
     # To the nearest, v would stay far below 1: a step adds a thousandth of it.

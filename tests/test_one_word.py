@@ -234,6 +234,7 @@ def test_the_order_of_the_variables_does_not_matter_to_tables():
 # With everything else.
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize(
@@ -271,6 +272,7 @@ def test_it_resumes_to_the_bit(tmp_path, make, options):
     assert_same_bits(again, model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras has it since 3.15"
 )

@@ -179,6 +179,7 @@ def test_compiled_and_plain_agree(options):
     assert_close(train(RMSprop(**options)), plain, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "clipnorm": 1.0}])
 def test_a_cluster_in_a_graph_agrees(options):
     plain = train(RMSprop(**options, jit_compile=False), way="tf.function")
@@ -249,6 +250,7 @@ def test_changed_learning_rate_in_fit():
         assert before - variable_of(model) == pytest.approx(rate, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("run_eagerly", [False, True])
@@ -492,6 +494,7 @@ class RMSpropOfOnes(RMSprop):
         return optimizer.explain()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, XLA_IN_GRAPH_ELEMENTS])
 @pytest.mark.parametrize(
     "options",

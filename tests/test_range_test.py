@@ -48,6 +48,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("steps_before", [0, 3])
@@ -112,6 +113,7 @@ def test_what_it_stopped_in_is_in_the_history_and_validated_as_it_was():
     assert history.history["loss"] == [pytest.approx(np.mean(finder.losses), rel=1e-4)]
 
 
+@pytest.mark.slow
 def test_too_few_batches_are_told_of():
     model = dense_model(RMSprop(0.25))
     x, y = numbers(model, 40)
@@ -174,6 +176,7 @@ def test_a_model_that_is_not_built(make):
     model.fit(x, x[:, :1], verbose=0)
 
 
+@pytest.mark.slow
 def test_losses_of_batches_of_all_sizes():
     sizes = [1, 64, 7] * 10
 
@@ -288,7 +291,7 @@ def test_the_picture(tmp_path):
     assert finder.plot().axes[0].get_yscale() == "linear"
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("a start: the others need not be started again")
 @pytest.mark.parametrize(
     "backend", ["jax", pytest.param("torch", marks=pytest.mark.rest)]

@@ -78,6 +78,7 @@ def changed(make, change, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("options", [{}, EMA, {"skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("make", [dense_model, table_model])
@@ -111,6 +112,7 @@ def test_it_goes_on_as_a_new_optimizer_with_these_slots(make, change, options):
             np.testing.assert_allclose(a.numpy(), b.numpy(), atol=5e-4)
 
 
+@pytest.mark.slow
 def test_old_steps_in_a_momentum_buffer_do_not_go_on():
     model = dense_model(RMSprop("auto", momentum=0.9))
     fit(model, epochs=20)
@@ -122,6 +124,7 @@ def test_old_steps_in_a_momentum_buffer_do_not_go_on():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_unfreezing_is_no_worse_than_beginning_anew():
     for momentum in 0.0, 0.9:
         losses = []
@@ -139,6 +142,7 @@ def test_unfreezing_is_no_worse_than_beginning_anew():
         assert losses[1] < 1.1 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, EMA], ids=str)
 def test_a_second_fit_goes_on(options):
     model = dense_model(RMSprop("auto", **options))
@@ -152,6 +156,7 @@ def test_a_second_fit_goes_on(options):
     assert steps_of(model) == 12 + 12 + 12 + 24 + 6
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("options", [{}, EMA, {"momentum": 0.9}], ids=str)
@@ -176,6 +181,7 @@ def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, 
     assert_same_bits(again, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["compiled", "replaced"])
 def test_a_restart_that_is_yet_to_come_is_saved(tmp_path, change):
     model = changed(dense_model, change, momentum=0.5)
@@ -190,6 +196,7 @@ def test_a_restart_that_is_yet_to_come_is_saved(tmp_path, change):
     assert_same_bits(again, model)
 
 
+@pytest.mark.slow
 def test_a_callback_that_shows_averages_restarts_nothing():
     model = dense_model(RMSprop("auto", **EMA))
     fit(model, epochs=3, callbacks=[AverageForEvaluation()], validation_split=0.5)
@@ -269,6 +276,7 @@ def test_a_graph_begins_again_in_its_next_step(jit):
     assert np.abs(sums).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_accumulated_steps_begin_again():
     model = dense_model(RMSprop("auto", gradient_accumulation_steps=2))
     fit(model)
@@ -277,6 +285,7 @@ def test_accumulated_steps_begin_again():
     assert steps_of(model) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow("`tf.GradientTape`")
 def test_inside_a_loss_scale_optimizer():
     inner = RMSprop("auto")
@@ -314,7 +323,7 @@ def test_after_an_interruption_compile_restarts_it():
     assert steps_of(model) == 12
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("`tf.distribute`")
 def test_two_replicas_begin_again():
     out = python(

@@ -145,7 +145,7 @@ def life(name, directory, rng=None, *, in_a_save=False):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.tensorflow("`tf.train.CheckpointManager`")
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_runs_end_with_the_same_bits(name, tmp_path):

@@ -126,7 +126,7 @@ def test_random_cases_equal_the_dense_built_in(**case):
     check_random_case(**case)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @settings(max_examples=300, derandomize=False, print_blob=True)
 @random_cases
 def test_many_random_cases_equal_the_dense_built_in(**case):
@@ -363,6 +363,8 @@ class TestLazy:
             np.testing.assert_array_equal(average.numpy()[[0, 3]], np.ones((2, 2)))
             assert (average.numpy()[[1, 2]] < 1).all()
 
+    @pytest.mark.one_in(3)
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "tf.function", "XLA"])
     @pytest.mark.parametrize(
         "name", ["a variable", "bytes", "a graph", "bytes, a graph", "sums, averages"]
@@ -422,6 +424,7 @@ class TestLazy:
             assert_close([ours.numpy()], [theirs.numpy()], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_tables(dtype):
@@ -436,6 +439,7 @@ def test_low_precision_tables(dtype):
     assert_close(weights[:1], weights[1:], 5e-2)
 
 
+@pytest.mark.slow
 def test_an_index_outside_the_table_changes_nothing_under_xla():
     table = keras.Variable(np.ones((4, 2), "float32"))
     optimizer = RMSprop(0.1)
@@ -495,6 +499,7 @@ class TestSaving:
         model.load_weights(tmp_path / "m.weights.h5")
         self.assert_same(self.trained(2, model), self.trained(2, saved))
 
+    @pytest.mark.slow
     @pytest.mark.one_in(2)
     @pytest.mark.parametrize("build", [True, False])
     def test_a_checkpoint_resumes_to_the_same_bits(self, tmp_path, build):

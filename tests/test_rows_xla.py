@@ -83,6 +83,7 @@ def check(rows, width, count, ratios, steps, dtype, id_dtype, options, seed):
         compare(kept[v.name], v, coarse if is_rounded else 3e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @programs
 def test_random_programs(**program):

@@ -73,6 +73,7 @@ def test_equals_the_reference(shape, dtype, steps, scale, lr, seed, **options):
     )
 
 
+@pytest.mark.slow
 @given(
     steps=st.integers(1, 20),
     rho=st.floats(0, 0.99),

@@ -233,6 +233,7 @@ class TestRestoring:
             each.fit(*data(), epochs=2, shuffle=False, verbose=0)
         assert_same_state(other, model)
 
+    @pytest.mark.slow
     @pytest.mark.tensorflow("`tf.function`")
     def test_loaded_and_then_built_inside_a_function(self, tmp_path):
         path = tmp_path / "m.weights.h5"

@@ -92,6 +92,7 @@ def trained(shape, options, way, sparse):
     return weights, [v.numpy() for v in optimizer.variables], optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(40)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,6 +130,7 @@ class Biases(keras.Model):
         return tf.reduce_sum(tf.reshape(rows, [tf.size(ids), -1]), 1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(12)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("name", ["auto", "bfloat16", "auto, EMA", "accumulation"])

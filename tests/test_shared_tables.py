@@ -43,6 +43,7 @@ class Oracle:
         self.t += 1
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("way", ["eager", "portable", "tf.function", "XLA"])
 @pytest.mark.parametrize(
@@ -79,6 +80,7 @@ def test_they_take_turns(first, second, way):
             assert ADDED not in explained(optimizer)
 
 
+@pytest.mark.slow
 def test_both_in_one_function():
     table = keras.Variable(np.ones((ROWS, 2), "float32"))
     both, oracles = [RMSprop(0.1, **EMA) for _ in range(2)], [Oracle(), Oracle()]
@@ -111,6 +113,7 @@ def test_layers_that_join_later_are_shared_from_then_on():
     assert_close([average_of(ours)], [oracle.average], 1e-6)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_gone_shares_nothing():
     layers = [keras.Input((2,), dtype="int32"), keras.layers.Embedding(ROWS, 2)]
     model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(1)])

@@ -105,6 +105,7 @@ def leave_some_out(optimizer, step):
     return set(rng.choice(len(SHAPES), 6, replace=False).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("change", [change_momentum, change_rho, leave_some_out])

@@ -237,7 +237,7 @@ def test_the_count_is_saved(tmp_path):
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param("jax", marks=pytest.mark.slow),
+        pytest.param("jax", marks=pytest.mark.rest),
         pytest.param("torch", marks=pytest.mark.peers),
     ],
 )

@@ -55,6 +55,7 @@ class TestThreads:
             lambda: [v.numpy() for v in model.variables + model.optimizer.variables],
         )
 
+    @pytest.mark.slow
     @pytest.mark.one_in(2)
     @pytest.mark.parametrize("kind", ["loop", "fit"])
     def test_optimizers_in_threads_do_not_disturb_each_other(self, kind):
@@ -95,7 +96,7 @@ class TestThreads:
         assert optimizer.iterations.numpy() == 20
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.tensorflow("programs of eager steps")
 def test_memory_is_flat():
     # Numbers are those after a warm-up, then what was added. In a process of its own.
@@ -148,6 +149,7 @@ def test_memory_is_flat():
         assert objects < 1000  # a trace that is kept is some 400
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.tensorflow("XLA for both, or roundings differ")
 @pytest.mark.parametrize("rho", [0.9, 0.99, 0.999])

@@ -82,12 +82,14 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
 def test_the_built_in_on_dense_gradients_gives_the_same(options, way):
     check(["rows"] * 14, way, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     kinds=st.lists(
@@ -206,6 +208,7 @@ def test_switched_off_and_on_again():
     assert_all_close(variables, optimizer, theirs, expected)
 
 
+@pytest.mark.slow
 def test_in_fit():
     ids = np.random.default_rng(0).integers(0, 12, (24, 4))
     ends = []

@@ -176,6 +176,7 @@ def test_a_run_goes_on_from_optax(nesterov, layout):
     np.testing.assert_allclose(losses, expected[len(FIRST) :], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.5, "centered": True, "epsilon": 1e-3}], ids=repr

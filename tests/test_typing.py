@@ -23,6 +23,7 @@ CHECKERS = {
 }
 
 
+@pytest.mark.slow
 def test_the_program_runs(tmp_path):
     runpy.run_path(str(TYPED / "program.py"))["main"](tmp_path)
     assert (tmp_path / "readings.csv").stat().st_size

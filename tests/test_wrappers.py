@@ -51,6 +51,7 @@ def close(got, want):
 '''
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_different_rates_for_body_and_head(backend, tmp_path):
@@ -91,6 +92,7 @@ print(keras.backend.backend())
     assert out in (backend, "")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loss_scale_and_get(backend, tmp_path):
@@ -124,6 +126,7 @@ print(keras.backend.backend())
     assert out == backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_a_step_as_a_function_changes_no_variable(backend):
     out = python(
