@@ -7,9 +7,6 @@ from keras import ops
 
 from keras_rmsprop import rule
 
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-
 
 def begin_of(optimizer: Any) -> Any:
     """Return the variable with the update at which the EMA's warm-up began, or None."""
@@ -51,14 +48,14 @@ class Momentum(NamedTuple):
             end: Likewise.
             dtype: The dtype of the numbers that dense arithmetic would multiply.
         """
-        a, b = tf.cast(start, tf.float64), tf.cast(end, tf.float64)
-        m = tf.cast(tf.constant(self.most, dtype), tf.float64)
+        a, b = ops.cast(start, "float64"), ops.cast(end, "float64")
+        m = ops.cast(ops.convert_to_tensor(self.most, dtype), "float64")
         if not self.warms_up:
             return m ** (b - a)
         # Not below 0, as counts of a clock without updates may be.
-        a, b = (tf.maximum(x - tf.cast(self.begin, a.dtype), 0) for x in (a, b))
+        a, b = (ops.maximum(x - ops.cast(self.begin, "float64"), 0) for x in (a, b))
         # From this t on (1 + t) / (10 + t) is not less than m.
-        c = tf.minimum(tf.maximum(tf.math.ceil((10 * m - 1) / (1 - m)), a), b)
+        c = ops.minimum(ops.maximum(ops.ceil((10 * m - 1) / (1 - m)), a), b)
         product = m ** (b - c)
         for j in range(1, 10):  # all other factors of numerator and denominator cancel
             product *= (a + j) / (c + j)

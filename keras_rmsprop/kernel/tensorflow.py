@@ -172,7 +172,7 @@ def searches(updates: Sequence[Update], sought: Sought) -> bool:
     return (
         {id(unwrapped(part.variable)) for part in sought.parts} == of_updates
         and all(map(_follows, sought.parts))
-        and {part.gradient.dtype for part in sought.parts} == {dtype}
+        and {part.gradient.dtype.name for part in sought.parts} == {dtype}
         and _is_beside(unwrapped(sought.estimate), device)
     )
 
