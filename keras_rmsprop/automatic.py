@@ -14,12 +14,13 @@ from keras import ops
 from keras_rmsprop import checks
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.complaints import complaint
-from keras_rmsprop.estimate import Estimate, Sampled, farthest, find
+from keras_rmsprop.estimate import Estimate, Sampled, farthest, find, numbers
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE, RATE_FACTOR
 from keras_rmsprop.state import as_array
 from keras_rmsprop.tables import Tables
+from keras_rmsprop.update import Sought
 
 INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
 COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
@@ -295,7 +296,13 @@ class Search:
         ]
 
     def rate(
-        self, parts: Sequence[Any], factor: Any, scale: Any = None, *, kernel: bool
+        self,
+        parts: Sequence[Any],
+        factor: Any,
+        scale: Any = None,
+        *,
+        kernel: bool,
+        fuse: bool = False,
     ) -> Any:
         """Update the estimate of how far the weights must travel; return the rate.
 
@@ -305,6 +312,7 @@ class Search:
             factor: The factor on the distance; see `find`.
             scale: See `find`.
             kernel: Whether a native kernel may follow most variables.
+            fuse: Whether the update may do so: then an `update.Sought` is returned.
         """
         optimizer, grads = self._optimizer, dict[int, Any]()
         for part in parts:
@@ -312,20 +320,27 @@ class Search:
             grads[i] = g + grads[i] if i in grads else g
         variables = optimizer._trainable_variables
         momentums = [m for m in optimizer._momentums if m is not None]
-        distance = find(
-            self._parts(
-                variables, grads, {part.variable_index: part.ids for part in parts}
-            ),
-            self.estimate,
-            factor,
-            self.options,
-            sign=-1 if optimizer.maximize else 1,
-            fold=backend.folds(),
-            scale=scale,
-            kernel=backend.search_kernel(variables, kernel=kernel),
-            momentums=momentums if optimizer.lr_in_momentum else [],
-        )
-        return self.rate_of(distance, factor)
+        ids = {part.variable_index: part.ids for part in parts}
+        sampled = self._parts(variables, grads, ids)
+
+        def found() -> Any:
+            distance = find(
+                sampled,
+                self.estimate,
+                factor,
+                self.options,
+                sign=-1 if optimizer.maximize else 1,
+                fold=backend.folds(),
+                scale=scale,
+                kernel=backend.search_kernel(variables, kernel=kernel),
+                momentums=momentums if optimizer.lr_in_momentum else [],
+            )
+            return self.rate_of(distance, factor)
+
+        if fuse and kernel and backend.searches_in_update:
+            how = numbers(self.options)
+            return Sought(sampled, self.estimate, factor, how, found)
+        return found()
 
     def rate_of(self, distance: Any, factor: Any) -> Any:
         """Return the learning rate of a distance: with momentum, steps add up."""

@@ -7,7 +7,7 @@ average is read. A clock (`clocks.AverageTicks`) counts the updates.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_rmsprop import options, rule
 from keras_rmsprop.backends import current as backend
+from keras_rmsprop.ema_share import Momentum, Share, begin_of
 from keras_rmsprop.slots import EMA_BEGIN
 from keras_rmsprop.state import copied
 from keras_rmsprop.update import Part
@@ -23,60 +24,6 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     from keras_rmsprop import sparse
-
-
-def begin_of(optimizer: Any) -> Any:
-    """Return the variable with the update at which the EMA's warm-up began, or None."""
-    return vars(optimizer).get("_ema_begin")
-
-
-class Momentum(NamedTuple):
-    """The share of an average that an update keeps."""
-
-    most: Any
-    """`ema_momentum`."""
-    warms_up: bool = False
-    """Whether the share is (1 + t) / (10 + t) as long as that is less."""
-    begin: Any = 0
-    """How many updates there were before t counts: up to the end of the last `fit`."""
-
-    @classmethod
-    def of(cls, optimizer: Any) -> "Momentum":
-        """Return that of a Keras optimizer with `use_ema`."""
-        begin = begin_of(optimizer)
-        warms_up = bool(getattr(optimizer, "ema_warmup", False))
-        return cls(optimizer.ema_momentum, warms_up, 0 if begin is None else begin)
-
-    def at(self, t: Any, dtype: Any) -> Any:
-        """Return the share after t updates: 0 at first, which copies the weights."""
-        most = self.most
-        if self.warms_up:
-            dtype = keras.backend.standardize_dtype(dtype)
-            n = ops.cast(t, rule.wide(dtype)) - ops.cast(self.begin, rule.wide(dtype))
-            most = rule.at_most((1 + n) / (10 + n), rule.cast(most, n.dtype))
-            most = ops.cast(most, dtype)
-        return ops.cast(ops.not_equal(t, 0), dtype) * most
-
-    def over(self, start: Any, end: Any, dtype: Any) -> Any:
-        """Return the product of the shares after start, ..., end - 1 updates.
-
-        Args:
-            start: Tensor of integers >= 1.
-            end: Likewise.
-            dtype: The dtype of the numbers that dense arithmetic would multiply.
-        """
-        a, b = tf.cast(start, tf.float64), tf.cast(end, tf.float64)
-        m = tf.cast(tf.constant(self.most, dtype), tf.float64)
-        if not self.warms_up:
-            return m ** (b - a)
-        # Not below 0, as counts of a clock without updates may be.
-        a, b = (tf.maximum(x - tf.cast(self.begin, a.dtype), 0) for x in (a, b))
-        # From this t on (1 + t) / (10 + t) is not less than m.
-        c = tf.minimum(tf.maximum(tf.math.ceil((10 * m - 1) / (1 - m)), a), b)
-        product = m ** (b - c)
-        for j in range(1, 10):  # all other factors of numerator and denominator cancel
-            product *= (a + j) / (c + j)
-        return product
 
 
 class Table(NamedTuple):
@@ -337,7 +284,7 @@ class Averages:
             if optimizer._clocks[i].average is not None
         }
 
-    def share(self, own: frozenset[str]) -> Callable[[Any], Any] | None:
+    def share(self, own: frozenset[str]) -> Share | None:
         """Return the decay rate, for averages in the update itself; None: they wait.
 
         Args:
@@ -345,7 +292,7 @@ class Averages:
         """
         if own or self._optimizer.gradient_accumulation_steps:
             return None  # Keras averages at each call, also at those that only sum up
-        return functools.partial(self.momentum().at, self._optimizer.iterations)
+        return Share(self.momentum(), self._optimizer.iterations)
 
     def read(
         self, parts: Sequence[Part], own: frozenset[str]

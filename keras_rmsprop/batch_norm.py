@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_rmsprop import checks
-from keras_rmsprop.averages import Momentum
+from keras_rmsprop.ema_share import Momentum
 from keras_rmsprop.state import as_array, copied, sync
 
 BATCH = 32

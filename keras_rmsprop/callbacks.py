@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_rmsprop.averages import begin_of
 from keras_rmsprop.batch_norm import Averaged
 from keras_rmsprop.batch_norm import recompute_batch_norm as recompute_batch_norm
 from keras_rmsprop.callback_base import Callback, described, inner, list_of
+from keras_rmsprop.ema_share import begin_of
 from keras_rmsprop.monitoring import Monitor as Monitor
 from keras_rmsprop.range_test import LearningRateFinder as LearningRateFinder
 from keras_rmsprop.state import as_array, copied, sync

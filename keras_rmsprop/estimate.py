@@ -85,6 +85,16 @@ class Sampled(NamedTuple):
     """The rows of a table (`sparse.Rows`); None: it has no clock."""
 
 
+def numbers(options: Any) -> tuple[float, ...]:
+    """Return how to search, as the kernel takes it: see `Search` in `search.h`.
+
+    Args:
+        options: An `AutoLearningRate`.
+    """
+    mine = options.initial, options.coefficient, options.growth
+    return *mine, FORGETTING, TINY, LASTING, MOST, SAME
+
+
 def find(
     parts: Sequence[Sampled],
     kept: Any,

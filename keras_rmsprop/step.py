@@ -126,14 +126,18 @@ def take(
     def update(parts: Sequence[Part]) -> list[Any]:
         # Clip: g <- g min(1, most / |g|); the scale may wait for the update.
         parts, scale = clipping.clipped(parts, optimizer, own, kernel=kernel)
-        # Search: eta <- (1 - mu) d eta, with the distance d of "auto".
-        found = search.rate(parts, rate, scale, kernel=kernel) if search else rate
+        # The count may go up with the update, if nothing else is left to do.
+        count = optimizer._iterations if is_last(steps, parts) else None
+        # Search: eta <- (1 - mu) d eta, with the distance d of "auto"; a kernel may do
+        # so in the update.
+        found, fuse = rate, count is not None
+        if search:
+            found = search.rate(parts, rate, scale, kernel=kernel, fuse=fuse)
         with hooks.rate_in_force(optimizer, found):
             # Decay: w <- (1 - eta omega) w, if a subclass steps; else in the update.
             hooks.decay(optimizer, parts, own)
             if hooks.update(optimizer, parts, found, own):
                 return []
-            count = optimizer._iterations if is_last(steps, parts) else None
             return update_all(steps, parts, found, scale, count, in_program=in_program)
 
     scope = backend.scope(optimizer.name, convertible=steps.jit_compile is False)
@@ -183,8 +187,7 @@ def update_all(
         of_one = of_table(update, constants)
         done += backend.update(*of_one, in_program=in_program)
     if others:
-        # The averages of tables follow later, and need the count as it is.
-        constants = constants._replace(count=None if apart else count)
+        constants = constants._replace(count=count)
         updates = steps.updates_of(others)
         done += backend.update(updates, constants, in_program=in_program)
     return done
@@ -193,13 +196,15 @@ def update_all(
 def is_last(steps: Taker, parts: Sequence[Part]) -> bool:
     """Whether only the count is left to do after the update of these parts.
 
-    That is so only if averages are updated with their weights.
+    That is so only if averages are updated with their weights. Those of tables that
+    step apart follow later, and need the count as it is.
     """
     averages = steps.on(Averages)
     return not (
         steps.own()
         or steps.on(Accumulation)
         or any(part.variable.constraint is not None for part in parts)
+        or any(steps.is_apart(part) for part in parts)
         or (averages and averages.has_more_than(parts))
     )
 

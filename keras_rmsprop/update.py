@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_rmsprop import codecs, rule
+from keras_rmsprop.ema_share import Share
 from keras_rmsprop.rule import Slots
 
 Change = tuple[Any, Slots]
@@ -47,11 +48,26 @@ class Update(NamedTuple):
         return rule.wide(self.variable.dtype, self.slots.velocity.dtype)
 
 
+class Sought(NamedTuple):
+    """A learning rate that is yet to be found: by the update itself, or before it."""
+
+    parts: Sequence[Any]
+    """All variables of the search (`estimate.Sampled`)."""
+    estimate: Any
+    """The variable that keeps the `estimate.Estimate`."""
+    factor: Any
+    numbers: tuple[float, ...]
+    """See `estimate.numbers`."""
+    find: Callable[[], Any]
+    """Finds it before the update; returns it."""
+
+
 class Constants(NamedTuple):
     """What is the same for all variables of a step."""
 
     options: rule.Options
     learning_rate: Any
+    """A scalar; or a `Sought`, if there is a kernel."""
     draw: codecs.Draw
     """The number of updates so far, and what else stochastic rounding depends on."""
     decoupled_weight_decay: bool = True
@@ -59,10 +75,8 @@ class Constants(NamedTuple):
     """What gradients are multiplied by; None: 1."""
     kernel: bool = False
     """Whether the native kernel may run the update."""
-    share: Callable[[Any], Any] | None = None
-    """Returns the decay rate of the EMA of the weights, in a dtype.
-
-    None: the EMA is not updated with the weights."""
+    share: Share | None = None
+    """The decay rate of the EMA of the weights; None: it is not updated with them."""
     count: Any = None
     """A counter that the update may increment, as it is the last stage; or None."""
 

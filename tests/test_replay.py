@@ -111,6 +111,8 @@ OPTIONS = {
         "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
     },
     "callable": {"learning_rate": lambda: 0.01},
+    "auto": {"learning_rate": "auto"},
+    "auto, bfloat16": {"learning_rate": "auto", "slot_dtype": "bfloat16"},
 }
 
 
@@ -136,7 +138,13 @@ def test_steps_are_the_same_to_the_last_bit(name, monkeypatch):
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["plain", "all slots", "cautious", "L2", "schedule"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("plain", "all slots", "cautious", "L2", "schedule", "bias correction"),
+        *("EMA", "auto", "auto, bfloat16"),
+    ],
+)
 def test_a_step_of_the_kernel_is_short(name, functions):
     train(RMSprop(**OPTIONS[name]), steps=3)
     assert not functions

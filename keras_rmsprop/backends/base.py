@@ -78,6 +78,8 @@ class Backend:
 
     has_rows: ClassVar[bool] = False
     """Whether a step may update only some rows of a table."""
+    searches_in_update: ClassVar[bool] = False
+    """Whether `update` takes an `update.Sought` for a learning rate."""
     resets_all_sums: ClassVar[bool] = keras.backend.backend() != "jax"
     """Whether an update resets the accumulators of variables without a gradient, too.
 

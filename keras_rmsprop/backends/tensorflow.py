@@ -28,6 +28,7 @@ class TensorFlow(Backend):
     """Takes steps as programs, and updates tables by rows."""
 
     has_rows: ClassVar[bool] = True
+    searches_in_update: ClassVar[bool] = True
 
     def outside_functions(self) -> Context:
         """See `Backend`."""

@@ -20,7 +20,15 @@ from keras_rmsprop.backends.programs import (
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla, unwrapped
-from keras_rmsprop.update import Change, Constants, Update, Way, same, update_one
+from keras_rmsprop.update import (
+    Change,
+    Constants,
+    Sought,
+    Update,
+    Way,
+    same,
+    update_one,
+)
 
 ROWS, KERNEL, IN_TURN = "by rows", "by the native kernel", "one after the other"
 CONCATENATED, ALONE = "concatenated with others", "on its own"
@@ -35,13 +43,15 @@ def update(
     by_kernel: dict[Hashable, list[Update]] = {}
     in_turn: list[Update] = []
     is_once = len({id(unwrapped(u.variable)) for u in updates}) == len(updates)
+    rows: list[Update] = []
+    alone: list[Update] = []
     for update in updates:
         update = update._replace(
             variable=unwrapped(update.variable), slots=update.slots.map(unwrapped)
         )
         kind = way(update, constants).name
         if kind == ROWS:
-            _update_rows(update, constants)
+            rows.append(update)
         elif kind == KERNEL and is_once:
             average = update.average if kernel.averages(update, constants) else None
             if average is not None:
@@ -57,20 +67,28 @@ def update(
             dtypes = (x.dtype for x in (update.variable, update.slots.velocity))
             together.setdefault((*dtypes, same(update.decay)), []).append(update)
         else:
-            update_one(update, constants)
-    layouts.update_in_turn(in_turn, constants, in_program=in_program)
+            alone.append(update)
+    # What is the same for all, and can be found or counted in one call that does all.
+    several = next(iter(by_kernel.values()), [])
+    is_all = 0 < len(several) == len(updates) and all(
+        mine.average is not None or given.average is None
+        for mine, given in zip(several, updates, strict=True)
+    )
     counter = constants.count  # AutoGraph, in a caller's graph, knows no `:=`
     if counter is not None:
-        # It is the last stage: so all else must be done, in one call.
-        several = next(iter(by_kernel.values()), [])
-        is_last = 0 < len(several) == len(updates) and all(
-            mine.average is not None or given.average is None
-            for mine, given in zip(several, updates, strict=True)
-        )
-        counter = unwrapped(counter)
-        may = is_last and kernel.counts(several, counter)
-        done += [constants.count] if may else []
-        constants = constants._replace(count=counter if may else None)
+        may = is_all and kernel.counts(several, unwrapped(counter), constants.share)
+        done += [counter] if may else []
+        constants = constants._replace(count=unwrapped(counter) if may else None)
+    rate = constants.learning_rate
+    if isinstance(rate, Sought) and not (
+        constants.count is not None and kernel.searches(several, rate)
+    ):
+        constants = constants._replace(learning_rate=rate.find())
+    for update in rows:
+        _update_rows(update, constants)
+    for update in alone:
+        update_one(update, constants)
+    layouts.update_in_turn(in_turn, constants, in_program=in_program)
     for several in by_kernel.values():
         kernel.update(several, constants)
     for several in together.values():

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -29,23 +31,32 @@ REGISTER_OP("KerasRmspropStep")
     .Input("momenta: M * resource")
     .Input("average_gradients: A * resource")
     .Input("averages: E * resource")
-    .Input("counters: C * resource")  // go up by 1: the step and its count are one
+    .Input("first_weights: F * resource")  // of a search for a learning rate; see
+    .Input("gradient_sums: G * resource")  // estimate.py
+    .Input("estimates: Q * resource")      // likewise: one, or no search
+    .Input("counters: C * resource")  // goes up by 1: the step and its count are one
     .Input("rates: R * resource")     // if there is one, in place of `learning_rate`
-    .Input("learning_rate: T")
-    .Input("correction: T")
+    .Input("warmups: U * resource")   // the count at which that of the averages began
+    .Input("learning_rate: T")        // in a search, the factor on it
+    .Input("correction: T")           // with a counter, the op finds it
     .Input("scale: T")
-    .Input("share: T")
+    .Input("share: T")                // with a counter, at most
     .Input("draw: int32")
     .Input("constants: double")
     .Input("decays: double")
+    .Input("search: double")          // see `Search`; empty: there is none
     .Attr("N: int >= 1")
     .Attr("NW: int >= 1")
     .Attr("NV: int >= 1")
     .Attr("M: int >= 0")
     .Attr("A: int >= 0")
     .Attr("E: int >= 0")
+    .Attr("F: int >= 0")
+    .Attr("G: int >= 0")
+    .Attr("Q: int >= 0")
     .Attr("C: int >= 0")
     .Attr("R: int >= 0")
+    .Attr("U: int >= 0")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
     .Attr("S: {float, double, bfloat16, uint8}")
@@ -54,6 +65,8 @@ REGISTER_OP("KerasRmspropStep")
     .Attr("lr_in_momentum: bool")
     .Attr("decoupled_weight_decay: bool")
     .Attr("cautious: bool")
+    .Attr("bias_correction: bool")
+    .Attr("samples: list(int)")  // of a search: run, pitch and stride of each
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::NoOutputs);
 
@@ -209,19 +222,41 @@ absl::Status ReadScalar(tf::OpKernelContext* ctx, const char* name,
   return absl::OkStatus();
 }
 
-// Reads the variable with the learning rate, if there is one. It is not locked together
-// with the others, which an op elsewhere may hold that waits for this one.
-absl::Status ReadRate(tf::OpKernelContext* ctx, std::optional<float>* rate) {
+// Reads a variable with a number, if there is one. It is not locked together with the
+// others, which an op elsewhere may hold that waits for this one.
+absl::Status ReadNumber(tf::OpKernelContext* ctx, const char* name,
+                        std::optional<double>* number) {
   tf::OpInputList handles;
-  TF_RETURN_IF_ERROR(ctx->input_list("rates", &handles));
+  TF_RETURN_IF_ERROR(ctx->input_list(name, &handles));
   if (handles.size() == 0) return absl::OkStatus();
-  Variables rates;
-  TF_RETURN_IF_ERROR(rates.Find(ctx, 1, {"rates"}, 0));
-  TF_RETURN_IF_ERROR(rates.Lock());
+  Variables variables;
+  TF_RETURN_IF_ERROR(variables.Find(ctx, 1, {name}, 0));
+  TF_RETURN_IF_ERROR(variables.Lock());
+  const tf::DataType dtype = variables.Get(0, 0)->dtype();
   const tf::TensorShape scalar;
-  TF_RETURN_IF_ERROR(rates.Check(0, 0, tf::DT_FLOAT, &scalar));
-  *rate = *rates.Data<float>(0, 0);
-  return absl::OkStatus();
+  TF_RETURN_IF_ERROR(variables.Check(0, 0, dtype, &scalar));
+  switch (dtype) {
+    case tf::DT_FLOAT:
+      *number = *variables.Data<float>(0, 0);
+      return absl::OkStatus();
+    case tf::DT_DOUBLE:
+      *number = *variables.Data<double>(0, 0);
+      return absl::OkStatus();
+    case tf::DT_INT32:
+      *number = *variables.Data<int32_t>(0, 0);
+      return absl::OkStatus();
+    default:
+      return absl::InvalidArgumentError(absl::StrCat(name, " has a wrong dtype."));
+  }
+}
+
+// Returns the sample of a variable: which elements a search looks at.
+absl::Status SampleOf(const std::vector<int64_t>& samples, int i, int64_t firsts,
+                      int64_t sums, int64_t elements, Sample* sample) {
+  *sample = {samples[3 * i], samples[3 * i + 1], samples[3 * i + 2]};
+  if (firsts == sums && Fits(*sample, sums, elements)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("Gradient ", i, " has not the elements that are looked at."));
 }
 
 // What the ops have in common that take a step: its numbers.
@@ -238,23 +273,22 @@ class UpdateOp : public tf::OpKernel {
  protected:
   // Reads what is asked for, and the weight decay of each variable.
   absl::Status Read(tf::OpKernelContext* ctx, int count, Request* request,
-                    std::vector<Decay<T>>* decays,
-                    std::optional<float> current_rate = std::nullopt) {
-    const tf::Tensor *rate, *correction, *scale, *constants, *given;
+                    const tf::Tensor** decays) {
+    const tf::Tensor *rate, *correction, *scale, *constants;
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "learning_rate", &rate));
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "correction", &correction));
     TF_RETURN_IF_ERROR(ReadScalar(ctx, "scale", &scale));
     TF_RETURN_IF_ERROR(ctx->input("constants", &constants));
-    TF_RETURN_IF_ERROR(ctx->input("decays", &given));
+    TF_RETURN_IF_ERROR(ctx->input("decays", decays));
     if (constants->NumElements() != 3 ||
-        (given->NumElements() != 0 && given->NumElements() != count)) {
+        ((*decays)->NumElements() != 0 && (*decays)->NumElements() != count)) {
       return absl::InvalidArgumentError(
           "There must be three constants, and a decay for each gradient or none.");
     }
     const auto constant = constants->flat<double>();
     *request = {};
     request->scale = scale->flat<T>()(0);
-    request->learning_rate = current_rate ? *current_rate : rate->flat<T>()(0);
+    request->learning_rate = rate->flat<T>()(0);
     request->rho = constant(0);
     request->momentum = constant(1);
     request->epsilon = constant(2);
@@ -263,10 +297,12 @@ class UpdateOp : public tf::OpKernel {
     request->nesterov = nesterov_;
     request->lr_in_momentum = lr_in_momentum_;
     request->decoupled_weight_decay = decoupled_;
-    for (int i = 0; i < count; ++i) {
-      decays->emplace_back(*request, given->NumElements() ? given->flat<double>()(i) : 0);
-    }
     return absl::OkStatus();
+  }
+
+  // Returns the weight decay of a variable.
+  static Decay<T> DecayOf(const Request& request, const tf::Tensor& decays, int i) {
+    return {request, decays.NumElements() ? decays.flat<double>()(i) : 0};
   }
 
  private:
@@ -278,25 +314,28 @@ class StepOp : public UpdateOp<T> {
  public:
   explicit StepOp(tf::OpKernelConstruction* ctx) : UpdateOp<T>(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("cautious", &cautious_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("bias_correction", &bias_correction_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("samples", &samples_));
   }
 
   void Compute(tf::OpKernelContext* ctx) override {
     tf::OpInputList gradients;
     OP_REQUIRES_OK(ctx, ctx->input_list("gradients", &gradients));
     const int count = gradients.size();
-    tf::OpInputList counters;
-    OP_REQUIRES_OK(ctx, ctx->input_list("counters", &counters));
-    Variables variables, counts;
-    OP_REQUIRES_OK(ctx, counts.Find(ctx, counters.size(), {"counters"}, 0));
+    Variables variables, own;
+    OP_REQUIRES_OK(ctx, own.Find(ctx, 1, {"counters", "estimates"}, 0));
     OP_REQUIRES_OK(ctx, variables.Find(ctx, count,
                                        {"weights", "velocities", "momenta",
-                                        "average_gradients", "averages"},
+                                        "average_gradients", "averages",
+                                        "first_weights", "gradient_sums"},
                                        2));
-    std::optional<float> rate;
-    OP_REQUIRES_OK(ctx, ReadRate(ctx, &rate));
+    std::optional<double> rate, warmup;
+    OP_REQUIRES_OK(ctx, ReadNumber(ctx, "rates", &rate));
+    OP_REQUIRES_OK(ctx, ReadNumber(ctx, "warmups", &warmup));
     Request request;
-    std::vector<Decay<T>> decays;
-    OP_REQUIRES_OK(ctx, this->Read(ctx, count, &request, &decays, rate));
+    const tf::Tensor* decays;
+    OP_REQUIRES_OK(ctx, this->Read(ctx, count, &request, &decays));
+    request.learning_rate = rate.value_or(request.learning_rate);
     const tf::Tensor* share;
     OP_REQUIRES_OK(ctx, ReadScalar(ctx, "share", &share));
     request.share = share->flat<T>()(0);
@@ -304,16 +343,27 @@ class StepOp : public UpdateOp<T> {
     OP_REQUIRES_OK(ctx, ReadScalar(ctx, "draw", &draw));
     request.draw = static_cast<uint32_t>(draw->flat<int32_t>()(0));
     request.cautious = cautious_ && variables.Has(kMomenta);
-    const Numbers<T> numbers(request);
     OP_REQUIRES(ctx, !variables.Has(kAverages) || (std::is_same_v<T, W>),
                 absl::InvalidArgumentError("Averages need weights in full precision."));
+    const bool searches = own.Has(kEstimate);
+    const tf::Tensor* search;
+    OP_REQUIRES_OK(ctx, ctx->input("search", &search));
+    OP_REQUIRES(ctx,
+                variables.Has(kFirst) == searches && variables.Has(kSums) == searches &&
+                    search->NumElements() == (searches ? kSearchNumbers : 0) &&
+                    samples_.size() == (searches ? 3 * static_cast<size_t>(count) : 0),
+                absl::InvalidArgumentError("All of a search must be there, or nothing."));
 
     // Everything is checked before anything is written.
     OP_REQUIRES_OK(ctx, variables.Lock());
-    OP_REQUIRES_OK(ctx, counts.Lock());
-    const tf::TensorShape scalar;
-    for (int i = 0; i < counters.size(); ++i) {
-      OP_REQUIRES_OK(ctx, counts.Check(0, i, tf::DT_INT64, &scalar));
+    OP_REQUIRES_OK(ctx, own.Lock());
+    const tf::TensorShape scalar, of_estimate({sizeof(Estimate) / sizeof(float)});
+    if (own.Has(kCounter)) {
+      OP_REQUIRES_OK(ctx, own.Check(kCounter, 0, tf::DT_INT64, &scalar));
+      ReadCount(*own.Data<int64_t>(kCounter, 0), warmup, &request);
+    }
+    if (searches) {
+      OP_REQUIRES_OK(ctx, own.Check(kEstimate, 0, tf::DT_FLOAT, &of_estimate));
     }
     const tf::DataType of_weights = tf::DataTypeToEnum<W>::v();
     const tf::DataType of_slots = tf::DataTypeToEnum<S>::v();
@@ -328,8 +378,34 @@ class StepOp : public UpdateOp<T> {
             ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights, &shape));
       }
     }
-    OP_REQUIRES_OK(ctx, counts.MakeSoleOwnerOfAll(ctx));
+    std::vector<Followed<T, Plain<W>>> followed(searches ? count : 0);
+    for (size_t i = 0; i < followed.size(); ++i) {
+      for (int kind : {kFirst, kSums}) {
+        OP_REQUIRES_OK(ctx, variables.Check(kind, i, tf::DataTypeToEnum<T>::v(), nullptr));
+      }
+      auto& part = followed[i];
+      part.looked_at = variables.Get(kSums, i)->NumElements();
+      part.elements = gradients[i].NumElements();
+      const int64_t firsts = variables.Get(kFirst, i)->NumElements();
+      OP_REQUIRES_OK(ctx, SampleOf(samples_, i, firsts, part.looked_at, part.elements,
+                                   &part.sample));
+    }
+    OP_REQUIRES_OK(ctx, own.MakeSoleOwnerOfAll(ctx));
     OP_REQUIRES_OK(ctx, variables.MakeSoleOwnerOfAll(ctx));
+    if (searches) {
+      for (int i = 0; i < count; ++i) {
+        followed[i].gradient = gradients[i].flat<T>().data();
+        followed[i].weights =
+            reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, i));
+        followed[i].first_weights = variables.Data<T>(kFirst, i);
+        followed[i].gradient_sums = variables.Data<T>(kSums, i);
+      }
+      Search how;
+      std::memcpy(&how, search->flat<double>().data(), sizeof how);
+      request.learning_rate = RateOf(ctx, how, request, followed, &variables,
+                                     own.Data<float>(kEstimate, 0));
+    }
+    const Numbers<T> numbers(request);
     std::vector<Part<T, Plain<W>, Plain<S>>> parts(count);
     for (int i = 0; i < count; ++i) {
       parts[i] = {
@@ -339,7 +415,7 @@ class StepOp : public UpdateOp<T> {
           reinterpret_cast<Plain<S>*>(variables.Data<S>(kVelocities, i)),
           reinterpret_cast<Plain<S>*>(variables.Data<S>(kMomenta, i)),
           reinterpret_cast<Plain<S>*>(variables.Data<S>(kAverageGradients, i)),
-          decays[i],
+          this->DecayOf(request, *decays, i),
           variables.Data<T>(kAverages, i),
           nullptr,
       };
@@ -353,12 +429,60 @@ class StepOp : public UpdateOp<T> {
     StepAll(numbers, parts, [&](const std::vector<Piece>& pieces, auto step) {
       ForEach(ctx, pieces, step);
     });
-    for (int i = 0; i < counters.size(); ++i) ++*counts.Data<int64_t>(0, i);
+    if (own.Has(kCounter)) ++*own.Data<int64_t>(kCounter, 0);
   }
 
  private:
   enum { kWeights, kVelocities, kMomenta, kAverageGradients, kAverages, kKinds };
-  bool cautious_;
+  enum { kFirst = kKinds, kSums };  // of a search
+  enum { kCounter, kEstimate };     // of the optimizer's own
+
+  // Finds what depends on how many steps there were; see `rule.correction` and
+  // `averages.Momentum`.
+  void ReadCount(int64_t count, std::optional<double> warmup, Request* request) const {
+    if (bias_correction_) {
+      const T log_rho = std::log(request->rho);
+      request->correction = -std::expm1(static_cast<T>(count + 1) * log_rho);
+    }
+    if (warmup) {
+      const T n = static_cast<T>(count) - static_cast<T>(*warmup);
+      request->share = std::min((1 + n) / (10 + n), static_cast<T>(request->share));
+    }
+    if (count == 0) request->share = 0;
+  }
+
+  // Updates the estimate of a search, as `estimate.find` does; returns the rate.
+  static float RateOf(tf::OpKernelContext* ctx, const Search& search,
+                      const Request& request,
+                      const std::vector<Followed<T, Plain<W>>>& parts,
+                      Variables* variables, float* kept) {
+    Estimate known;
+    std::memcpy(&known, kept, sizeof known);
+    if (known.reach != 0 && AreOthers(parts, known, search)) {
+      known = Again(search);
+      for (int i = 0; i < static_cast<int>(parts.size()); ++i) {
+        std::fill_n(parts[i].gradient_sums, parts[i].looked_at, T(0));
+        if (request.lr_in_momentum && variables->Has(kMomenta)) {
+          const auto bytes = variables->Get(kMomenta, i)->tensor_data();
+          std::fill_n(const_cast<char*>(bytes.data()), bytes.size(), 0);
+        }
+      }
+    }
+    const float factor = request.learning_rate, sign = request.scale < 0 ? -1 : 1;
+    const float scale = sign * static_cast<float>(request.scale);
+    const float weight = WeightOf(known, search, factor, scale);
+    const Sums sums = FollowAll(parts, static_cast<T>(search.forgetting),
+                                static_cast<T>(weight), known.steps == 0,
+                                [&](const std::vector<Piece>& pieces, auto follow) {
+                                  ForEach(ctx, pieces, follow);
+                                });
+    known = After(known, search, factor, weight, sign, sums);
+    std::memcpy(kept, &known, sizeof known);
+    return factor * known.distance * static_cast<float>(1 - request.momentum);
+  }
+
+  bool cautious_, bias_correction_;
+  std::vector<int64_t> samples_;
 };
 
 template <typename T, typename W, typename I>
@@ -380,7 +504,7 @@ class RowsOp : public UpdateOp<T> {
                                         "momenta", "average_gradients"},
                                        kMomenta));
     Request request;
-    std::vector<Decay<T>> decays;
+    const tf::Tensor* decays;
     OP_REQUIRES_OK(ctx, this->Read(ctx, 1, &request, &decays));
     const Numbers<T> numbers(request);
 
@@ -420,7 +544,7 @@ class RowsOp : public UpdateOp<T> {
         variables.Data<T>(kVelocity, 0),
         variables.Data<T>(kMomenta, 0),
         variables.Data<T>(kAverageGradients, 0),
-        decays[0],
+        this->DecayOf(request, *decays, 0),
         nullptr,
         nullptr,
     };
@@ -538,14 +662,11 @@ class FollowOp : public tf::OpKernel {
       OP_REQUIRES_OK(ctx, variables.Check(kFirst, i, tf::DataTypeToEnum<T>::v(),
                                           nullptr));
       auto& part = parts[i];
-      part.sample = {samples_[3 * i], samples_[3 * i + 1], samples_[3 * i + 2]};
       part.looked_at = variables.Get(kSums, i)->NumElements();
       part.elements = gradients[i].NumElements();
-      OP_REQUIRES(ctx,
-                  part.looked_at == variables.Get(kFirst, i)->NumElements() &&
-                      Fits(part.sample, part.looked_at, part.elements),
-                  absl::InvalidArgumentError(absl::StrCat(
-                      "Gradient ", i, " has not the elements that are looked at.")));
+      const int64_t firsts = variables.Get(kFirst, i)->NumElements();
+      OP_REQUIRES_OK(ctx, SampleOf(samples_, i, firsts, part.looked_at, part.elements,
+                                   &part.sample));
     }
     const bool at_first = begins->flat<bool>()(0);
     for (int i = 0; i < count; ++i) {

@@ -115,8 +115,53 @@ Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgettin
   return sums;
 }
 
-#define INSTANTIATE(T, W) \
-  template Sums Follow(const Followed<T, W>&, int64_t, int64_t, T, T, bool)
+template <typename T, typename W>
+T Farthest(const Followed<T, W>& part) {
+  const Sample sample = part.sample;
+  T farthest = 0;
+  for (int64_t i = 0; i < part.looked_at; ++i) {
+    const int64_t at =
+        i / sample.run * sample.pitch + i % sample.run * sample.stride;
+    const T way = std::abs(static_cast<T>(part.weights[at]) - part.first_weights[i]);
+    if (!(way <= farthest)) farthest = way;
+    if (std::isnan(farthest)) break;
+  }
+  return farthest;
+}
+
+Estimate Again(const Search& search) {
+  return {static_cast<float>(search.initial), 0, 0, 0, -1};
+}
+
+float WeightOf(const Estimate& old, const Search& search, float factor, float scale) {
+  const float square = old.distance * old.distance;
+  return factor * square / static_cast<float>(search.initial) * scale;
+}
+
+Estimate After(const Estimate& old, const Search& search, float factor, float weight,
+               float sign, const Sums& sums) {
+  const float lasting = search.lasting;
+  Estimate now;
+  now.gain = static_cast<float>(search.forgetting) * old.gain +
+             sign * weight * static_cast<float>(sums.gain);
+  now.steps = old.steps + 1;
+  const float fading =
+      old.distance * std::sqrt((old.steps + lasting) / (now.steps + lasting));
+  const float found = static_cast<float>(search.coefficient) * now.gain /
+                      (static_cast<float>(sums.length) + static_cast<float>(search.tiny));
+  // The order decides what a NaN does: it stays.
+  now.distance = std::max(std::max(found, fading), static_cast<float>(search.initial));
+  now.distance = std::min(now.distance, static_cast<float>(search.most));
+  const float growth = search.growth;
+  if (!std::isinf(growth)) now.distance = std::min(now.distance, growth * old.distance);
+  now.path = old.path + factor * now.distance;
+  now.reach = 0;
+  return now;
+}
+
+#define INSTANTIATE(T, W)                                                         \
+  template Sums Follow(const Followed<T, W>&, int64_t, int64_t, T, T, bool); \
+  template T Farthest(const Followed<T, W>&)
 INSTANTIATE(float, float);
 INSTANTIATE(float, Bfloat16);
 INSTANTIATE(float, Half);

@@ -4,6 +4,7 @@
 #ifndef KERAS_RMSPROP_SEARCH_H_
 #define KERAS_RMSPROP_SEARCH_H_
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -33,12 +34,52 @@ struct Sums {
   double length = 0;  // of |s|
 };
 
+// What is known so far: `estimate.Estimate`.
+struct Estimate {
+  float distance, gain, steps, path, reach;
+};
+
+// How to search: `kernel/tensorflow.py` gives them in this order.
+struct Search {
+  double initial, coefficient, growth, forgetting, tiny, lasting, most, same;
+};
+constexpr int kSearchNumbers = sizeof(Search) / sizeof(double);
+
+// What is known when a search begins again.
+Estimate Again(const Search& search);
+
+// Returns what a step multiplies its gradient by in s.
+float WeightOf(const Estimate& old, const Search& search, float factor, float scale);
+
+// Returns what is known after a step. `sign` is -1 if it goes up the gradient.
+Estimate After(const Estimate& old, const Search& search, float factor, float weight,
+               float sign, const Sums& sums);
+
 // Lets s follow the gradient, s <- forgetting * s + weight * g, and returns the sums.
 // It does so for `size` of the elements that are looked at. If the search begins, the
 // weights are the first ones. T and W are as in `Step`.
 template <typename T, typename W>
 Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgetting,
             T weight, bool begins);
+
+// Returns how far the farthest weight, of those looked at, is from its first value.
+template <typename T, typename W>
+T Farthest(const Followed<T, W>& part);
+
+// Whether the weights are others than those with which the last `fit` ended.
+template <typename T, typename W>
+bool AreOthers(const std::vector<Followed<T, W>>& parts, const Estimate& known,
+               const Search& search) {
+  if (known.reach < 0) return true;
+  float farthest = 0;
+  for (const auto& part : parts) {
+    const float reach = Farthest(part);
+    if (!(reach <= farthest)) farthest = reach;
+    if (std::isnan(farthest)) return false;
+  }
+  return std::abs(farthest - known.reach) >
+         static_cast<float>(search.same) * std::abs(known.reach);
+}
 
 // Whether `size` elements in whole runs are all among so many.
 inline bool Fits(const Sample& sample, int64_t size, int64_t elements) {

@@ -9,13 +9,14 @@ import tensorflow as tf
 
 from keras_rmsprop import options, rule
 from keras_rmsprop.codecs import Draw
+from keras_rmsprop.ema_share import Share
 from keras_rmsprop.kernel import DTYPES, SLOTS, build, loaded
 from keras_rmsprop.sparse import unwrapped
-from keras_rmsprop.update import Constants, Update
+from keras_rmsprop.update import Constants, Sought, Update
 
 TAKE_GROUPS = "KerasRmspropStep", "KerasRmspropFollow"
 """The ops that take a `group` instead of several variables."""
-SINGLE = "counters", "rates"
+SINGLE = "counters", "rates", "warmups", "estimates"
 """Their inputs that are no variables of a model."""
 
 
@@ -110,9 +111,16 @@ def update(updates: Sequence[Update], constants: Constants) -> None:
     velocities, momenta, average_gradients = (
         [] if kind[0] is None else [slot.handle for slot in kind] for kind in kinds
     )
-    rates = _readable_rates(updates, constants)
-    if rates:
-        constants = constants._replace(learning_rate=0)
+    rate, search = constants.learning_rate, _NO_SEARCH
+    if isinstance(rate, Sought):
+        rate, search = rate.factor, _search(updates, rate)
+    rates = _readable_rates(updates, rate)
+    constants = constants._replace(learning_rate=0 if rates else rate)
+    corrects = constants.options.bias_correction
+    most, warmups = _share(constants, dtype)
+    if constants.count is not None:  # then the op itself finds the correction
+        options = constants.options._replace(bias_correction=False)
+        constants = constants._replace(options=options)
     ops().keras_rmsprop_step(
         gradients=[tf.cast(update.gradient, dtype) for update in updates],
         weights=[update.variable.handle for update in updates],
@@ -124,24 +132,78 @@ def update(updates: Sequence[Update], constants: Constants) -> None:
         ],
         counters=[] if constants.count is None else [constants.count.handle],
         rates=rates,
-        share=tf.cast(0 if constants.share is None else constants.share(dtype), dtype),
+        warmups=warmups,
+        share=tf.cast(most, dtype),
         draw=_draw(constants.draw),
         S=updates[0].slots.velocity.dtype.base_dtype,
         cautious=constants.options.cautious,
+        bias_correction=corrects,
+        **search,
         **_numbers(updates, constants),
     )
 
 
-def _readable_rates(updates: Sequence[Update], constants: Constants) -> list[Any]:
+_NO_SEARCH: dict[str, Any] = {
+    "first_weights": [],
+    "gradient_sums": [],
+    "estimates": [],
+    "search": (),
+    "samples": [],
+}
+
+
+def _search(updates: Sequence[Update], sought: Sought) -> dict[str, Any]:
+    """Return the arguments of the op with which it finds the learning rate."""
+    by_variable = {id(unwrapped(part.variable)): part for part in sought.parts}
+    parts = [by_variable[id(update.variable)] for update in updates]
+    return {
+        "first_weights": [unwrapped(part.first).handle for part in parts],
+        "gradient_sums": [unwrapped(part.sums).handle for part in parts],
+        "estimates": [unwrapped(sought.estimate).handle],
+        "search": sought.numbers,
+        "samples": [x for part in parts for x in part.sample.runs],
+    }
+
+
+def searches(updates: Sequence[Update], sought: Sought) -> bool:
+    """Whether a call of `update` with these, which counts, may find the rate, too."""
+    of_updates = {id(update.variable) for update in updates}
+    dtype, device = updates[0].dtype, updates[0].variable.device
+    return (
+        {id(unwrapped(part.variable)) for part in sought.parts} == of_updates
+        and all(map(_follows, sought.parts))
+        and {part.gradient.dtype.name for part in sought.parts} == {dtype}
+        and _is_beside(unwrapped(sought.estimate), device)
+    )
+
+
+def _share(constants: Constants, dtype: str) -> tuple[Any, list[Any]]:
+    """Return the share of averages that stays.
+
+    If the op counts, it finds the share: then the most that it can be, and the variable
+    with the count at which it began to warm up, if it does.
+    """
+    share = constants.share
+    if share is None or constants.count is None:
+        return 0 if share is None else share(dtype), []
+    most, warms_up, begin = share.momentum
+    return most, [unwrapped(begin).handle] if warms_up else []
+
+
+def _readable_rates(updates: Sequence[Update], rate: Any) -> list[Any]:
     """Return the variable with the learning rate, if the op itself may read it.
 
     An operation that reads it makes an eager step of a small network a tenth slower.
     """
-    rate = unwrapped(constants.learning_rate)
-    if not (isinstance(rate, tf.Variable) and _are_here([rate])):
+    rate = unwrapped(rate)
+    if not (isinstance(rate, tf.Variable) and rate.dtype in (tf.float32, tf.float64)):
         return []
-    is_beside = rate.device == updates[0].variable.device
-    return [rate.handle] if is_beside and rate.dtype == tf.float32 else []
+    return [rate.handle] if _is_beside(rate, updates[0].variable.device) else []
+
+
+def _is_beside(variable: Any, device: str) -> bool:
+    """Whether a variable is on this device, of this process."""
+    return _are_here([variable]) and bool(variable.device == device)
 
 
 def update_rows(update: Update, constants: Constants) -> None:
@@ -277,11 +339,19 @@ def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
     return found.sums, found.distinct
 
 
-def counts(updates: Sequence[Update], counter: Any) -> bool:
-    """Whether a call of `update` with these may also increment a counter."""
+def counts(updates: Sequence[Update], counter: Any, share: Share | None) -> bool:
+    """Whether a call of `update` with these may also increment a counter.
+
+    Args:
+        updates: What it is to do.
+        counter: The variable.
+        share: See `Constants`.
+    """
+    own = [counter]
+    if share is not None and share.momentum.warms_up:
+        own.append(unwrapped(share.momentum.begin))
     device = updates[0].variable.device
-    is_beside = _are_here([counter]) and counter.device == device
-    return is_beside and counter.dtype == tf.int64
+    return counter.dtype == tf.int64 and all(_is_beside(x, device) for x in own)
 
 
 def is_for(variables: Sequence[Any]) -> bool:
