@@ -164,6 +164,12 @@ void TestFollow(Sample sample, int64_t runs, bool begins) {
   std::copy_n(sums.get(), size, sums0.get());
   Followed<T, W> part = {sample,  size,        all,       g.get(),
                          w.get(), first.get(), sums.get()};
+  T farthest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t j = i / sample.run * sample.pitch + i % sample.run * sample.stride;
+    farthest = std::max(farthest, std::abs(static_cast<T>(w[j]) - first[i]));
+  }
+  Expect(Farthest(part), farthest, 0, "farthest");
   long double gain = 0, length = 0;
   double found_gain = 0, found_length = 0;
   for (int64_t i = 0; i < size; ++i) {
