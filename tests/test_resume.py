@@ -21,6 +21,7 @@ from tensorflow.python.eager import context
 from keras_rmsprop import RMSprop
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "resume.py"
+sys.path.insert(0, str(EXAMPLE.parent))
 
 SAVES, STEPS, KILLS = 30, 2, 5
 """Saves of a run, steps from save to save, and kills that a run has to survive."""

@@ -187,6 +187,8 @@ def _share(constants: Constants, dtype: str) -> tuple[Any, list[Any]]:
     if share is None or constants.count is None:
         return 0 if share is None else share(dtype), []
     most, warms_up, begin = share.momentum
+    if not options.is_tensor(most):
+        most = tf.constant(most, dtype)
     return most, [unwrapped(begin).handle] if warms_up else []
 
 
