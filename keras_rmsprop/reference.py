@@ -115,7 +115,7 @@ def automatic_step(
         d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
 
     A table steps without momentum, and its epsilon is larger by ten times the geometric
-    mean of g^2, over all g but 0.
+    mean of g^2, over all g but 0, if there is a 0.
 
     Args:
         thetas: The parameters.
@@ -172,7 +172,8 @@ def automatic_step(
 
     def like_a_table(gradient: ArrayLike) -> dict[str, Any]:
         size = np.abs(np.asarray(gradient, np.float64))
-        typical = np.exp(2 * np.log(size[size > 0]).mean()) if size.any() else 0.0
+        is_rare = size.any() and not size.all()
+        typical = np.exp(2 * np.log(size[size > 0]).mean()) if is_rare else 0.0
         epsilon = hyperparameters.get("epsilon", 0.0) + 10 * typical
         given = {"alpha": alpha, "momentum": 0.0, "epsilon": epsilon}
         if hyperparameters.get("decoupled_weight_decay", True):  # as of the others

@@ -167,6 +167,24 @@ def test_an_epsilon_that_is_given_is_that_of_tables_too():
         )
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_table_whose_rows_all_have_gradients_has_no_epsilon(sparse, zero):
+    if sparse and BACKEND != "tensorflow":
+        pytest.skip("sparse gradients")
+    table = keras.Variable(np.zeros((3, 2)), name="embeddings")
+    optimizer = RMSprop("auto", bias_correction=False)
+    optimizer.build([table])
+    g = np.array([[1, 1], [0.01, 0.01], [0.1, 0 if zero else 0.1]], "float32")
+    rows = [2, 0, 1]
+    given = tf.IndexedSlices(tensor(g[rows]), rows) if sparse else tensor(g)
+    LOOP(optimizer)([given])
+    moved = -1e5 * keras.ops.convert_to_numpy(table)
+    typical = 10 * np.exp(2 * np.log(g[g != 0]).mean()) if zero else 0
+    expected = g / np.sqrt(0.1 * g**2 + typical + 1e-30)
+    np.testing.assert_allclose(moved, expected, rtol=0.02)
+
+
 def test_tables_have_no_momentum():
     model = table_model(RMSprop("auto"))
     model.optimizer.build(model.trainable_variables)
