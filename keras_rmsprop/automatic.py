@@ -337,6 +337,14 @@ class Search:
         """Return the learning rate of a distance: with momentum, steps add up."""
         return ops.cast(factor, "float32") * distance * (1 - self._optimizer.momentum)
 
+    def lead_of_tables(self) -> Any:
+        """Return the largest distance so far, as a multiple of the one of this step.
+
+        A row of a table is in few steps, so its rate must not fade with all of them.
+        """
+        known = Estimate.of(self.estimate)
+        return known.longest / known.distance
+
     def current_rate(self, factor: Any) -> Any:
         """Return the learning rate of the last step; None before the first.
 

@@ -180,10 +180,13 @@ class Tables:
         return sparse.Rows(self._optimizer._clocks[i], ids)
 
 
-def of_table(update: Update, constants: Constants) -> tuple[list[Update], Constants]:
+def of_table(
+    update: Update, constants: Constants, lead: Any
+) -> tuple[list[Update], Constants]:
     """Return the update of a table with "auto", and its constants.
 
-    Its rate is not less for momentum that it does not have. It decays as others do.
+    Its rate does not fade, and is not less for momentum that it does not have. It
+    decays as others do.
     Epsilon, unless it was given, is ten times `typical_square` of the gradient: else a
     row that is rarely seen, whose v has faded, would go all the way for the least
     gradient. Where no element is without one, as of a table of positions, v has not
@@ -192,6 +195,7 @@ def of_table(update: Update, constants: Constants) -> tuple[list[Update], Consta
     Args:
         update: What a step does to the table, without momentum.
         constants: What is the same for all other variables.
+        lead: By how much its rate is larger: see `Search.lead_of_tables`.
     """
     numbers = constants.options
     mu, epsilon = numbers.momentum, numbers.epsilon
@@ -208,12 +212,11 @@ def of_table(update: Update, constants: Constants) -> tuple[list[Update], Consta
         constants = constants._replace(
             options=numbers._replace(epsilon=typical + epsilon)
         )
-    if not rule.is_zero(mu):
-        if update.decay is not None and constants.decoupled_weight_decay:
-            update = update._replace(decay=update.decay * (1 - mu))
-        rate = constants.learning_rate / (1 - mu)
-        constants = constants._replace(learning_rate=rate)
-    return [update], constants
+    lead = lead / (1 - mu)
+    if update.decay is not None and constants.decoupled_weight_decay:
+        update = update._replace(decay=update.decay / lead)
+    rate = ops.multiply(constants.learning_rate, lead)
+    return [update], constants._replace(learning_rate=rate)
 
 
 def typical_square(gradient: Any) -> Any:
