@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rmsprop import checks
+from keras_rmsprop import batch_norm, checks
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.complaints import complaint
 from keras_rmsprop.estimate import Estimate, Sampled, farthest, find, numbers
@@ -258,11 +258,15 @@ class Search:
                 self.restart()
                 self.trained = now
 
-    def end_fit(self, variables: Sequence[Any]) -> str:
+    def end_fit(self, variables: Sequence[Any], steps: Any) -> str:
         """Note how far the weights are, so that the next step sees if they are others.
+
+        If they are averages now, the statistics of `BatchNormalization` are computed
+        for them.
 
         Args:
             variables: The model's variables.
+            steps: How many steps `fit` took, if it is `fit` that ends.
 
         Returns:
             What a user should know about the estimate, or nothing.
@@ -271,11 +275,13 @@ class Search:
             return ""
         message = self.complaint()
         self.restart_if_changed(variables)  # it may be the first that is seen of `fit`
-        known = self.known()
-        if self.options.restarts and known.steps and _ends_fit():
+        known, fit = self.known(), _fit_that_ends()
+        if self.options.restarts and known.steps and fit:
             reach = farthest(self._parts(variables))
             known = known._replace(reach=float(reach))
             backend.assign_everywhere(self.estimate, np.array(known, "float32"))
+        if self._optimizer.use_ema and fit:
+            message = batch_norm.recompute_after(fit, int(as_array(steps))) or message
         return message
 
     def _parts(
@@ -346,6 +352,14 @@ class Search:
         """Return the learning rate of a distance: with momentum, steps add up."""
         return ops.cast(factor, "float32") * distance * (1 - self._optimizer.momentum)
 
+    def lead_of_tables(self) -> Any:
+        """Return the largest distance so far, as a multiple of the one of this step.
+
+        A row of a table is in few steps, so its rate must not fade with all of them.
+        """
+        known = Estimate.of(self.estimate)
+        return known.longest / known.distance
+
     def current_rate(self, factor: Any) -> Any:
         """Return the learning rate of the last step; None before the first.
 
@@ -402,9 +416,10 @@ def _fitting() -> Any:
     return None
 
 
-def _ends_fit() -> bool:
-    """Whether Keras' `fit` itself says that it ends, and not a callback."""
+def _fit_that_ends() -> dict[str, Any]:
+    """Return the variables of Keras' `fit`, if it and no callback says that it ends."""
     frame: Any = sys._getframe(2)
     while frame is not None and frame.f_code.co_name == "finalize_variable_values":
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "fit"
+    is_fit = frame is not None and frame.f_code.co_name == "fit"
+    return frame.f_locals if is_fit else {}

@@ -253,19 +253,24 @@ class Averages:
         """Return the decay rate."""
         return Momentum.of(self._optimizer)
 
-    def warm_up_again(self) -> None:
+    def warm_up_again(self) -> Any:
         """Warm up from here: weights that go on from their average have little past.
 
         Else a loop of short calls of `fit` would hardly move, as each ends with an
         average over several of them.
+
+        Returns:
+            How many updates there were since the last warm-up began.
         """
-        begin = begin_of(self._optimizer)
+        begin, steps = begin_of(self._optimizer), self._optimizer.iterations
         if begin is not None:
+            steps = ops.cast(steps, begin.dtype) - ops.convert_to_tensor(begin)
             for table in self.tables().values():
                 table.catch_up()
             # A copy: on JAX both would share one buffer, and give it away twice.
             now = ops.copy(ops.cast(self._optimizer.iterations, begin.dtype))
             backend.assign_everywhere(begin, now)
+        return steps
 
     def tables(self) -> dict[int, Table]:
         """Return the tables in whose averages rows may wait, by their index."""

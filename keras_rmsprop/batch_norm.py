@@ -6,7 +6,8 @@ Averaged weights make others. Statistics averaged at the same rate are near enou
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -19,6 +20,9 @@ from keras_rmsprop.state import as_array, copied, sync
 
 BATCH = 32
 """The examples of a batch of an array, as in Keras."""
+LEAST_BATCHES, MOST_BATCHES, SHARE = 10, 100, 10
+"""At the end of `fit` statistics are of one batch for so many steps, which costs a few
+percent of the time. Fewer than the least would be worse than the moving ones."""
 STATISTICS = "moving_mean", "moving_variance"
 
 
@@ -124,6 +128,65 @@ def recompute_batch_norm(model: Any, data: Any, batches: int | None = 100) -> No
             variable.assign(value)
     if count == 0:
         raise ValueError(f"`data` must have at least one batch. Received: {data!r}")
+
+
+def recompute_after(fit: Mapping[str, Any], steps: int) -> str:
+    """Compute the statistics again where `fit` has given a model its averaged weights.
+
+    This is done only where it is known how: with Keras' own training step, which calls
+    the model with the inputs alone, on one replica, and with data that can be read
+    again. `AverageForEvaluation` has averages of the statistics instead.
+
+    Args:
+        fit: The local variables of Keras' `fit`, when it ends.
+        steps: How many steps it took.
+
+    Returns:
+        What a user should know, or nothing.
+    """
+    model = fit["self"]
+    strategy = getattr(model, "distribute_strategy", None)
+    if (
+        steps < LEAST_BATCHES * SHARE
+        or not any(layer.trainable for layer in layers_of(model))
+        or type(model).train_step is not keras.Model.train_step
+        or getattr(strategy, "num_replicas_in_sync", 1) > 1
+        or keras.distribution.distribution() is not None
+        or any(hasattr(c, "averages_statistics") for c in fit["callbacks"].callbacks)
+        or not fit.get("training_finished", True)  # on JAX it ends after errors, too
+    ):
+        return ""
+    statistics = statistics_of(model)
+    before = [copied(v) for v in statistics]
+    try:
+        data = _read_again(fit["x"], fit["batch_size"] or BATCH)
+        if data is not None:
+            recompute_batch_norm(model, data, min(MOST_BATCHES, steps // SHARE))
+    except Exception as error:  # of the data or the model: what was learned is kept
+        for variable, value in zip(statistics, before, strict=True):
+            variable.assign(value)
+        return (
+            "The weights are averages now, and the statistics of `BatchNormalization` "
+            f"could not be computed for them ({error}). Use `AverageForEvaluation`"
+        )
+    return ""
+
+
+def _read_again(data: Any, size: int) -> Iterable[Any] | None:
+    """Return batches of what `fit` was given; None if that can be read only once.
+
+    Of arrays it draws no random number, so that what follows is as it was without it.
+    """
+    arrays = keras.tree.flatten(data)
+    if all(hasattr(x, "__array__") for x in arrays):
+        count = -(-len(arrays[0]) // size)
+        data = keras.tree.map_structure(ops.convert_to_numpy, data)
+        # Of examples far apart: neighbors may be of one class.
+        parts = (operator.itemgetter(slice(i, None, count)) for i in range(count))
+        return ((keras.tree.map_structure(part, data),) for part in parts)
+    if isinstance(data, keras.utils.PyDataset):
+        return map(data.__getitem__, range(data.num_batches or MOST_BATCHES))
+    return None if isinstance(data, Iterator) else data
 
 
 def _batches(data: Any) -> Iterable[Any]:

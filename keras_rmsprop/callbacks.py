@@ -97,6 +97,8 @@ class AverageForEvaluation(Callback):
 
     async_safe = True
     """After a batch it does nothing, unless another callback is not safe, either."""
+    averages_statistics = True
+    """So `RMSprop("auto")` need not compute them when `fit` ends."""
 
     def __init__(self) -> None:
         super().__init__()

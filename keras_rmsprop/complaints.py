@@ -24,7 +24,7 @@ def complaint(estimate: Estimate, initial: float) -> str:
         estimate: The estimate, as numbers.
         initial: The rate of the first step.
     """
-    distance, _, steps, path, _ = estimate
+    distance, _, steps, path, *_ = estimate
     if not distance <= RUNAWAY_DISTANCE:  # NaN, too
         return (
             f"The estimated learning rate, {distance:.3g}, is larger than weights "

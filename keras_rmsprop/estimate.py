@@ -47,7 +47,7 @@ SAME = 1e-3
 
 
 class Estimate(NamedTuple):
-    """What is known so far: five numbers, kept in one variable."""
+    """What is known so far: six numbers, kept in one variable."""
 
     distance: Any
     """d; the learning rate is this times the factor."""
@@ -62,11 +62,18 @@ class Estimate(NamedTuple):
 
     Less than 0: the search begins again, and the next step forgets the last one.
     """
+    longest: Any = 0.0
+    """The largest distance so far."""
 
     @classmethod
     def at_first(cls, initial: float, *, again: bool = False) -> "Estimate":
         """Return what is known before the first step, of a new search or one again."""
-        return cls(initial, 0.0, 0.0, 0.0, -1.0 if again else 0.0)
+        return cls(initial, 0.0, 0.0, 0.0, -1.0 if again else 0.0, initial)
+
+    @classmethod
+    def of(cls, kept: Any) -> "Estimate":
+        """Return what a variable keeps, as scalar tensors."""
+        return cls(*ops.unstack(ops.convert_to_tensor(kept), len(cls._fields)))
 
 
 class Sampled(NamedTuple):
@@ -121,7 +128,7 @@ def find(
         momentums: Momentum buffers that hold learning rates: they begin again, too.
     """
     _begin_again(parts, momentums, kept, options.initial)
-    old = Estimate(*ops.unstack(ops.convert_to_tensor(kept), 5))
+    old = Estimate.of(kept)
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
@@ -160,7 +167,8 @@ def find(
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
     path = old.path + factor * distance
-    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0)))
+    longest = ops.maximum(old.longest, distance)
+    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0, longest)))
     return distance
 
 

@@ -314,9 +314,9 @@ class RMSprop(keras.optimizers.Optimizer):
         if self.built and getattr(self._iterations, "_value", 0) is None:
             return  # on JAX a step that failed in `fit` has no values left
         super().finalize_variable_values(var_list)
-        Averages(self).warm_up_again()
+        steps = Averages(self).warm_up_again()
         if self._search is not None and self.built:
-            self._warn(self._search.end_fit(self._trainable_variables))
+            self._warn(self._search.end_fit(self._trainable_variables, steps))
 
     def explain(self) -> str:
         r"""Say how each variable is updated, and why.

@@ -208,8 +208,9 @@ def _check_number(kind: str, array: NDArray[Any], place: Any) -> None:
     elif kind in (RATE, RATE_FACTOR):
         checks.number(kind, float(array), checks.NOT_NEGATIVE)
     elif kind == RATE_ESTIMATE:
-        distance, gain, steps, path, _ = map(float, array)
-        for number in (distance, abs(gain), steps, path):  # the gain has any sign
+        distance, gain, steps, path, _, longest = map(float, array)
+        gain = abs(gain)  # it has any sign
+        for number in (distance, gain, steps, path, longest):
             checks.number(kind, number, checks.NOT_NEGATIVE)
 
 

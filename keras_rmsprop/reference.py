@@ -114,8 +114,8 @@ def automatic_step(
         s <- b s + factor d^2 / initial * g
         d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
 
-    A table steps without momentum, and its epsilon is larger by ten times the geometric
-    mean of g^2, over all g but 0.
+    A table steps without momentum, with the largest d so far. Its epsilon is larger by
+    ten times the geometric mean of g^2, over all g but 0, if there is a 0.
 
     Args:
         thetas: The parameters.
@@ -150,7 +150,14 @@ def automatic_step(
     xs, gs = list(map(seen, thetas)), list(map(seen, gradients))
     n = [np.size(theta) / max(x.size, 1) for theta, x in zip(thetas, xs, strict=True)]
     if not state:
-        state |= {"d": initial, "r": 0.0, "t": 0, "x0": xs, "each": [{} for _ in xs]}
+        state |= {
+            "d": initial,
+            "most": initial,
+            "r": 0.0,
+            "t": 0,
+            "x0": xs,
+            "each": [{} for _ in xs],
+        }
         state["s"] = [np.zeros_like(x) for x in xs]
     sign = -1 if hyperparameters.get("maximize") else 1
     weight, b = factor * state["d"] ** 2 / initial, 0.999**0.5
@@ -166,17 +173,20 @@ def automatic_step(
     fading = state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
     distance = max(initial, fading, coefficient * found)
     state["d"] = min(distance, growth * state["d"], 1e4)
-    alpha = factor * state["d"]
+    state["most"] = max(state["most"], state["d"])
+    alpha, lead = factor * state["d"], state["most"] / state["d"]
     rest = 1 - hyperparameters.get("momentum", 0.0)
     dense = hyperparameters | {"alpha": rest * alpha}
 
     def like_a_table(gradient: ArrayLike) -> dict[str, Any]:
         size = np.abs(np.asarray(gradient, np.float64))
-        typical = np.exp(2 * np.log(size[size > 0]).mean()) if size.any() else 0.0
+        is_rare = size.any() and not size.all()
+        typical = np.exp(2 * np.log(size[size > 0]).mean()) if is_rare else 0.0
         epsilon = hyperparameters.get("epsilon", 0.0) + 10 * typical
-        given = {"alpha": alpha, "momentum": 0.0, "epsilon": epsilon}
+        given = {"alpha": lead * alpha, "momentum": 0.0, "epsilon": epsilon}
         if hyperparameters.get("decoupled_weight_decay", True):  # as of the others
-            given["weight_decay"] = rest * hyperparameters.get("weight_decay", 0.0)
+            share = rest / lead
+            given["weight_decay"] = share * hyperparameters.get("weight_decay", 0.0)
         return hyperparameters | given
 
     return [

@@ -183,8 +183,10 @@ def update_all(
     apart, others = list[Part](), list[Part]()
     for part in parts:
         (apart if steps.is_apart(part) else others).append(part)
+    search = steps.on(Search)
+    lead = search.lead_of_tables() if search and apart else 1
     for update in steps.updates_of(apart):
-        of_one = of_table(update, constants)
+        of_one = of_table(update, constants, lead)
         done += backend.update(*of_one, in_program=in_program)
     if others:
         constants = constants._replace(count=count)
@@ -221,8 +223,10 @@ def update_variable(steps: Taker, gradient: Any, variable: Any, rate: Any) -> No
     optimizer = steps.optimizer
     part = Part(optimizer._get_variable_index(variable), variable, gradient)
     [update], constants = steps.updates_of([part]), steps.constants(rate)
-    if steps.is_apart(part):
-        [update], constants = of_table(update, constants)
+    search = steps.on(Search)
+    if search and steps.is_apart(part):
+        lead = search.lead_of_tables()
+        [update], constants = of_table(update, constants, lead)
     if steps.own() & hooks.UPDATE_STEP:
         assign, assign_sub = optimizer.assign, optimizer.assign_sub
         update_one(update._replace(rows=None), constants, assign, assign_sub)

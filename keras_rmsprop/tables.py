@@ -180,17 +180,22 @@ class Tables:
         return sparse.Rows(self._optimizer._clocks[i], ids)
 
 
-def of_table(update: Update, constants: Constants) -> tuple[list[Update], Constants]:
+def of_table(
+    update: Update, constants: Constants, lead: Any
+) -> tuple[list[Update], Constants]:
     """Return the update of a table with "auto", and its constants.
 
-    Its rate is not less for momentum that it does not have. It decays as others do.
+    Its rate does not fade, and is not less for momentum that it does not have. It
+    decays as others do.
     Epsilon, unless it was given, is ten times `typical_square` of the gradient: else a
     row that is rarely seen, whose v has faded, would go all the way for the least
-    gradient.
+    gradient. Where no element is without one, as of a table of positions, v has not
+    faded, and epsilon is that of others.
 
     Args:
         update: What a step does to the table, without momentum.
         constants: What is the same for all other variables.
+        lead: By how much its rate is larger: see `Search.lead_of_tables`.
     """
     numbers = constants.options
     mu, epsilon = numbers.momentum, numbers.epsilon
@@ -200,17 +205,18 @@ def of_table(update: Update, constants: Constants) -> tuple[list[Update], Consta
         if constants.scale is not None:
             typical *= ops.cast(ops.square(constants.scale), typical.dtype)
         # Beside an infinite epsilon there would be no steps.
-        typical = ops.where(ops.isfinite(typical), typical, 0)
+        is_rare = ops.logical_not(is_whole(update.gradient, update.variable))
+        counts = ops.logical_and(is_rare, ops.isfinite(typical))
+        typical = ops.where(counts, typical, 0)
         typical = typical if numbers.epsilon_inside_sqrt else ops.sqrt(typical)
         constants = constants._replace(
             options=numbers._replace(epsilon=typical + epsilon)
         )
-    if not rule.is_zero(mu):
-        if update.decay is not None and constants.decoupled_weight_decay:
-            update = update._replace(decay=update.decay * (1 - mu))
-        rate = constants.learning_rate / (1 - mu)
-        constants = constants._replace(learning_rate=rate)
-    return [update], constants
+    lead = lead / (1 - mu)
+    if update.decay is not None and constants.decoupled_weight_decay:
+        update = update._replace(decay=update.decay / lead)
+    rate = ops.multiply(constants.learning_rate, lead)
+    return [update], constants._replace(learning_rate=rate)
 
 
 def typical_square(gradient: Any) -> Any:
@@ -225,6 +231,12 @@ def typical_square(gradient: Any) -> Any:
     count = ops.sum(ops.cast(counts, size.dtype))
     logs = ops.sum(ops.log(ops.where(counts, size, ops.ones_like(size))))
     return ops.exp(2 * logs / ops.maximum(count, 1)) * ops.minimum(count, 1)
+
+
+def is_whole(gradient: Any, table: Any) -> Any:
+    """Whether a gradient has every row of a table, and no zero."""
+    has_all_rows = ops.equal(ops.shape(gradient)[0], table.shape[0])
+    return ops.logical_and(has_all_rows, ops.all(ops.not_equal(gradient, 0)))
 
 
 def is_small(table: Any, gradient: Any) -> bool:

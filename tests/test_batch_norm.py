@@ -1,5 +1,7 @@
 """Statistics of `BatchNormalization`, for weights that are averaged."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -234,3 +236,106 @@ def test_a_restored_run_goes_on_from_the_restored_statistics(tmp_path, place):
     third = 0.5 * second + 0.5 * x[4:].mean(0)
     expected = 0.25 * first + 0.25 * second + 0.5 * third
     np.testing.assert_allclose(resumed.get_weights()[index], expected, rtol=1e-5)
+
+
+# At the end of `fit` alone.
+
+
+def fitted(data="arrays", model=None, epochs=20, **given):
+    """Return a model after `fit` with batches of 8, and its inputs."""
+    made, x, y = model_and_data(RMSprop("auto"))
+    model = model or made
+    keras.utils.set_random_seed(1)
+    batches = [(x[i::6], y[i::6]) for i in range(6)]
+    if data == "arrays":
+        model.fit(x, y, batch_size=8, epochs=epochs, verbose=0, **given)
+    elif data == "generator":
+        batches = (batch for batch in itertools.cycle(batches))
+        model.fit(batches, steps_per_epoch=6, epochs=epochs, verbose=0, **given)
+    else:
+        model.fit(Batches(batches, data), epochs=epochs, verbose=0, **given)
+    return model, x
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches, which may fail once they were read so often."""
+
+    def __init__(self, batches, lasts):
+        super().__init__()
+        self.batches, self.left = batches, lasts
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("gone")
+        return self.batches[i]
+
+
+def of_averages(model, x, count):
+    """Return the statistics of the first batches with the weights of now."""
+    kernel, bias = (array(w) for w in model.layers[0].weights)
+    parts = [x[i::6] @ kernel + bias for i in range(count)]
+    return np.mean([p.mean(0) for p in parts], 0), np.mean([p.var(0) for p in parts], 0)
+
+
+def moving(**options):
+    """Return what `fit` leaves where it computes nothing: the moving statistics."""
+    noted = Noted()
+    model, x = fitted(callbacks=[noted], **options)
+    return model, x, noted.ends[-1]
+
+
+@pytest.mark.parametrize("data", ["arrays", 1000])
+def test_fit_ends_with_statistics_of_the_averages(data):
+    model, x = fitted(data)
+    expected = of_averages(model, x, 6)
+    np.testing.assert_allclose(statistics(model), expected, rtol=1e-4, atol=1e-5)
+    # And the same again: it is not chance.
+    again, _ = fitted(data)
+    np.testing.assert_array_equal(statistics(again), statistics(model))
+
+
+def test_nothing_else_changes():
+    """The weights, and what a second `fit` makes of them, are as with the callback."""
+    found = []
+    for callbacks in ([], [AverageForEvaluation()]):
+        model, _ = fitted(callbacks=callbacks)
+        fitted(model=model, callbacks=callbacks)
+        state = [*model.trainable_variables, *model.optimizer.variables]
+        found.append([array(v) for v in state])
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+class Own(keras.Sequential):
+    def train_step(self, *given):
+        return super().train_step(*given)
+
+
+def test_statistics_stay_where_it_is_not_known_how_or_too_short():
+    model, _, last = moving(epochs=16)  # 96 steps
+    np.testing.assert_array_equal(statistics(model), last)
+    other, *_ = model_and_data(RMSprop(0.001, use_ema=True, ema_warmup=True))
+    model, _, last = moving(model=other)
+    np.testing.assert_array_equal(statistics(model), last)
+    frozen, *_ = model_and_data(RMSprop("auto"))
+    frozen.get_layer("norm").trainable = False
+    frozen.compile(RMSprop("auto"), "mse", jit_compile=JIT)
+    model, _, last = moving(model=frozen)
+    np.testing.assert_array_equal(statistics(model), last)
+    model, _, last = moving(data="generator")
+    np.testing.assert_array_equal(statistics(model), last)
+    own = Own([keras.Input((5,)), *model_and_data(RMSprop("auto"))[0].layers])
+    own.compile(RMSprop("auto"), "mse", jit_compile=JIT)
+    model, _, last = moving(model=own)
+    np.testing.assert_array_equal(statistics(model), last)
+
+
+def test_data_that_fails_when_read_again_spoils_nothing():
+    noted = Noted()
+    with pytest.warns(UserWarning, match="gone.*AverageForEvaluation"):
+        model, _ = fitted(6 * 20 + 2, callbacks=[noted])
+    np.testing.assert_array_equal(statistics(model), noted.ends[-1])

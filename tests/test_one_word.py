@@ -150,6 +150,43 @@ def test_tables_step_as_those_of_the_reference(options, sparse):
     assert_close(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}], ids=str)
+def test_the_rate_of_tables_does_not_fade(options):
+    rng = np.random.default_rng(0)
+    shapes = (6, 2), (3,)
+    variables = [
+        keras.Variable(np.zeros(shape) + 0.5, name=name)
+        for shape, name in zip(shapes, ("embeddings", "bias"), strict=True)
+    ]
+    optimizer, state = RMSprop(AutoLearningRate(initial=1e-3), **options), {}
+    optimizer.build(variables)
+    apply, leads = LOOP(optimizer), []
+    weights = [np.zeros(shape) + 0.5 for shape in shapes]
+    for step in range(60):
+        pull = 1 if step < 12 else 0  # then there is only noise
+        given = [pull + 0.5 * rng.normal(size=shape) for shape in shapes]
+        given[0][rng.integers(6)] = 0
+        given = [g.astype("float32") for g in given]
+        apply([tensor(g) for g in given])
+        weights = reference.automatic_step(
+            weights,
+            given,
+            state,
+            tables=[0],
+            initial=1e-3,
+            bias_correction=True,
+            momentum=0.9,
+            nesterov=True,
+            epsilon=1e-30,
+            **options,
+        )
+        leads.append(state["most"] / state["d"])
+    assert leads[0] == 1
+    assert leads[-1] > 1.1
+    found = [keras.ops.convert_to_numpy(v) for v in variables]
+    assert_close(found, weights, 1e-3)
+
+
 def test_an_epsilon_that_is_given_is_that_of_tables_too():
     steps = {}
     for epsilon in (1e-3, None):
@@ -165,6 +202,24 @@ def test_an_epsilon_that_is_given_is_that_of_tables_too():
         np.testing.assert_allclose(
             steps[epsilon], [1, 0.01] / np.sqrt(v + expected), rtol=0.02
         )
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_table_whose_rows_all_have_gradients_has_no_epsilon(sparse, zero):
+    if sparse and BACKEND != "tensorflow":
+        pytest.skip("sparse gradients")
+    table = keras.Variable(np.zeros((3, 2)), name="embeddings")
+    optimizer = RMSprop("auto", bias_correction=False)
+    optimizer.build([table])
+    g = np.array([[1, 1], [0.01, 0.01], [0.1, 0 if zero else 0.1]], "float32")
+    rows = [2, 0, 1]
+    given = tf.IndexedSlices(tensor(g[rows]), rows) if sparse else tensor(g)
+    LOOP(optimizer)([given])
+    moved = -1e5 * keras.ops.convert_to_numpy(table)
+    typical = 10 * np.exp(2 * np.log(g[g != 0]).mean()) if zero else 0
+    expected = g / np.sqrt(0.1 * g**2 + typical + 1e-30)
+    np.testing.assert_allclose(moved, expected, rtol=0.02)
 
 
 def test_tables_have_no_momentum():
