@@ -135,7 +135,8 @@ def recompute_after(fit: Mapping[str, Any], steps: int) -> str:
 
     This is done only where it is known how: with Keras' own training step, which calls
     the model with the inputs alone, on one replica, and with data that can be read
-    again. `AverageForEvaluation` has averages of the statistics instead.
+    again; else the message says so. `AverageForEvaluation` has averages of the
+    statistics instead.
 
     Args:
         fit: The local variables of Keras' `fit`, when it ends.
@@ -145,13 +146,9 @@ def recompute_after(fit: Mapping[str, Any], steps: int) -> str:
         What a user should know, or nothing.
     """
     model = fit["self"]
-    strategy = getattr(model, "distribute_strategy", None)
     if (
         steps < LEAST_BATCHES * SHARE
         or not any(layer.trainable for layer in layers_of(model))
-        or type(model).train_step is not keras.Model.train_step
-        or getattr(strategy, "num_replicas_in_sync", 1) > 1
-        or keras.distribution.distribution() is not None
         or any(hasattr(c, "averages_statistics") for c in fit["callbacks"].callbacks)
         or not fit.get("training_finished", True)  # on JAX it ends after errors, too
     ):
@@ -159,16 +156,33 @@ def recompute_after(fit: Mapping[str, Any], steps: int) -> str:
     statistics = statistics_of(model)
     before = [copied(v) for v in statistics]
     try:
-        data = _read_again(fit["x"], fit["batch_size"] or BATCH)
+        why, data = _why_not(model), None
+        if not why:
+            data = _read_again(fit["x"], fit["batch_size"] or BATCH)
+            why = "the data can be read only once" if data is None else ""
         if data is not None:
             recompute_batch_norm(model, data, min(MOST_BATCHES, steps // SHARE))
     except Exception as error:  # of the data or the model: what was learned is kept
         for variable, value in zip(statistics, before, strict=True):
             variable.assign(value)
-        return (
-            "The weights are averages now, and the statistics of `BatchNormalization` "
-            f"could not be computed for them ({error}). Use `AverageForEvaluation`"
-        )
+        why = str(error)
+    if not why:
+        return ""
+    return (
+        "The weights are averages now, and the statistics of `BatchNormalization` "
+        f"could not be computed for them: {why}. Use `AverageForEvaluation`"
+    )
+
+
+def _why_not(model: Any) -> str:
+    """Return why it is not known how a model computes its statistics, or nothing."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if type(model).train_step is not keras.Model.train_step:
+        return "the model has a `train_step` of its own"
+    if getattr(strategy, "num_replicas_in_sync", 1) > 1:
+        return "there are several replicas"
+    if keras.distribution.distribution() is not None:
+        return "there is a `keras.distribution`"
     return ""
 
 

@@ -126,11 +126,10 @@ def take(
     def update(parts: Sequence[Part]) -> list[Any]:
         # Clip: g <- g min(1, most / |g|); the scale may wait for the update.
         parts, scale = clipping.clipped(parts, optimizer, own, kernel=kernel)
-        # The count may go up with the update, if nothing else is left to do.
+        # If nothing else is left to do, a kernel may search and count in the update.
         count = optimizer._iterations if is_last(steps, parts) else None
-        # Search: eta <- (1 - mu) d eta, with the distance d of "auto"; a kernel may do
-        # so in the update.
-        found, fuse = rate, count is not None
+        fuse, found = count is not None, rate
+        # Search: eta <- (1 - mu) d eta, with the distance d of "auto".
         if search:
             found = search.rate(parts, rate, scale, kernel=kernel, fuse=fuse)
         with hooks.rate_in_force(optimizer, found):

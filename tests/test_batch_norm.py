@@ -315,7 +315,7 @@ class Own(keras.Sequential):
         return super().train_step(*given)
 
 
-def test_statistics_stay_where_it_is_not_known_how_or_too_short():
+def test_statistics_stay_without_auto_or_after_few_steps():
     model, _, last = moving(epochs=16)  # 96 steps
     np.testing.assert_array_equal(statistics(model), last)
     other, *_ = model_and_data(RMSprop(0.001, use_ema=True, ema_warmup=True))
@@ -326,11 +326,16 @@ def test_statistics_stay_where_it_is_not_known_how_or_too_short():
     frozen.compile(RMSprop("auto"), "mse", jit_compile=JIT)
     model, _, last = moving(model=frozen)
     np.testing.assert_array_equal(statistics(model), last)
-    model, _, last = moving(data="generator")
+
+
+def test_where_it_is_not_known_how_a_warning_says_so():
+    with pytest.warns(UserWarning, match="read only once.*AverageForEvaluation"):
+        model, _, last = moving(data="generator")
     np.testing.assert_array_equal(statistics(model), last)
     own = Own([keras.Input((5,)), *model_and_data(RMSprop("auto"))[0].layers])
     own.compile(RMSprop("auto"), "mse", jit_compile=JIT)
-    model, _, last = moving(model=own)
+    with pytest.warns(UserWarning, match="train_step.*AverageForEvaluation"):
+        model, _, last = moving(model=own)
     np.testing.assert_array_equal(statistics(model), last)
 
 

@@ -825,7 +825,7 @@ def test_the_search_with_it_finds_what_it_finds_without(
         part._replace(first=tf.Variable(part.first), sums=tf.Variable(part.sums))
         for part in parts
     ]
-    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0, 0.0]) for _ in "12"]
+    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0, 0.0, 1e-5]) for _ in "12"]
     for _ in range(3):
         grads = [tf.cast(rng.normal(size=shape), sums) for shape in shapes]
         found = []

@@ -130,7 +130,8 @@ T Farthest(const Followed<T, W>& part) {
 }
 
 Estimate Again(const Search& search) {
-  return {static_cast<float>(search.initial), 0, 0, 0, -1};
+  const float initial = search.initial;
+  return {initial, 0, 0, 0, -1, initial};
 }
 
 float WeightOf(const Estimate& old, const Search& search, float factor, float scale) {
@@ -149,13 +150,15 @@ Estimate After(const Estimate& old, const Search& search, float factor, float we
       old.distance * std::sqrt((old.steps + lasting) / (now.steps + lasting));
   const float found = static_cast<float>(search.coefficient) * now.gain /
                       (static_cast<float>(sums.length) + static_cast<float>(search.tiny));
+  const float least = std::max(fading, static_cast<float>(search.initial));
   // The order decides what a NaN does: it stays.
-  now.distance = std::max(std::max(found, fading), static_cast<float>(search.initial));
+  now.distance = std::max(std::isnan(fading) ? fading : found, least);
   now.distance = std::min(now.distance, static_cast<float>(search.most));
   const float growth = search.growth;
   if (!std::isinf(growth)) now.distance = std::min(now.distance, growth * old.distance);
   now.path = old.path + factor * now.distance;
   now.reach = 0;
+  now.longest = std::max(old.longest, now.distance);
   return now;
 }
 

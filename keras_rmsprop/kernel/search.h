@@ -36,7 +36,7 @@ struct Sums {
 
 // What is known so far: `estimate.Estimate`.
 struct Estimate {
-  float distance, gain, steps, path, reach;
+  float distance, gain, steps, path, reach, longest;
 };
 
 // How to search: `kernel/tensorflow.py` gives them in this order.
