@@ -46,20 +46,17 @@ class Timer:
 
     def start(self, seconds):
         self.is_running = True
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Then again and again: not from `fire`, which a slow machine would interrupt.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1e-4)
 
     def stop(self):
         self.is_running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def fire(self, _, frame):
-        if not self.is_running:
-            return
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            signal.setitimer(signal.ITIMER_REAL, 1e-5)  # and again
-            return
-        self.is_running = False
-        raise Interrupt
+        if self.is_running and frame.f_code.co_filename.startswith(PACKAGE):
+            self.is_running = False
+            raise Interrupt
 
 
 def read(optimizer):
