@@ -103,23 +103,23 @@ notebook: $(NOTEBOOK)  ##! open the notebooks in a browser
 	$(BIN)/jupyter lab --notebook-dir=examples $(ARGS)
 
 test: $(READY)  ##! run the everyday tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(READY)  ## run the long tests that CI also runs
-	$(BIN)/python -m pytest -n 2 -m "slow and not peers" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not peers" $(ARGS)
 
 test-rest: $(READY)  ## run more cases of the everyday tests, before a release
-	$(BIN)/python -m pytest -n 2 -m rest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m rest $(ARGS)
 
 test-peers: $(PEERS)  ## compare with PyTorch, optax, timm and tf_keras
-	$(BIN)/python -m pytest -n 2 -m peers $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m peers $(ARGS)
 
 test-backends: $(PEERS)  ## run the tests on JAX and on PyTorch
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow and not rest" $(ARGS)
-	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 -m "not slow and not rest" $(ARGS)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not rest" $(ARGS)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not rest" $(ARGS)
 
 test-oldest: $(OLDEST)/.ready  ## run the everyday tests with the oldest Keras and TensorFlow
-	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-clients: $(CLIENTS)/.ready  ## run the tests beside keras-tuner, scikeras, mlflow and optuna
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
