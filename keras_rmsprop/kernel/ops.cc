@@ -250,14 +250,42 @@ absl::Status ReadNumber(tf::OpKernelContext* ctx, const char* name,
   }
 }
 
-// Returns the sample of a variable: which elements a search looks at.
-absl::Status SampleOf(const std::vector<int64_t>& samples, int i, int64_t firsts,
-                      int64_t sums, int64_t elements, Sample* sample) {
-  *sample = {samples[3 * i], samples[3 * i + 1], samples[3 * i + 2]};
-  if (firsts == sums && Fits(*sample, sums, elements)) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("Gradient ", i, " has not the elements that are looked at."));
-}
+
+// The variables of a search for a learning rate: the kinds of weights, first weights and
+// s among them, and the sample of each, three numbers.
+struct Searched {
+  Variables& variables;
+  int weights, first, sums;
+  const std::vector<int64_t>& samples;
+
+  // Checks what is kept of a variable, and says which elements are looked at.
+  template <typename T, typename W>
+  absl::Status Check(int i, const tf::Tensor& gradient, Followed<T, W>* part) const {
+    for (int kind : {first, sums}) {
+      TF_RETURN_IF_ERROR(
+          variables.Check(kind, i, tf::DataTypeToEnum<T>::v(), nullptr));
+    }
+    part->sample = {samples[3 * i], samples[3 * i + 1], samples[3 * i + 2]};
+    part->looked_at = variables.Get(sums, i)->NumElements();
+    part->elements = gradient.NumElements();
+    if (part->looked_at == variables.Get(first, i)->NumElements() &&
+        Fits(part->sample, part->looked_at, part->elements)) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("Gradient ", i, " has not the elements that are looked at."));
+  }
+
+  // Sets the pointers, once the step is the sole owner of the buffers. W is
+  // TensorFlow's type of the weights.
+  template <typename W, typename T>
+  void Find(int i, const tf::Tensor& gradient, Followed<T, Plain<W>>* part) const {
+    part->gradient = gradient.flat<T>().data();
+    part->weights = reinterpret_cast<Plain<W>*>(variables.Data<W>(weights, i));
+    part->first_weights = variables.Data<T>(first, i);
+    part->gradient_sums = variables.Data<T>(sums, i);
+  }
+};
 
 // What the ops have in common that take a step: its numbers.
 template <typename T>
@@ -378,27 +406,16 @@ class StepOp : public UpdateOp<T> {
             ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights, &shape));
       }
     }
+    const Searched searched = {variables, kWeights, kFirst, kSums, samples_};
     std::vector<Followed<T, Plain<W>>> followed(searches ? count : 0);
     for (size_t i = 0; i < followed.size(); ++i) {
-      for (int kind : {kFirst, kSums}) {
-        OP_REQUIRES_OK(ctx, variables.Check(kind, i, tf::DataTypeToEnum<T>::v(), nullptr));
-      }
-      auto& part = followed[i];
-      part.looked_at = variables.Get(kSums, i)->NumElements();
-      part.elements = gradients[i].NumElements();
-      const int64_t firsts = variables.Get(kFirst, i)->NumElements();
-      OP_REQUIRES_OK(ctx, SampleOf(samples_, i, firsts, part.looked_at, part.elements,
-                                   &part.sample));
+      OP_REQUIRES_OK(ctx, searched.Check(i, gradients[i], &followed[i]));
     }
     OP_REQUIRES_OK(ctx, own.MakeSoleOwnerOfAll(ctx));
     OP_REQUIRES_OK(ctx, variables.MakeSoleOwnerOfAll(ctx));
     if (searches) {
       for (int i = 0; i < count; ++i) {
-        followed[i].gradient = gradients[i].flat<T>().data();
-        followed[i].weights =
-            reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, i));
-        followed[i].first_weights = variables.Data<T>(kFirst, i);
-        followed[i].gradient_sums = variables.Data<T>(kSums, i);
+        searched.Find<W>(i, gradients[i], &followed[i]);
       }
       Search how;
       std::memcpy(&how, search->flat<double>().data(), sizeof how);
@@ -653,30 +670,18 @@ class FollowOp : public tf::OpKernel {
     OP_REQUIRES_OK(ctx, ctx->allocate_output(1, {}, &length));
 
     OP_REQUIRES_OK(ctx, variables.Lock());
+    const Searched searched = {variables, kWeights, kFirst, kSums, samples_};
     std::vector<Followed<T, Plain<W>>> parts(count);
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, variables.Check(kWeights, i, tf::DataTypeToEnum<W>::v(),
                                           &gradients[i].shape()));
-      OP_REQUIRES_OK(
-          ctx, variables.Check(kSums, i, tf::DataTypeToEnum<T>::v(), nullptr));
-      OP_REQUIRES_OK(ctx, variables.Check(kFirst, i, tf::DataTypeToEnum<T>::v(),
-                                          nullptr));
-      auto& part = parts[i];
-      part.looked_at = variables.Get(kSums, i)->NumElements();
-      part.elements = gradients[i].NumElements();
-      const int64_t firsts = variables.Get(kFirst, i)->NumElements();
-      OP_REQUIRES_OK(ctx, SampleOf(samples_, i, firsts, part.looked_at, part.elements,
-                                   &part.sample));
+      OP_REQUIRES_OK(ctx, searched.Check(i, gradients[i], &parts[i]));
     }
     const bool at_first = begins->flat<bool>()(0);
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kSums, i));
       if (at_first) OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kFirst, i));
-      parts[i].gradient = gradients[i].flat<T>().data();
-      parts[i].weights =
-          reinterpret_cast<Plain<W>*>(variables.Data<W>(kWeights, i));
-      parts[i].first_weights = variables.Data<T>(kFirst, i);
-      parts[i].gradient_sums = variables.Data<T>(kSums, i);
+      searched.Find<W>(i, gradients[i], &parts[i]);
     }
     const Sums sums = FollowAll(
         parts, forgetting->flat<T>()(0), weight->flat<T>()(0), at_first,
