@@ -33,7 +33,6 @@ class Accumulation:
 
     def build(self, variables: Sequence[Any]) -> None:
         """Do nothing: Keras makes the accumulators."""
-        del variables  # AutoGraph cannot convert a docstring alone
 
     def why_all_rows(self, variable: Any) -> str:
         """Return "": a table's counter knows the rows that have sums."""

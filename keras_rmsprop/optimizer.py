@@ -252,6 +252,7 @@ class RMSprop(keras.optimizers.Optimizer):
 
     # A step. What a subclass may override, and calls with `super()`, is in `hooks.py`.
 
+    @backend.without_autograph
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Update the variables, one step down their gradients.
 

@@ -7,7 +7,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import keras
 import numpy as np
@@ -17,6 +17,7 @@ from keras_rmsprop import rule, skipping
 from keras_rmsprop.update import Constants, Update, Way, update_in_turn
 
 Context = contextlib.AbstractContextManager[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 Gradients = Sequence[Any]
 """A tensor, slices of a table or None for each variable."""
 
@@ -105,6 +106,10 @@ class Backend:
             convertible: Whether all must be ones that converters know.
         """
         return contextlib.nullcontext()
+
+    def without_autograph(self, function: Function) -> Function:
+        """Return a function that AutoGraph does not convert in a user's graph."""
+        return function
 
     def is_eager(self) -> bool:
         """Whether this is not being traced by TensorFlow; elsewhere it always is so."""

@@ -12,7 +12,14 @@ import tensorflow as tf
 from keras_rmsprop import skipping, sparse
 from keras_rmsprop.access import CONVERTIBLE
 from keras_rmsprop.backends import programs, updating
-from keras_rmsprop.backends.base import Backend, Context, Gradients, Stepper, check_fits
+from keras_rmsprop.backends.base import (
+    Backend,
+    Context,
+    Function,
+    Gradients,
+    Stepper,
+    check_fits,
+)
 from keras_rmsprop.backends.programs import (
     Programs,
     is_watched,
@@ -49,6 +56,11 @@ class TensorFlow(Backend):
                 yield
         finally:
             CONVERTIBLE.reset(token)
+
+    def without_autograph(self, function: Function) -> Function:
+        """See `Backend`."""
+        wrapped: Function = tf.autograph.experimental.do_not_convert(function)
+        return wrapped
 
     def is_eager(self) -> bool:
         """See `Backend`."""

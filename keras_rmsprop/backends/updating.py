@@ -74,8 +74,7 @@ def update(
         mine.average is not None or given.average is None
         for mine, given in zip(several, updates, strict=True)
     )
-    counter = constants.count  # AutoGraph, in a caller's graph, knows no `:=`
-    if counter is not None:
+    if (counter := constants.count) is not None:
         may = is_all and kernel.counts(several, unwrapped(counter), constants.share)
         done += [counter] if may else []
         constants = constants._replace(count=unwrapped(counter) if may else None)
