@@ -497,7 +497,7 @@ class RMSpropOfOnes(RMSprop):
 
 @pytest.mark.parametrize("call", ["apply", "apply_gradients"])
 def test_autograph_converts_nothing_of_a_step(call):
-    # It takes seconds for as much code as there is; of the built-in it converts nothing.
+    # Converting takes seconds; of the built-in it converts nothing, either.
     stacks = []
 
     class Own(RMSprop):
