@@ -148,10 +148,12 @@ def follow(
         tables: See `before_step`.
         before: What `before_step` returned.
     """
+    dtypes = {variable.dtype for variable in variables}
+    momentums = {dtype: momentum.at(iterations, dtype) for dtype in dtypes}
     for i, (variable, average) in enumerate(zip(variables, averages, strict=True)):
         if average is None:
             continue
-        m = momentum.at(iterations, variable.dtype)
+        m = momentums[variable.dtype]
         if i in before:
             if before[i] is not None:
                 new = sparse.read(variable, rows[i])

@@ -127,8 +127,9 @@ def find(
         kernel: Where there is one, the native kernel, which follows most variables.
         momentums: Momentum buffers that hold learning rates: they begin again, too.
     """
-    _begin_again(parts, momentums, kept, options.initial)
+    _begin_again(parts, kept, options.initial)
     old = Estimate.of(kept)
+    _begin(parts, momentums, old)
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
@@ -140,7 +141,6 @@ def find(
         for gain, sum_ in found:
             gains.append(ops.cast(gain, "float32"))
             sums.append(ops.cast(sum_, "float32"))
-    _begin(parts, is_first)
     # End to end, parts of variables that are spread over devices would have to travel.
     may_join = keras.distribution.distribution() is None
     for part in parts:
@@ -183,36 +183,14 @@ def farthest(parts: Sequence[Sampled]) -> Any:
     return ops.stop_gradient(ops.max(ops.stack(found)))
 
 
-def _begin(parts: Sequence[Sampled], is_first: Any) -> None:
-    """Keep the first weights, if this is the first step.
-
-    Other weights may have been loaded since the optimizer was built.
-    """
-    if not parts:
-        return
-
-    def begin() -> None:
-        for part in parts:
-            weights = part.sample.of(ops.convert_to_tensor(part.variable))
-            part.first.assign(ops.cast(weights, part.first.dtype))
-
-    firsts = [part.first for part in parts]
-    backend.either(ops.logical_not(is_first), lambda: None, begin, firsts)
-
-
-def _begin_again(
-    parts: Sequence[Sampled], momentums: Sequence[Any], kept: Any, initial: float
-) -> None:
+def _begin_again(parts: Sequence[Sampled], kept: Any, initial: float) -> None:
     """Begin another search, if one is asked for or the weights are others.
 
     They are if they are not those with which the last `fit` ended. A step looks at them
-    only if `fit` has ended since the last one. The old sums are forgotten; and so are
-    steps of the old rate: in a momentum buffer they would go on for a while.
+    only if `fit` has ended since the last one.
     """
     so_far = ops.convert_to_tensor(kept)
     reach = so_far[Estimate._fields.index("reach")]
-    forgotten = [*(part.sums for part in parts), *momentums]
-    clocks = [part.rows.clock for part in parts if part.rows is not None]
 
     def look() -> None:
         is_other = ops.absolute(farthest(parts) - reach) > SAME * ops.absolute(reach)
@@ -220,12 +198,33 @@ def _begin_again(
         at_first = [*Estimate.at_first(initial, again=True)]
         at_first = ops.convert_to_tensor(at_first, so_far.dtype)
         kept.assign(ops.where(is_other, at_first, so_far))
-        for variable in [*forgotten, *(clock.sum for clock in clocks)]:
-            value = ops.convert_to_tensor(variable)
-            variable.assign(ops.where(is_other, ops.zeros_like(value), value))
 
-    state = [kept, *forgotten]
-    backend.either(ops.equal(reach, 0), lambda: None, look, state)
+    backend.either(ops.equal(reach, 0), lambda: None, look, [kept])
+
+
+def _begin(parts: Sequence[Sampled], momentums: Sequence[Any], old: Estimate) -> None:
+    """Keep the first weights and forget all sums, if this is the first step.
+
+    Other weights may have been loaded since the optimizer was built. If another search
+    begins, steps of the old rate are forgotten, too: in a momentum buffer they would go
+    on for a while.
+    """
+    clocks = [part.rows.clock for part in parts if part.rows is not None]
+    sums = [*(part.sums for part in parts), *(clock.sum for clock in clocks)]
+    firsts = [part.first for part in parts]
+
+    def begin() -> None:
+        for part in parts:
+            weights = part.sample.of(ops.convert_to_tensor(part.variable))
+            part.first.assign(ops.cast(weights, part.first.dtype))
+        for variable in sums:
+            variable.assign(ops.zeros_like(ops.convert_to_tensor(variable)))
+        for variable in momentums:
+            m = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(old.reach < 0, ops.zeros_like(m), m))
+
+    state = [*firsts, *sums, *momentums]
+    backend.either(ops.not_equal(old.steps, 0), lambda: None, begin, state)
 
 
 def _follow(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:

@@ -267,13 +267,12 @@ class RMSprop(keras.optimizers.Optimizer):
             ValueError: The gradients do not fit the variables, or all are `None`.
             TypeError: A gradient is not of floating point numbers.
         """
-        variables = trainable_variables
-        if len(grads) == 0 or (variables is None and not self.built):
-            return super().apply(grads, variables)  # no step, or Keras' own error
-        if variables is None:
+        if trainable_variables is None and self.built and len(grads) > 0:
             self._book.order.check()
-        variables = list(self._trainable_variables if variables is None else variables)
-        return self._steps.run(grads, variables)
+            trainable_variables = self._trainable_variables
+        if trainable_variables is None or len(grads) == 0:
+            return super().apply(grads, trainable_variables)  # no step, or an error
+        return self._steps.run(grads, list(trainable_variables))
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its slots, given its whole gradient after clipping.

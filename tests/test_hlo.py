@@ -30,6 +30,7 @@ class Case(NamedTuple):
 
     With "auto" one of them runs after `fit` has ended only."""
     conditions: int = 0
+    """Those of each step, not those within what is rarely done."""
 
 
 AUTO = {"learning_rate": "auto"}
@@ -109,9 +110,9 @@ def test_what_xla_makes_of_a_step(case, monkeypatch):
     lines = [line for part in parts.values() for line in part]
     # What is rarely done stands in the second branch, and there alone may be copies.
     conditions = [line for line in lines if " conditional(" in line]
-    assert len(conditions) <= case.conditions
     rare = {re.search(r"false_computation=%([^\s,]+)", x)[1] for x in conditions}
     often = [x for name, part in parts.items() if name not in rare for x in part]
+    assert len([x for x in often if x in conditions]) <= case.conditions
     assert not [x for x in often if " copy(" in x and is_large(x)]
     passes = [x for x in often if " fusion(" in x and is_large(x)]
     assert 2 <= len(passes) <= case.passes
