@@ -109,7 +109,7 @@ test-slow: $(READY)  ## run the long tests that CI also runs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not peers" $(ARGS)
 
 test-rest: $(READY)  ## run more cases of the everyday tests, before a release
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m rest $(ARGS)
+	EXAMPLES=all $(BIN)/python -m pytest -n 2 --dist worksteal -m "rest or examples" $(ARGS)
 
 test-peers: $(PEERS)  ## compare with PyTorch, optax, timm and tf_keras
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m peers $(ARGS)

@@ -343,6 +343,7 @@ def test_warm_up_assigned_between_two_steps():
         found.append(weight.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_warm_up_in_fit(jit_compile):
@@ -457,6 +458,7 @@ def test_warm_up_begins_again_after_an_end(table):
         )
 
 
+@pytest.mark.slow
 def test_a_loop_of_short_fits_gets_on():
     def trained(fits):
         keras.utils.set_random_seed(0)

@@ -64,6 +64,7 @@ SHARES = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("fits", [1, 2])
@@ -288,6 +289,7 @@ def moving(**options):
     return model, x, noted.ends[-1]
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("data", ["arrays", 1000])
 def test_fit_ends_with_statistics_of_the_averages(data):
     model, x = fitted(data)
@@ -298,6 +300,7 @@ def test_fit_ends_with_statistics_of_the_averages(data):
     np.testing.assert_array_equal(statistics(again), statistics(model))
 
 
+@pytest.mark.slow
 def test_nothing_else_changes():
     """The weights, and what a second `fit` makes of them, are as with the callback."""
     found = []
@@ -340,6 +343,7 @@ def test_data_that_is_read_once_is_told_of(recwarn):
     np.testing.assert_array_equal(statistics(model), last)
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own_is_told_of(recwarn):
     own = Own([keras.Input((5,)), *model_and_data(RMSprop("auto"))[0].layers])
     own.compile(RMSprop("auto"), "mse", jit_compile=JIT)
@@ -348,6 +352,7 @@ def test_a_step_of_ones_own_is_told_of(recwarn):
     np.testing.assert_array_equal(statistics(model), last)
 
 
+@pytest.mark.slow
 def test_data_that_fails_when_read_again_spoils_nothing(recwarn):
     noted = Noted()
     model, _ = fitted(6 * 20 + 2, callbacks=[noted])

@@ -28,6 +28,7 @@ def test_validation_and_callbacks_see_averages_wherever_it_stands():
     check(ours, places=(0, 1, 2))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
@@ -77,6 +78,7 @@ def test_other_backends_and_distribution(arguments):
     assert done.stdout.strip().endswith(f"right on {backend}")
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict_outside_fit():
     model = model_on(ours)
     x, y = np.ones((4, 2)), np.zeros((4, 1))
@@ -145,6 +147,7 @@ def test_after_an_interruption_the_weights_are_put_back():
         assert_same([model.get_weights()], [raw])
 
 
+@pytest.mark.slow
 def test_after_an_interruption_other_weights_are_left_alone():
     model, _ = interrupted()
     other = [w + 1 for w in model.get_weights()]
@@ -158,6 +161,7 @@ def test_after_an_interruption_other_weights_are_left_alone():
     assert_same([model.get_weights()], [other])
 
 
+@pytest.mark.slow
 def test_evaluation_within_evaluation():
     class Nested(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

@@ -11,10 +11,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from small_models import JIT, gradient, save, user_warnings
-from stepping import BACKEND
+from stepping import BACKEND, examples
 
 from keras_rmsprop import RMSprop
 
@@ -155,7 +155,7 @@ names = st.sampled_from([None, ("a", "b", "c"), ("c", "a", "b")])
 
 
 @pytest.mark.parametrize("door", DOORS + BY_POSITION, ids=lambda door: door.__name__)
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_each_state_arrives_or_a_warning_says_so(door, data, tmp_path):
     options = data.draw(st.sampled_from(OPTIONS))

@@ -495,6 +495,7 @@ class RMSpropOfOnes(RMSprop):
         return optimizer.explain()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("call", ["apply", "apply_gradients"])
 def test_autograph_converts_nothing_of_a_step(call):
     # Converting takes seconds; of the built-in it converts nothing, either.

@@ -79,7 +79,7 @@ def changed(make, change, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("options", [{}, EMA, {"skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize("change", CHANGES)
@@ -142,6 +142,7 @@ def test_unfreezing_is_no_worse_than_beginning_anew():
         assert losses[1] < 1.1 * losses[0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, EMA], ids=str)
 def test_a_second_fit_goes_on(options):
@@ -157,7 +158,7 @@ def test_a_second_fit_goes_on(options):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("options", [{}, EMA, {"momentum": 0.9}], ids=str)
 def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, suffix):
@@ -181,6 +182,7 @@ def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, 
     assert_same_bits(again, model)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["compiled", "replaced"])
 def test_a_restart_that_is_yet_to_come_is_saved(tmp_path, change):
@@ -245,6 +247,7 @@ def test_a_loop_of_ones_own():
     assert optimizer._search.known().steps == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.tensorflow("`tf.function`")
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])

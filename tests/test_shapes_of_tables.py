@@ -93,7 +93,7 @@ def trained(shape, options, way, sparse):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(40)
+@pytest.mark.one_in(80)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
