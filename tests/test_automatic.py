@@ -113,7 +113,7 @@ def test_however_it_is_looked_for(momentum, **search):
     assert_close(found, expected, 3e-4)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("scale", [1000.0, 0.001])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     x, y = numbers(dense_model(RMSprop()), batch=64)
@@ -184,6 +184,7 @@ def test_what_is_set_is_a_factor():
     assert float(optimizer.learning_rate) == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_and_callbacks_multiply_it():
     decay = keras.optimizers.schedules.PolynomialDecay(1.0, 40, 0.0)
     model = dense_model(RMSprop(AutoLearningRate(factor=decay)))
@@ -268,7 +269,7 @@ def test_a_config_need_not_be_complete():
     assert AutoLearningRate.from_config({"growth": None}).get_config() == whole
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "use_ema": True}], ids=str)
 def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
     model = dense_model(RMSprop("auto", **options))
@@ -413,6 +414,7 @@ def test_the_rate_found_is_a_tensor_in_a_function():
     assert float(inside) == pytest.approx(optimizer.current_learning_rate)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow("`tf.function`")
 def test_a_training_can_end_in_a_function():
     optimizer, weight = RMSprop("auto", use_ema=True), keras.Variable([1.0, 2.0])
@@ -427,6 +429,7 @@ def test_a_training_can_end_in_a_function():
     assert int(optimizer.iterations) == 1
 
 
+@pytest.mark.slow
 @no_fit_of_other_layers
 def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
@@ -562,6 +565,7 @@ def test_a_step_that_is_skipped_finds_nothing():
     np.testing.assert_array_equal(optimizer._search.estimate.numpy(), before)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_count_once():
     found = []
     for every in (None, 2):
@@ -703,6 +707,7 @@ def test_a_subclass_with_a_step_of_its_own_is_given_the_rate_found():
 # What a user is told.
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_stuck_is_told_of():
     model = dense_model(RMSprop("auto"))
     x, y = numbers(model)
@@ -758,7 +763,7 @@ ABSOLUTE = {
 }
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("act", ABSOLUTE.values(), ids=ABSOLUTE)
 def test_a_rate_where_a_factor_is_meant_is_told_of(act):
     model = dense_model(RMSprop("auto"))
@@ -792,7 +797,7 @@ FACTORS = {
 }
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("given", FACTORS.values(), ids=FACTORS)
 def test_a_factor_is_not_told_of(given):
     callbacks, factor = (given, 1.0) if isinstance(given, list) else ([], given)

@@ -147,6 +147,7 @@ def test_fifty_steps_every_way(way, warms_up, monkeypatch):
     assert not run.is_behind()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
 def test_steps_by_rows_dense_and_without_gradient(way):

@@ -202,6 +202,7 @@ class Kill(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("place", [0, 1], ids=["before", "after"])
 def test_a_restored_run_goes_on_from_the_restored_statistics(tmp_path, place):
     def model():
@@ -318,12 +319,20 @@ class Own(keras.Sequential):
         return super().train_step(*given)
 
 
-def test_statistics_stay_without_auto_or_after_few_steps():
+def test_statistics_stay_after_few_steps():
     model, _, last = moving(epochs=16)  # 96 steps
     np.testing.assert_array_equal(statistics(model), last)
+
+
+@pytest.mark.slow
+def test_statistics_stay_without_auto():
     other, *_ = model_and_data(RMSprop(0.001, use_ema=True, ema_warmup=True))
     model, _, last = moving(model=other)
     np.testing.assert_array_equal(statistics(model), last)
+
+
+@pytest.mark.slow
+def test_statistics_of_a_frozen_layer_stay():
     frozen, *_ = model_and_data(RMSprop("auto"))
     frozen.get_layer("norm").trainable = False
     frozen.compile(RMSprop("auto"), "mse", jit_compile=JIT)
@@ -337,6 +346,7 @@ def is_told(recwarn, why):
     return len(told) == 1 and why in told[0] and "AverageForEvaluation" in told[0]
 
 
+@pytest.mark.slow
 def test_data_that_is_read_once_is_told_of(recwarn):
     model, _, last = moving(data="generator")
     assert is_told(recwarn, "read only once")

@@ -51,6 +51,7 @@ def test_with_xla_and_without_validation():
     check(ours, validation_data=None)
 
 
+@pytest.mark.slow
 def test_files_and_early_stopping():
     check_files(ours)
 

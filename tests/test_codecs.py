@@ -54,7 +54,7 @@ def test_draws_differ_between_elements_slots_and_steps():
         assert (ups[i] != ups[j]).mean() > 0.1
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("way", WAYS)
 def test_v_does_not_stall(way):
     # In plain bfloat16 v stops at 0.5: there 0.999 * v + 0.001 rounds to v.
@@ -152,6 +152,7 @@ def test_steps_stay_close_to_float32():
     np.testing.assert_allclose(variable.numpy(), twin.numpy(), atol=0.01 * moved)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_sparse_rows(jit_compile):

@@ -105,7 +105,7 @@ def test_tflite_converts_a_step_without_the_kernel(options, has_table, tmp_path)
     assert train == "train"
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.portable
 @pytest.mark.parametrize(
     "options",

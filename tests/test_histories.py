@@ -147,6 +147,7 @@ def through_config(source, target, folder):
 
 
 DOORS = [through_keras, through_weights, through_built, through_pickle, through_state]
+EVERY_DAY = [through_keras, through_weights, through_state, through_checkpoint]
 BY_POSITION = [through_config]
 if BACKEND == "tensorflow":
     BY_POSITION.append(through_checkpoint)
@@ -154,7 +155,14 @@ some = st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS, unique=
 names = st.sampled_from([None, ("a", "b", "c"), ("c", "a", "b")])
 
 
-@pytest.mark.parametrize("door", DOORS + BY_POSITION, ids=lambda door: door.__name__)
+@pytest.mark.parametrize(
+    "door",
+    [
+        pytest.param(door, marks=[] if door in EVERY_DAY else [pytest.mark.slow])
+        for door in DOORS + BY_POSITION
+    ],
+    ids=lambda door: door.__name__,
+)
 @examples(6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_each_state_arrives_or_a_warning_says_so(door, data, tmp_path):

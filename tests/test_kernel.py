@@ -403,7 +403,7 @@ def test_steps_are_the_built_ins_to_the_last_bit(options, in_graph, as_written):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @needs_kernel
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "centered": True}], ids=str)
 def test_losses_of_fit_are_the_built_ins_to_the_last_bit(options, as_written):
@@ -633,6 +633,7 @@ def test_two_optimizers_in_two_threads():
             np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_two_steps_of_the_same_variables_in_two_threads():
     # Of two that lock in another order, each would soon wait for the other.

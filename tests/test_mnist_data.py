@@ -48,6 +48,7 @@ def test_sample():
     assert (np.bincount(digits.train_labels[-400:], minlength=10) > 20).all()
 
 
+@pytest.mark.slow
 def test_sample_holds_each_digit_once(raw_sample):
     digits = mnist_data.sample(seed=0)
     ours = np.concatenate([digits.train_images, digits.test_images]) * 255

@@ -294,7 +294,7 @@ def test_the_order_of_the_variables_does_not_matter_to_tables():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize(
     "options",

@@ -493,6 +493,7 @@ class TestSaving:
         resumed = keras.models.load_model(tmp_path / "m.keras")
         self.assert_same(self.trained(2, resumed), self.trained(2, model))
 
+    @pytest.mark.slow
     def test_a_weights_file_resumes_to_the_same_bits(self, tmp_path):
         saved = self.trained(2)
         saved.save_weights(tmp_path / "m.weights.h5")

@@ -128,7 +128,7 @@ class TestStateMoves:
         assert_same_state(other, model)
         assert other.optimizer.iterations.numpy() == 3
 
-    @pytest.mark.one_in(4)
+    @pytest.mark.one_in(9)
     def test_as_a_loaded_model_compiled_anew(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         model.save(tmp_path / "m.keras")
@@ -191,7 +191,7 @@ def save(model, path):
 class TestRestoring:
     """What Keras' optimizers lose."""
 
-    @pytest.mark.one_in(6)
+    @pytest.mark.one_in(13)
     @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize("source", [RMSprop, keras.optimizers.RMSprop])
     def test_compile_then_load_weights(self, tmp_path, file, source):

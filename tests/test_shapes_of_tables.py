@@ -131,7 +131,7 @@ class Biases(keras.Model):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("name", ["auto", "bfloat16", "auto, EMA", "accumulation"])
 @pytest.mark.parametrize("shape", [(5000,), (5000, 1), (4100, 2, 1)], ids=str)

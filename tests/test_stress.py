@@ -149,6 +149,7 @@ def test_memory_is_flat():
         assert objects < 1000  # a trace that is kept is some 400
 
 
+@pytest.mark.rest
 @pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.tensorflow("XLA for both, or roundings differ")

@@ -324,7 +324,7 @@ class TestOwnSlots:
         ):
             assert (own.numpy() >= known.numpy()).all()
 
-    @pytest.mark.one_in(3)
+    @pytest.mark.one_in(9)
     @pytest.mark.parametrize("reader", [RMSprop, BUILT_IN], ids=["own", "built-in"])
     def test_the_variables_are_those_of_a_subclass_of_the_built_in(
         self, tmp_path, how, reader
