@@ -609,6 +609,7 @@ def test_weights_of_other_dtypes(dtype):
     assert weight.dtype == dtype
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 @pytest.mark.tensorflow("`tf.distribute`")
 def test_two_replicas_find_what_one_finds():

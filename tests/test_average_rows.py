@@ -147,7 +147,7 @@ def test_fifty_steps_every_way(way, warms_up, monkeypatch):
     assert not run.is_behind()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
 def test_steps_by_rows_dense_and_without_gradient(way):
@@ -344,7 +344,7 @@ def model_on_tokens(optimizer, jit_compile=False):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(9)
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("warms_up", [False, True])
 def test_fit_ends_with_the_averages(jit_compile, warms_up):

@@ -84,7 +84,7 @@ def test_fit_after_freezing(trained, frozen):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [["head"], ["body"]])
 @pytest.mark.parametrize("options", [{"learning_rate": "auto"}, {"use_ema": True}])

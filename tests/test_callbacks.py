@@ -28,7 +28,7 @@ def test_validation_and_callbacks_see_averages_wherever_it_stands():
     check(ours, places=(0, 1, 2))
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
@@ -45,6 +45,7 @@ def test_other_optimizers_and_options(optimizer):
     check(optimizer)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_with_xla_and_without_validation():
     check(ours, jit_compile=True)

@@ -90,6 +90,7 @@ def test_a_copied_callback_does_what_the_original_does(make, how):
         assert_same_bits(model, twin)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_a_copy_has_results_of_its_own():
     original = Monitor(every=1, show=False)

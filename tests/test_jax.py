@@ -234,6 +234,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_layers_unfrozen_later(tmp_path):
     """A step inside `fit` cannot make slots there; `build` does."""

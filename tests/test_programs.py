@@ -253,7 +253,7 @@ def test_changed_learning_rate_in_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(9)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_fit_equals_the_built_in(jit_compile, run_eagerly):

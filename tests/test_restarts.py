@@ -79,7 +79,7 @@ def changed(make, change, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(40)
 @pytest.mark.parametrize("options", [{}, EMA, {"skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize("change", CHANGES)
@@ -158,7 +158,7 @@ def test_a_second_fit_goes_on(options):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("options", [{}, EMA, {"momentum": 0.9}], ids=str)
 def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, suffix):

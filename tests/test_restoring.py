@@ -48,7 +48,7 @@ class TestOtherLayersAreTrained:
     """The model that is loaded into trains other layers than the one of the file."""
 
     @pytest.mark.slow
-    @pytest.mark.one_in(4)
+    @pytest.mark.one_in(9)
     @pytest.mark.parametrize(
         "options", [{}, {"momentum": 0.5, "centered": True, "epsilon": 0.1}], ids=repr
     )
