@@ -113,7 +113,7 @@ def test_however_it_is_looked_for(momentum, **search):
     assert_close(found, expected, 3e-4)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(17)
 @pytest.mark.parametrize("scale", [1000.0, 0.001])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     x, y = numbers(dense_model(RMSprop()), batch=64)
@@ -302,6 +302,7 @@ def test_it_begins_from_the_weights_that_are_loaded():
         np.testing.assert_array_equal(found.numpy(), expected)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     model = dense_model(keras.optimizers.RMSprop())
     x, y = numbers(model)
@@ -595,6 +596,7 @@ def test_scaled_losses_find_the_same():
     assert_close(*found, 1e-6)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_weights_of_other_dtypes(dtype):
     weight = keras.Variable(np.linspace(-1, 1, 8), dtype=dtype)
@@ -798,7 +800,7 @@ FACTORS = {
 }
 
 
-@pytest.mark.one_in(11)
+@pytest.mark.one_in(23)
 @pytest.mark.parametrize("given", FACTORS.values(), ids=FACTORS)
 def test_a_factor_is_not_told_of(given):
     callbacks, factor = (given, 1.0) if isinstance(given, list) else ([], given)

@@ -181,7 +181,7 @@ def test_a_step_touches_its_rows_alone():
     assert np.isnan(average.numpy()[[0, 1, 49]]).all()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     ("changes", "then"),
     [
@@ -297,7 +297,7 @@ def test_steps_that_are_skipped_do_not_count():
     assert_close(averages_of(run.optimizer), oracle.averages, 1e-6)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("frozen", ["table", "head"])
 def test_frozen_and_unfrozen_again(frozen):
     models = [table_model(RMSprop(**OPTIONS)), table_model(BUILT_IN(**OPTIONS))]

@@ -411,7 +411,7 @@ def files(tmp_path_factory):
 UNREADABLE = (OSError, zipfile.BadZipFile)  # h5py's and Python's own
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(17)
 @pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
 @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def stepped(jit_compile, learning_rate=0.01, shapes=OF_ALL_SIZES, **options):
     return found, optimizer.explain()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @needs_kernel
 @pytest.mark.parametrize(
     "options",

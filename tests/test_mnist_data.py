@@ -57,6 +57,7 @@ def test_sample_holds_each_digit_once(raw_sample):
     )
 
 
+@pytest.mark.slow
 def test_seed_decides_the_sample():
     once, again, other = (mnist_data.sample(seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(once.train_images, again.train_images)

@@ -425,6 +425,7 @@ def test_a_step_of_variables_in_float8_alone():
     assert int(optimizer.iterations) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.portable
 @pytest.mark.tensorflow("what XLA keeps")

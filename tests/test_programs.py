@@ -355,6 +355,7 @@ def test_variables_on_other_devices():
     assert python(program) == "equal"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "options",
     [

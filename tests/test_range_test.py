@@ -165,6 +165,7 @@ def test_few_batches_are_enough_to_put_back(batches):
     assert suggested([1, 2, 3], [3, 2, 1]) in (1 / 3, 2 / 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(7)
 @pytest.mark.parametrize("make", [OPTIMIZERS["ours"], OPTIMIZERS["Adam"]])
 def test_a_model_that_is_not_built(make):
