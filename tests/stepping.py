@@ -7,7 +7,9 @@ import textwrap
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+from hypothesis import settings
 
 BACKEND = keras.backend.backend()
 
@@ -45,6 +47,13 @@ WAYS = {"eager": lambda optimizer: optimizer.apply} | {
 
 LOOP = WAYS["XLA" if BACKEND == "jax" else "eager"]
 """How `LossScaleOptimizer` takes steps: on JAX it takes none without `jax.jit`."""
+
+
+def examples(number, **options):
+    """Let Hypothesis try a third of so many examples, and all in `make test-rest`."""
+    tried = number if os.environ.get("EXAMPLES") == "all" else -(-number // 3)
+    how = settings(max_examples=tried, **options)
+    return lambda test: pytest.mark.examples(how(test))
 
 
 def arrays(shapes=SHAPES, dtype="float32", seed=0):

@@ -67,6 +67,7 @@ def test_a_run_goes_on_with_every_backend(tmp_path):
             )
 
 
+@pytest.mark.rest
 @pytest.mark.peers
 def test_the_first_epoch_of_mnist_is_the_same_on_every_backend(tmp_path):
     program = FOLDER.parent / "examples" / "mnist_train.py"

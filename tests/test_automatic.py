@@ -78,7 +78,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("way", "options"),
     [("eager", options) for options in OPTIONS]
@@ -113,6 +113,7 @@ def test_however_it_is_looked_for(momentum, **search):
     assert_close(found, expected, 3e-4)
 
 
+@pytest.mark.one_in(17)
 @pytest.mark.parametrize("scale", [1000.0, 0.001])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     x, y = numbers(dense_model(RMSprop()), batch=64)
@@ -183,6 +184,7 @@ def test_what_is_set_is_a_factor():
     assert float(optimizer.learning_rate) == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_and_callbacks_multiply_it():
     decay = keras.optimizers.schedules.PolynomialDecay(1.0, 40, 0.0)
     model = dense_model(RMSprop(AutoLearningRate(factor=decay)))
@@ -267,6 +269,7 @@ def test_a_config_need_not_be_complete():
     assert AutoLearningRate.from_config({"growth": None}).get_config() == whole
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "use_ema": True}], ids=str)
 def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
     model = dense_model(RMSprop("auto", **options))
@@ -299,6 +302,7 @@ def test_it_begins_from_the_weights_that_are_loaded():
         np.testing.assert_array_equal(found.numpy(), expected)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     model = dense_model(keras.optimizers.RMSprop())
     x, y = numbers(model)
@@ -317,7 +321,7 @@ def test_a_file_of_the_built_in_is_taken_over(tmp_path):
     )
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("finds", [False, True])
@@ -379,6 +383,7 @@ def test_a_checkpoint_of_a_rate_is_not_restored_as_a_factor(tmp_path, rates):
     assert float(again.learning_rate) == float(saved.learning_rate)
 
 
+@pytest.mark.slow
 def test_a_search_that_fits_in_parts_begins_anew(tmp_path):
     def model(sample_every):
         auto = AutoLearningRate(sample_every=sample_every)
@@ -410,6 +415,7 @@ def test_the_rate_found_is_a_tensor_in_a_function():
     assert float(inside) == pytest.approx(optimizer.current_learning_rate)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow("`tf.function`")
 def test_a_training_can_end_in_a_function():
     optimizer, weight = RMSprop("auto", use_ema=True), keras.Variable([1.0, 2.0])
@@ -424,6 +430,7 @@ def test_a_training_can_end_in_a_function():
     assert int(optimizer.iterations) == 1
 
 
+@pytest.mark.slow
 @no_fit_of_other_layers
 def test_layers_that_are_unfrozen_begin_where_they_are():
     model = dense_model(RMSprop("auto"), frozen=("body",))
@@ -441,7 +448,7 @@ def test_layers_that_are_unfrozen_begin_where_they_are():
 # Tables.
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("jit", [None, False, True])
 @pytest.mark.parametrize(
@@ -479,6 +486,7 @@ def test_the_rows_of_a_table_give_what_dense_gradients_give(jit, shape):
     assert_close(*found, 1e-4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("shape", [(40, 200), (5000,)])
 def test_a_table_of_which_some_rows_are_looked_at_goes_by_rows(shape):
@@ -496,6 +504,7 @@ def test_a_table_of_which_some_rows_are_looked_at_goes_by_rows(shape):
     assert {*np.argwhere(s)[:, 0].tolist()} == {1}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sparse", [True, False])
 def test_what_has_no_gradient_counts_as_it_stands(sparse):
     """Against the reference, to which a gradient of None is a variable left out."""
@@ -557,6 +566,7 @@ def test_a_step_that_is_skipped_finds_nothing():
     np.testing.assert_array_equal(optimizer._search.estimate.numpy(), before)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_count_once():
     found = []
     for every in (None, 2):
@@ -586,6 +596,7 @@ def test_scaled_losses_find_the_same():
     assert_close(*found, 1e-6)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_weights_of_other_dtypes(dtype):
     weight = keras.Variable(np.linspace(-1, 1, 8), dtype=dtype)
@@ -600,6 +611,7 @@ def test_weights_of_other_dtypes(dtype):
     assert weight.dtype == dtype
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 @pytest.mark.tensorflow("`tf.distribute`")
 def test_two_replicas_find_what_one_finds():
@@ -698,6 +710,7 @@ def test_a_subclass_with_a_step_of_its_own_is_given_the_rate_found():
 # What a user is told.
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_stuck_is_told_of():
     model = dense_model(RMSprop("auto"))
     x, y = numbers(model)
@@ -730,6 +743,7 @@ def test_a_rate_that_runs_away_is_told_of():
     assert np.isfinite(weight.numpy())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("initial", [1e-5, 3e-4, 1e-3])  # two are rounded up
 def test_a_rate_that_is_stuck_is_told_of_whatever_it_is(initial):
     weight = keras.Variable(np.ones(50), dtype="bfloat16")  # steps are lost in it
@@ -752,6 +766,7 @@ ABSOLUTE = {
 }
 
 
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("act", ABSOLUTE.values(), ids=ABSOLUTE)
 def test_a_rate_where_a_factor_is_meant_is_told_of(act):
     model = dense_model(RMSprop("auto"))
@@ -785,6 +800,7 @@ FACTORS = {
 }
 
 
+@pytest.mark.one_in(23)
 @pytest.mark.parametrize("given", FACTORS.values(), ids=FACTORS)
 def test_a_factor_is_not_told_of(given):
     callbacks, factor = (given, 1.0) if isinstance(given, list) else ([], given)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_models import (
     compiled,
@@ -16,7 +16,7 @@ from small_models import (
     table_model,
     take_steps,
 )
-from stepping import WAYS, assert_close
+from stepping import WAYS, assert_close, examples
 
 from keras_rmsprop import RMSprop, tables
 from keras_rmsprop.callbacks import AverageForEvaluation
@@ -93,7 +93,7 @@ steps = st.lists(st.one_of(rows, st.sampled_from(["none", "read"])), max_size=50
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@examples(12)
 @given(steps=steps, momentum=st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 1.0]))
 def test_random_steps_equal_the_dense_built_in(steps, momentum):
     options = OPTIONS | {"ema_momentum": momentum}
@@ -110,7 +110,7 @@ def test_random_steps_equal_the_dense_built_in(steps, momentum):
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@examples(12)
 @given(steps=steps, momentum=st.sampled_from([0.0, 0.05, 0.15, 0.5, 0.9, 1.0]))
 def test_random_steps_with_warm_up_equal_numpy(steps, momentum):
     options = OPTIONS | {"ema_momentum": momentum, "ema_warmup": True}
@@ -131,6 +131,7 @@ FIFTY = [[int(n) for n in np.random.default_rng(2).zipf(1.5, 3) % ROWS]] * 2 + [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("warms_up", [False, True])
@@ -146,6 +147,7 @@ def test_fifty_steps_every_way(way, warms_up, monkeypatch):
     assert not run.is_behind()
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
 def test_steps_by_rows_dense_and_without_gradient(way):
@@ -179,6 +181,7 @@ def test_a_step_touches_its_rows_alone():
     assert np.isnan(average.numpy()[[0, 1, 49]]).all()
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     ("changes", "then"),
     [
@@ -294,6 +297,7 @@ def test_steps_that_are_skipped_do_not_count():
     assert_close(averages_of(run.optimizer), oracle.averages, 1e-6)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("frozen", ["table", "head"])
 def test_frozen_and_unfrozen_again(frozen):
     models = [table_model(RMSprop(**OPTIONS)), table_model(BUILT_IN(**OPTIONS))]
@@ -340,7 +344,7 @@ def model_on_tokens(optimizer, jit_compile=False):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("warms_up", [False, True])
 def test_fit_ends_with_the_averages(jit_compile, warms_up):
@@ -361,6 +365,7 @@ def test_fit_ends_with_the_averages(jit_compile, warms_up):
     assert_close(model.get_weights(), oracle.averages, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "callback", [AverageForEvaluation, keras.callbacks.SwapEMAWeights]

@@ -84,6 +84,7 @@ def test_fit_after_freezing(trained, frozen):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [["head"], ["body"]])
 @pytest.mark.parametrize("options", [{"learning_rate": "auto"}, {"use_ema": True}])
@@ -343,6 +344,7 @@ def test_warm_up_assigned_between_two_steps():
         found.append(weight.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_warm_up_in_fit(jit_compile):
@@ -457,6 +459,7 @@ def test_warm_up_begins_again_after_an_end(table):
         )
 
 
+@pytest.mark.slow
 def test_a_loop_of_short_fits_gets_on():
     def trained(fits):
         keras.utils.set_random_seed(0)

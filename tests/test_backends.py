@@ -42,7 +42,7 @@ def values(several):
 OPTIONS = rule.Options(momentum=0.9, nesterov=True)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("xla", [None, False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("options", [OPTIONS, OPTIONS._replace(cautious=True)])

@@ -224,6 +224,7 @@ def assert_same(got, want):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", GRADIENTS)
@@ -410,7 +411,7 @@ def files(tmp_path_factory):
 UNREADABLE = (OSError, zipfile.BadZipFile)  # h5py's and Python's own
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(17)
 @pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
 @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ SHARES = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("fits", [1, 2])
@@ -201,6 +202,7 @@ class Kill(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("place", [0, 1], ids=["before", "after"])
 def test_a_restored_run_goes_on_from_the_restored_statistics(tmp_path, place):
     def model():
@@ -288,6 +290,7 @@ def moving(**options):
     return model, x, noted.ends[-1]
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("data", ["arrays", 1000])
 def test_fit_ends_with_statistics_of_the_averages(data):
     model, x = fitted(data)
@@ -298,12 +301,13 @@ def test_fit_ends_with_statistics_of_the_averages(data):
     np.testing.assert_array_equal(statistics(again), statistics(model))
 
 
+@pytest.mark.slow
 def test_nothing_else_changes():
     """The weights, and what a second `fit` makes of them, are as with the callback."""
     found = []
     for callbacks in ([], [AverageForEvaluation()]):
         model, _ = fitted(callbacks=callbacks)
-        fitted(model=model, callbacks=callbacks)
+        fitted(model=model, callbacks=callbacks, epochs=2)
         state = [*model.trainable_variables, *model.optimizer.variables]
         found.append([array(v) for v in state])
     for mine, other in zip(*found, strict=True):
@@ -315,12 +319,20 @@ class Own(keras.Sequential):
         return super().train_step(*given)
 
 
-def test_statistics_stay_without_auto_or_after_few_steps():
+def test_statistics_stay_after_few_steps():
     model, _, last = moving(epochs=16)  # 96 steps
     np.testing.assert_array_equal(statistics(model), last)
+
+
+@pytest.mark.slow
+def test_statistics_stay_without_auto():
     other, *_ = model_and_data(RMSprop(0.001, use_ema=True, ema_warmup=True))
     model, _, last = moving(model=other)
     np.testing.assert_array_equal(statistics(model), last)
+
+
+@pytest.mark.slow
+def test_statistics_of_a_frozen_layer_stay():
     frozen, *_ = model_and_data(RMSprop("auto"))
     frozen.get_layer("norm").trainable = False
     frozen.compile(RMSprop("auto"), "mse", jit_compile=JIT)
@@ -334,12 +346,14 @@ def is_told(recwarn, why):
     return len(told) == 1 and why in told[0] and "AverageForEvaluation" in told[0]
 
 
+@pytest.mark.slow
 def test_data_that_is_read_once_is_told_of(recwarn):
     model, _, last = moving(data="generator")
     assert is_told(recwarn, "read only once")
     np.testing.assert_array_equal(statistics(model), last)
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own_is_told_of(recwarn):
     own = Own([keras.Input((5,)), *model_and_data(RMSprop("auto"))[0].layers])
     own.compile(RMSprop("auto"), "mse", jit_compile=JIT)
@@ -348,6 +362,7 @@ def test_a_step_of_ones_own_is_told_of(recwarn):
     np.testing.assert_array_equal(statistics(model), last)
 
 
+@pytest.mark.slow
 def test_data_that_fails_when_read_again_spoils_nothing(recwarn):
     noted = Noted()
     model, _ = fitted(6 * 20 + 2, callbacks=[noted])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from stepping import examples
 
 from keras_rmsprop import bits, blockwise
 from keras_rmsprop.codecs import Blockwise, Draw
@@ -100,6 +101,7 @@ FLOATS = st.floats(2.0**-90, 2.0**100, width=32) | st.just(0.0)
     step=st.none() | st.integers(0, 2**20),
     seed=st.integers(0, 2**31),
 )
+@examples(100)
 def test_the_error_is_that_of_the_nearest_codes(x, slot, step, seed):
     rng = np.random.default_rng(seed)
     if slot == MOMENTUM:

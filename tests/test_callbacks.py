@@ -28,6 +28,7 @@ def test_validation_and_callbacks_see_averages_wherever_it_stands():
     check(ours, places=(0, 1, 2))
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
@@ -44,12 +45,14 @@ def test_other_optimizers_and_options(optimizer):
     check(optimizer)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_with_xla_and_without_validation():
     check(ours, jit_compile=True)
     check(ours, validation_data=None)
 
 
+@pytest.mark.slow
 def test_files_and_early_stopping():
     check_files(ours)
 
@@ -77,6 +80,7 @@ def test_other_backends_and_distribution(arguments):
     assert done.stdout.strip().endswith(f"right on {backend}")
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict_outside_fit():
     model = model_on(ours)
     x, y = np.ones((4, 2)), np.zeros((4, 1))
@@ -145,6 +149,7 @@ def test_after_an_interruption_the_weights_are_put_back():
         assert_same([model.get_weights()], [raw])
 
 
+@pytest.mark.slow
 def test_after_an_interruption_other_weights_are_left_alone():
     model, _ = interrupted()
     other = [w + 1 for w in model.get_weights()]
@@ -158,6 +163,7 @@ def test_after_an_interruption_other_weights_are_left_alone():
     assert_same([model.get_weights()], [other])
 
 
+@pytest.mark.slow
 def test_evaluation_within_evaluation():
     class Nested(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

@@ -92,6 +92,7 @@ def run(optimizer, changes, shapes, steps=8):
     return [v.numpy() for v in [*variables, *optimizer.variables]]
 
 
+@pytest.mark.one_in(2)
 @shapes_of_both_kinds
 @pytest.mark.parametrize("case", SHARED)
 def test_like_the_built_in(case, shapes):
@@ -104,6 +105,7 @@ def test_like_the_built_in(case, shapes):
     assert_close(ours, theirs, 1e-5)
 
 
+@pytest.mark.one_in(2)
 @shapes_of_both_kinds
 @pytest.mark.parametrize("case", OWN)
 def test_like_the_reference(case, shapes):
@@ -155,6 +157,7 @@ def test_skip_nonfinite(shapes):
     assert int(optimizer.skipped_steps) == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.tensorflow("rows of embeddings")
 @pytest.mark.parametrize(
     ("before", "after"), [("exact", "lazy"), ("lazy", "exact")], ids=str
@@ -213,6 +216,7 @@ GIVEN_LATER = [
 """What decides which variables an optimizer has."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", GIVEN_LATER, ids=repr)
 def test_an_option_assigned_before_the_first_step_is_as_one_given(options):
     results = []

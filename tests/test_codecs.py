@@ -19,6 +19,7 @@ NUMBERS = np.float32([1.001, -1.001, 3.1416, 1e-30, -7e20, 1.0, 255.5])
 ONE_BIT = 2.0 ** (np.floor(np.log2(np.abs(NUMBERS))) - 7)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("over", ["elements", "steps", "offsets"])
 def test_results_are_the_neighbours_and_right_on_average(over):
     if over == "elements":
@@ -53,6 +54,7 @@ def test_draws_differ_between_elements_slots_and_steps():
         assert (ups[i] != ups[j]).mean() > 0.1
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("way", WAYS)
 def test_v_does_not_stall(way):
     # In plain bfloat16 v stops at 0.5: there 0.999 * v + 0.001 rounds to v.
@@ -68,6 +70,7 @@ def test_v_does_not_stall(way):
     np.testing.assert_allclose(v, expected, rtol=0.1)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("period", [2, 7, 93])
 def test_v_is_right_on_average_where_gradients_repeat(period):
     # As in an epoch; draws in step with it would be off by 1 to 3 %.
@@ -149,6 +152,7 @@ def test_steps_stay_close_to_float32():
     np.testing.assert_allclose(variable.numpy(), twin.numpy(), atol=0.01 * moved)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_sparse_rows(jit_compile):
@@ -166,6 +170,7 @@ def test_sparse_rows(jit_compile):
     np.testing.assert_allclose(v[1].mean(), expected, rtol=0.02)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit(jit_compile):
     x, losses = arrays([(64, 3)])[0], []

@@ -74,7 +74,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 def test_a_copied_callback_does_what_the_original_does(make, how):
@@ -90,6 +90,7 @@ def test_a_copied_callback_does_what_the_original_does(make, how):
         assert_same_bits(model, twin)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_a_copy_has_results_of_its_own():
     original = Monitor(every=1, show=False)
@@ -106,7 +107,7 @@ def test_a_copy_has_results_of_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(
     "rate",

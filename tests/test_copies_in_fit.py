@@ -47,7 +47,7 @@ def of_table(model):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_read_and_no_write_copies_a_table(name):
     seen = []

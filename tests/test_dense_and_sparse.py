@@ -59,7 +59,7 @@ def assert_equals_dense(optimizer, table, shape, kinds, **options):
         np.testing.assert_allclose(got[:8], want, 1e-5, 1e-6)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     "kinds",
     [
@@ -79,6 +79,7 @@ def test_each_way_with_each(dense, sparse, jit_compile, kinds):
     assert_equals_dense(optimizer, table, shape, kinds)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("options", [{}, {"centered": True, "epsilon": 0.1}], ids=repr)
 @pytest.mark.parametrize("kinds", [DENSE_FIRST, SPARSE_FIRST], ids=lambda k: k[0])
 def test_a_large_table(kinds, options):

@@ -37,7 +37,7 @@ def finish(*processes):
             process.kill()
 
 
-FEW = "dense, everything", "table, everything", "table, averages", "skipped"
+FEW = "dense, everything", "table, everything", "skipped"
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_a_saved_step_is_loaded_and_taken_in_a_process_that_took_none(tmp_path):
     assert [*map(float, python(program).split())] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_a_library_that_is_refused_does_not_fail_the_import(tmp_path):
     program = """
@@ -105,6 +106,7 @@ def test_tflite_converts_a_step_without_the_kernel(options, has_table, tmp_path)
     assert train == "train"
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.portable
 @pytest.mark.parametrize(
     "options",

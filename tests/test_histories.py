@@ -11,10 +11,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from small_models import JIT, gradient, save, user_warnings
-from stepping import BACKEND
+from stepping import BACKEND, examples
 
 from keras_rmsprop import RMSprop
 
@@ -147,6 +147,7 @@ def through_config(source, target, folder):
 
 
 DOORS = [through_keras, through_weights, through_built, through_pickle, through_state]
+EVERY_DAY = [through_keras, through_weights, through_state, through_checkpoint]
 BY_POSITION = [through_config]
 if BACKEND == "tensorflow":
     BY_POSITION.append(through_checkpoint)
@@ -154,8 +155,15 @@ some = st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS, unique=
 names = st.sampled_from([None, ("a", "b", "c"), ("c", "a", "b")])
 
 
-@pytest.mark.parametrize("door", DOORS + BY_POSITION, ids=lambda door: door.__name__)
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(
+    "door",
+    [
+        pytest.param(door, marks=[] if door in EVERY_DAY else [pytest.mark.slow])
+        for door in DOORS + BY_POSITION
+    ],
+    ids=lambda door: door.__name__,
+)
+@examples(6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_each_state_arrives_or_a_warning_says_so(door, data, tmp_path):
     options = data.draw(st.sampled_from(OPTIONS))

@@ -121,6 +121,7 @@ def test_random_interrupts(name):
     check(name, 30)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_many_random_interrupts(name):

@@ -35,6 +35,7 @@ def test_low_precision_gradients_are_accumulated():
     assert out == "jax"
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_lists_are_gradients_and_explain_answers():
     out = python(
@@ -169,6 +170,7 @@ def close(model, oracle):
 """
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_fit_again_with_averages(tmp_path):
     out = python(
@@ -204,6 +206,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_what_starts_fresh_shares_no_memory_with_the_weights(tmp_path):
     """`fit` gives away the memory of all it updates: of each only once."""
@@ -231,6 +234,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_layers_unfrozen_later(tmp_path):
     """A step inside `fit` cannot make slots there; `build` does."""

@@ -286,6 +286,7 @@ for devices in 1, 2, 4, 8:
     assert shown[1].strip() == out
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_an_update_moves_scalars_at_most():
     """Where weights and slots are spread over devices, each updates its own part."""

@@ -125,6 +125,7 @@ def check(name, options, gradients=GRADIENTS, tolerance=2e-6):
 '''
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_a_jitted_step_is_that_of_the_rule():
     out = python(
@@ -283,6 +284,7 @@ print(keras.backend.backend())
     assert out == "jax"
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_gradients_where_nothing_has_moved():
     """Without a gradient so far v is 0, and so is g: as of a unit that is dead."""
@@ -376,6 +378,7 @@ for options in (
 """
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_later_eager_steps_compile_nothing():
     assert python(EAGER, KERAS_BACKEND="jax").count("compiled: 0") == 3

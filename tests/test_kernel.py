@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from stepping import python
+from stepping import examples, python
 
 from keras_rmsprop import RMSprop, automatic, rule
 from keras_rmsprop.backends import current as backend
@@ -107,7 +107,7 @@ def copied(updates):
     share=st.sampled_from([None, 0.0, 0.7]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150)
+@examples(150)
 def test_is_the_rule(dtypes, shapes, options, decay, decoupled, scale, share, seed):
     rng = np.random.default_rng(seed)
     weights, slots = dtypes
@@ -191,7 +191,7 @@ def test_bfloat16_slots_are_rounded_by_the_same_draws(weights):
     share=st.sampled_from([None, 0.7]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=25)
+@examples(25)
 def test_slots_in_bytes_get_the_same_codes(weights, sizes, options, decay, share, seed):
     rng = np.random.default_rng(seed)
     draw = Draw(tf.constant(12345), tf.constant(seed % 70_000, "int64"))
@@ -303,6 +303,7 @@ def stepped(jit_compile, learning_rate=0.01, shapes=OF_ALL_SIZES, **options):
     return found, optimizer.explain()
 
 
+@pytest.mark.one_in(6)
 @needs_kernel
 @pytest.mark.parametrize(
     "options",
@@ -330,6 +331,7 @@ def test_an_optimizer_that_uses_it_is_as_exact_as_one_that_does_not(options):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.one_in(3)
 @needs_kernel
 @pytest.mark.parametrize(
     "options",
@@ -369,6 +371,7 @@ def as_written():
     tf.config.optimizer.set_experimental_options(dict.fromkeys(rewriters, True))
 
 
+@pytest.mark.one_in(2)
 @needs_kernel
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize(
@@ -400,6 +403,7 @@ def test_steps_are_the_built_ins_to_the_last_bit(options, in_graph, as_written):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.one_in(7)
 @needs_kernel
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "centered": True}], ids=str)
 def test_losses_of_fit_are_the_built_ins_to_the_last_bit(options, as_written):
@@ -629,6 +633,7 @@ def test_two_optimizers_in_two_threads():
             np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_two_steps_of_the_same_variables_in_two_threads():
     # Of two that lock in another order, each would soon wait for the other.
@@ -806,7 +811,7 @@ def test_whoever_averages_in_another_way_does_so_once():
     sample_every=st.integers(1, 7),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=50)
+@examples(50)
 def test_the_search_with_it_finds_what_it_finds_without(
     dtypes, shapes, sample_every, seed
 ):
@@ -882,7 +887,7 @@ def test_the_search_with_it_finds_what_it_finds_without(
     moved=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_a_search_in_the_update_is_one_before_it(options, how, dtype, moved, seed):
     """Two steps, the end of a `fit`, perhaps other weights, and two more."""
     found, shapes = [], [(7,), (130, 70)]

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from stepping import examples
 from test_kernel import DTYPES, copied, needs_kernel, update_of, values
 
 from keras_rmsprop import RMSprop, rule
@@ -52,7 +53,7 @@ def clock_of(table, last):
     scale=st.sampled_from([None, 0.3]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_is_the_portable_way(
     dtypes, of_ids, of_row, count, options, decay, decoupled, scale, seed
 ):
@@ -127,7 +128,7 @@ def test_bad_input_changes_nothing(ids, changed, message):
     rows=st.sampled_from([1, 7, 1000, 2**31 - 1]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_slices_of_a_row_are_summed(dtype, of_ids, of_row, count, rows, seed):
     rng = np.random.default_rng(seed)
     slices = rng.normal(size=(count, *of_row)).astype(dtype)
@@ -159,6 +160,7 @@ def test_what_was_read_before_stays_as_it_is():
     np.testing.assert_array_equal(one.variable.numpy()[[0, 3]], np.ones((2, 3)))
 
 
+@pytest.mark.one_in(3)
 @needs_kernel
 @pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
 def test_everywhere_but_inside_xla(how, monkeypatch):

@@ -48,6 +48,7 @@ def steps(optimizer, shapes=SHAPES, dtypes=("float32",), missing=()):
     return [v.numpy().astype(float) for v in [*variables, *optimizer.variables]]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options",
     [

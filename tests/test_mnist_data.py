@@ -48,6 +48,7 @@ def test_sample():
     assert (np.bincount(digits.train_labels[-400:], minlength=10) > 20).all()
 
 
+@pytest.mark.slow
 def test_sample_holds_each_digit_once(raw_sample):
     digits = mnist_data.sample(seed=0)
     ours = np.concatenate([digits.train_images, digits.test_images]) * 255
@@ -56,6 +57,7 @@ def test_sample_holds_each_digit_once(raw_sample):
     )
 
 
+@pytest.mark.slow
 def test_seed_decides_the_sample():
     once, again, other = (mnist_data.sample(seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(once.train_images, again.train_images)

@@ -84,6 +84,7 @@ def test_prints_bars_and_a_table(ran):
     assert lines[-1].startswith(f"Written to {output}: comparison.png, history.csv,")
 
 
+@pytest.mark.slow
 def test_history(ran):
     output, _ = ran
     rows = read_history(output)
@@ -98,6 +99,7 @@ def test_history(ran):
     assert all(float(row[column]) > 0 for row in rows for column in columns)
 
 
+@pytest.mark.slow
 def test_losses_agree(ran):
     output, _ = ran
     ours, theirs = losses(output, OURS), losses(output, THEIRS)
@@ -105,6 +107,7 @@ def test_losses_agree(ran):
     assert ours[1] < ours[0] < math.log(10)  # better than guessing
 
 
+@pytest.mark.slow
 def test_summary(ran):
     output, _ = ran
     summary = json.loads((output / "summary.json").read_text())
@@ -137,6 +140,7 @@ def test_summary(ran):
     assert 0 <= summary["loss_difference"]["relative"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_picture(ran):
     output, _ = ran
     image = imread(output / "comparison.png")
@@ -146,6 +150,7 @@ def test_picture(ran):
     assert (np.ptp(used, axis=0) > [0.9 * height, 0.9 * width]).all()
 
 
+@pytest.mark.slow
 def test_model_loads_and_predicts(ran, sample):
     output, _ = ran
     model = keras.models.load_model(output / "model.keras")
@@ -157,6 +162,7 @@ def test_model_loads_and_predicts(ran, sample):
     assert accuracy == pytest.approx(summary["results"][OURS]["test_accuracy"])
 
 
+@pytest.mark.slow
 def test_tensorboard_logs_are_of_this_run_alone(ran):
     output, _ = ran
     for optimizer in (OURS, THEIRS, AUTO):

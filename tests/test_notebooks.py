@@ -41,8 +41,8 @@ def test_it_is_stored_as_run(notebook):
 @pytest.mark.parametrize(
     "notebook",
     [
-        pytest.param("mnist.ipynb", marks=pytest.mark.slow),
-        pytest.param("embeddings.ipynb", marks=pytest.mark.slow),
+        pytest.param("mnist.ipynb", marks=pytest.mark.rest),
+        pytest.param("embeddings.ipynb", marks=pytest.mark.rest),
         pytest.param("from_pytorch.ipynb", marks=pytest.mark.peers),
     ],
     indirect=True,

@@ -37,6 +37,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -77,6 +78,7 @@ def test_a_step_is_the_reference_s_then_rounded(way, options):
                 assert abs(up - share) < 0.03 or inner.sum() < 1000
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("way", ["eager", "tf.function", "XLA"])
 def test_other_dtypes_of_weights(way, dtype):
@@ -133,6 +135,7 @@ def test_centered_is_refused():
         RMSprop(slot_dtype="uint8", centered=True)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_v_does_not_stall(way):
@@ -206,6 +209,7 @@ def stepped(variable, optimizer, steps):
     return variable.numpy()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -296,6 +300,7 @@ def test_the_file_says_how_it_is_kept(tmp_path):
     assert (found["kind"], *found["shape"]) == ("velocity", 70, 61)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "dtypes", [(None, "uint8"), ("bfloat16", "uint8"), ("uint8", None)]
 )
@@ -420,6 +425,8 @@ def test_a_step_of_variables_in_float8_alone():
     assert int(optimizer.iterations) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.one_in(3)
 @pytest.mark.portable
 @pytest.mark.tensorflow("what XLA keeps")
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
@@ -470,6 +477,7 @@ class Logged(RMSprop):
         super().update_step(gradient, variable, learning_rate)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "options",
     [

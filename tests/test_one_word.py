@@ -134,6 +134,7 @@ def stepped_beside_the_reference(model, steps=30, sparse=True, **options):
     return found, weights, optimizer.current_learning_rate, rate
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -150,6 +151,7 @@ def test_tables_step_as_those_of_the_reference(options, sparse):
     assert_close(found, expected, 1e-4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}], ids=str)
 def test_the_rate_of_tables_does_not_fade(options):
     rng = np.random.default_rng(0)
@@ -204,6 +206,7 @@ def test_an_epsilon_that_is_given_is_that_of_tables_too():
         )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("zero", [False, True])
 def test_a_table_whose_rows_all_have_gradients_has_no_epsilon(sparse, zero):
@@ -272,6 +275,7 @@ def trained(scale=1.0, order=slice(None), **options):
     return state, optimizer.current_learning_rate
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("scale", [1000.0, 0.001])
 def test_the_scale_of_the_loss_does_not_matter_to_tables(scale):
     (expected, rate), (found, found_rate) = trained(), trained(scale)
@@ -290,7 +294,7 @@ def test_the_order_of_the_variables_does_not_matter_to_tables():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize(
     "options",

@@ -62,7 +62,7 @@ RTOL = {"float32": 1e-5, "float64": 1e-12 if BACKEND == "tensorflow" else 1e-9}
 AS_FLOAT32 = {"global_clipnorm", "weight_decay"} if BACKEND == "torch" else set()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     ("name", "dtype", "way"),
     [
@@ -128,7 +128,7 @@ def in_reference(options):
 
 
 @pytest.mark.float64
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("way", ["eager", "tf.function"])  # the first one is XLA, too
 @pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS)
 def test_equals_the_reference(options, way):

@@ -60,7 +60,14 @@ def run(page, line, code, names):
     assert results.failed == 0
 
 
-@every_page
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if "docs" in page.parts else [])
+        for page in PAGES
+    ],
+    ids=lambda page: page.name,
+)
 def test_code_runs_and_outputs_are_true(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}

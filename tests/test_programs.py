@@ -180,6 +180,7 @@ def test_compiled_and_plain_agree(options):
     assert_close(train(RMSprop(**options)), plain, 1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "clipnorm": 1.0}])
 def test_a_cluster_in_a_graph_agrees(options):
@@ -252,7 +253,7 @@ def test_changed_learning_rate_in_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_fit_equals_the_built_in(jit_compile, run_eagerly):
@@ -354,6 +355,7 @@ def test_variables_on_other_devices():
     assert python(program) == "equal"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -404,6 +406,7 @@ def test_freezing_a_variable_counts_where_averages_replace_the_weights():
     np.testing.assert_allclose(*weights, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_assigned_at_each_step_is_not_kept_alive():
     class Logging(RMSprop):
         def apply(self, grads, trainable_variables=None):
@@ -495,6 +498,7 @@ class RMSpropOfOnes(RMSprop):
         return optimizer.explain()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("call", ["apply", "apply_gradients"])
 def test_autograph_converts_nothing_of_a_step(call):
     # Converting takes seconds; of the built-in it converts nothing, either.

@@ -49,7 +49,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_it_leaves_no_trace(make, steps_before):
@@ -149,6 +149,7 @@ def test_after_an_interruption_it_puts_back_what_there_was():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("batches", [1, 3, 12])
 def test_few_batches_are_enough_to_put_back(batches):
     model = dense_model(RMSprop(0.25))
@@ -164,6 +165,8 @@ def test_few_batches_are_enough_to_put_back(batches):
     assert suggested([1, 2, 3], [3, 2, 1]) in (1 / 3, 2 / 3, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("make", [OPTIMIZERS["ours"], OPTIMIZERS["Adam"]])
 def test_a_model_that_is_not_built(make):
     model = keras.Sequential([keras.layers.Dense(1)])
@@ -224,6 +227,7 @@ def test_interrupted_it_puts_back_the_model_that_it_is_of():
             np.testing.assert_array_equal(w, old)
 
 
+@pytest.mark.slow
 def test_noise_does_not_end_it():
     random = np.random.default_rng(0)
     for seed in range(3):
@@ -273,6 +277,7 @@ def test_only_a_number_can_be_found(rate, message):
         find(model, *numbers(model))
 
 
+@pytest.mark.slow
 def test_the_picture(tmp_path):
     finder = LearningRateFinder(steps=20)
     with pytest.raises(ValueError, match="no batch yet"):

@@ -128,6 +128,7 @@ def functions(monkeypatch):
     return calls
 
 
+@pytest.mark.one_in(3)
 @needs_kernel
 @pytest.mark.parametrize("name", OPTIONS)
 def test_steps_are_the_same_to_the_last_bit(name, monkeypatch):

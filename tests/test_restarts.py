@@ -79,7 +79,7 @@ def changed(make, change, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(40)
 @pytest.mark.parametrize("options", [{}, EMA, {"skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("make", [dense_model, table_model])
 @pytest.mark.parametrize("change", CHANGES)
@@ -125,23 +125,24 @@ def test_old_steps_in_a_momentum_buffer_do_not_go_on():
 
 
 @pytest.mark.slow
-def test_unfreezing_is_no_worse_than_beginning_anew():
-    for momentum in 0.0, 0.9:
-        losses = []
-        for new in True, False:
-            model = dense_model(RMSprop("auto", momentum=momentum), units=(30, 3))
-            x = np.random.default_rng(0).normal(size=(480, 3))
-            y = np.sin(3 * x)
-            freeze(model)
-            model.fit(x, y, batch_size=8, epochs=3, verbose=0, shuffle=False)
-            model.layers[0].trainable = True
-            other = RMSprop("auto", momentum=momentum) if new else None
-            compile_again(model, optimizer=other)
-            history = model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
-            losses.append(history.history["loss"][0])
-        assert losses[1] < 1.1 * losses[0]
+@pytest.mark.parametrize("momentum", [0.9, pytest.param(0.0, marks=pytest.mark.rest)])
+def test_unfreezing_is_no_worse_than_beginning_anew(momentum):
+    losses = []
+    for new in True, False:
+        model = dense_model(RMSprop("auto", momentum=momentum), units=(30, 3))
+        x = np.random.default_rng(0).normal(size=(480, 3))
+        y = np.sin(3 * x)
+        freeze(model)
+        model.fit(x, y, batch_size=8, epochs=3, verbose=0, shuffle=False)
+        model.layers[0].trainable = True
+        other = RMSprop("auto", momentum=momentum) if new else None
+        compile_again(model, optimizer=other)
+        history = model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
+        losses.append(history.history["loss"][0])
+    assert losses[1] < 1.1 * losses[0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, EMA], ids=str)
 def test_a_second_fit_goes_on(options):
@@ -157,7 +158,7 @@ def test_a_second_fit_goes_on(options):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("options", [{}, EMA, {"momentum": 0.9}], ids=str)
 def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, suffix):
@@ -181,6 +182,7 @@ def test_a_run_that_is_resumed_equals_one_that_never_stopped(tmp_path, options, 
     assert_same_bits(again, model)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["compiled", "replaced"])
 def test_a_restart_that_is_yet_to_come_is_saved(tmp_path, change):
@@ -245,6 +247,7 @@ def test_a_loop_of_ones_own():
     assert optimizer._search.known().steps == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.tensorflow("`tf.function`")
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
@@ -298,6 +301,7 @@ def test_inside_a_loss_scale_optimizer():
     assert inner._search.known().steps == 12
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_it_is_silent():
     with user_warnings() as caught:

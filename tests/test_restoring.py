@@ -48,7 +48,7 @@ class TestOtherLayersAreTrained:
     """The model that is loaded into trains other layers than the one of the file."""
 
     @pytest.mark.slow
-    @pytest.mark.one_in(4)
+    @pytest.mark.one_in(9)
     @pytest.mark.parametrize(
         "options", [{}, {"momentum": 0.5, "centered": True, "epsilon": 0.1}], ids=repr
     )
@@ -80,6 +80,7 @@ class TestOtherLayersAreTrained:
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize(("before", "after"), [(["a"], []), ([], ["b"])])
     def test_layers_with_other_names_are_found_by_their_shapes(
         self, tmp_path, file, built, before, after
@@ -97,7 +98,7 @@ class TestOtherLayersAreTrained:
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
 
-    @pytest.mark.one_in(3)
+    @pytest.mark.one_in(13)
     @pytest.mark.parametrize(
         ("units", "names"),
         [
@@ -124,7 +125,7 @@ class TestOtherLayersAreTrained:
         oracle.take_steps(other, range(3, 6))
         oracle.assert_equals(other)
 
-    @pytest.mark.one_in(3)
+    @pytest.mark.one_in(40)
     @pytest.mark.parametrize(
         ("before", "after"), [(["body"], []), ([], ["other_body"])]
     )
@@ -155,6 +156,7 @@ class TestUnfrozenInTheMiddle:
         take_steps(model, range(3, 5))
         return model
 
+    @pytest.mark.one_in(3)
     @on_files
     @pytest.mark.parametrize(
         "options", [{}, {"momentum": 0.5, "centered": True, "use_ema": True}], ids=repr
@@ -241,6 +243,7 @@ class TestSavedBeforeAnyStep:
         assert not warned
         return other
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize(
         ("file", "again"), [("m.keras", "n.weights.h5"), ("m.weights.h5", "n.keras")]
     )
@@ -390,6 +393,7 @@ class WithNorms(RMSprop):
         super().update_step(gradient, variable, learning_rate)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("built", [True, False])
 def test_the_last_of_two_files_wins_and_variables_of_one_name_are_apart(
     tmp_path, built

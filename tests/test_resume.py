@@ -218,7 +218,7 @@ def from_a_keras_file(make, path):
     return model, undisturbed
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(20)
 @pytest.mark.parametrize(
     "make",
     [

@@ -30,6 +30,7 @@ def test_signature_is_the_built_ins_and_keyword_only_beyond():
     ]
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum": 0.9, "centered": True, "use_ema": True}],

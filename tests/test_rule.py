@@ -93,6 +93,7 @@ def test_centered_equals_the_reference(steps, rho, momentum, seed):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rho", [0.9, 0.99, 0.999])
 def test_centered_stays_finite_where_gradients_are_constant(rho):
     # The variance is 0 and rounds to less: the built-in's root is NaN here.

@@ -107,7 +107,7 @@ def test_weights_file(tmp_path):
     ids=["own", "to the built-in", "from the built-in"],
 )
 class TestStateMoves:
-    @pytest.mark.one_in(2)
+    @pytest.mark.one_in(3)
     def test_in_a_keras_file(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         model.save(tmp_path / "m.keras")
@@ -115,7 +115,7 @@ class TestStateMoves:
         other.load_weights(tmp_path / "m.keras")
         assert_same_state(other, model)
 
-    @pytest.mark.one_in(2)
+    @pytest.mark.one_in(6)
     @pytest.mark.tensorflow("`tf.train.Checkpoint`")
     def test_in_a_checkpoint(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
@@ -128,7 +128,7 @@ class TestStateMoves:
         assert_same_state(other, model)
         assert other.optimizer.iterations.numpy() == 3
 
-    @pytest.mark.one_in(2)
+    @pytest.mark.one_in(9)
     def test_as_a_loaded_model_compiled_anew(self, tmp_path, source, target):
         model = trained(source(**OPTIONS))
         model.save(tmp_path / "m.keras")
@@ -191,7 +191,7 @@ def save(model, path):
 class TestRestoring:
     """What Keras' optimizers lose."""
 
-    @pytest.mark.one_in(3)
+    @pytest.mark.one_in(13)
     @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize("source", [RMSprop, keras.optimizers.RMSprop])
     def test_compile_then_load_weights(self, tmp_path, file, source):
@@ -218,6 +218,7 @@ class TestRestoring:
         assert other.optimizer.learning_rate.numpy() == 0.25
         assert other.optimizer.iterations.numpy() == 0
 
+    @pytest.mark.slow
     @pytest.mark.one_in(2)
     @pytest.mark.parametrize("jit_compile", [False, True])
     def test_compile_then_load_weights_then_fit(self, tmp_path, jit_compile):
@@ -254,7 +255,7 @@ class TestRestoring:
         for got, want in zip(state(other), state(model), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-6)
 
-    @pytest.mark.one_in(3)
+    @pytest.mark.one_in(6)
     @pytest.mark.parametrize(
         ("file", "built"), [("m.keras", True), ("m.weights.h5", False)]
     )
@@ -421,6 +422,7 @@ def test_checkpoint_restored_before_a_search_has_its_variables(tmp_path):
         np.testing.assert_array_equal(got.numpy(), want.numpy(), err_msg=got.name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"use_ema": True}])
 def test_velocities_of_a_plain_built_in_are_taken_over(tmp_path, options):
     def model(optimizer):

@@ -93,7 +93,7 @@ def trained(shape, options, way, sparse):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(40)
+@pytest.mark.one_in(80)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -131,7 +131,7 @@ class Biases(keras.Model):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("name", ["auto", "bfloat16", "auto, EMA", "accumulation"])
 @pytest.mark.parametrize("shape", [(5000,), (5000, 1), (4100, 2, 1)], ids=str)

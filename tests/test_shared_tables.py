@@ -44,7 +44,7 @@ class Oracle:
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("way", ["eager", "portable", "tf.function", "XLA"])
 @pytest.mark.parametrize(
     ("first", "second"),

@@ -106,7 +106,7 @@ def leave_some_out(optimizer, step):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(13)
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("change", [change_momentum, change_rho, leave_some_out])
 def test_steps_of_which_no_two_are_alike_are_not_traced_each(traces, change):

@@ -49,7 +49,7 @@ def run(optimizer, apply, with_bad_steps, where=3):
     return [v.numpy() for v in variables], state
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("name", "way"),
     [
@@ -66,6 +66,7 @@ def test_equals_the_built_in_without_the_bad_steps(name, way):
     assert_close((weights, state), expected, 1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options", [{"jit_compile": False}, {"slot_dtype": "bfloat16"}]
 )
@@ -82,7 +83,7 @@ def test_equals_itself_without_the_bad_steps(options, where):
     assert_close((weights, state), (expected, expected_state), 0)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{}, {"centered": True}, {"momentum": 0.5}])
@@ -109,7 +110,7 @@ def test_tables(way, options):
         assert int(optimizer._clocks[i].updates) == 10 - len(BAD)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit(jit_compile):
     x, y = arrays([(12, 4, 3), (12, 4, 2)])

@@ -30,6 +30,7 @@ def table(value=1.0):
     return tf.Variable(tf.fill([ROWS, WIDTH], value))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("ids", [[3, 0, 3, 3], [1], [4, 2, 0]])
 @pytest.mark.parametrize("xla", [False, True])
 def test_distinct_rows_and_their_sums(ids, xla):
@@ -53,6 +54,7 @@ def test_distinct_rows_and_their_sums(ids, xla):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 @pytest.mark.parametrize("count", [1, 7, 20_000])
 def test_thousands_of_repeats_find_each_other_under_xla(count, dtype):

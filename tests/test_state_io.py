@@ -104,7 +104,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("past", [False, True], ids=["into new", "into used"])
 @pytest.mark.parametrize(
     ("name", "door"),
@@ -175,6 +175,7 @@ def assert_equals(model, expected):
         )
 
 
+@pytest.mark.one_in(3)
 @OPTIONS
 def test_the_variables_are_those_of_the_built_in(options):
     model = table_model(named(**options))
@@ -182,7 +183,7 @@ def test_the_variables_are_those_of_the_built_in(options):
     assert_equals(model, built_in_with_dense_gradients(range(5), **options))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @OPTIONS
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 def test_the_built_in_takes_over(tmp_path, door, options):
@@ -197,7 +198,7 @@ def test_the_built_in_takes_over(tmp_path, door, options):
     assert_equals(other, built_in_with_dense_gradients(range(8), **options))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("put_back", [False, True], ids=["read", "read and put back"])
 def test_the_state_is_read_after_each_step(way, put_back):

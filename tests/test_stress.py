@@ -149,6 +149,7 @@ def test_memory_is_flat():
         assert objects < 1000  # a trace that is kept is some 400
 
 
+@pytest.mark.rest
 @pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.tensorflow("XLA for both, or roundings differ")
@@ -184,6 +185,7 @@ def test_centered_stays_finite(rho):
 
 
 class TestExtremes:
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
     @pytest.mark.parametrize(
         ("options", "way"),
@@ -205,6 +207,7 @@ class TestExtremes:
         for v in [variable, *optimizer.variables]:
             assert np.isfinite(v.numpy().astype("float64")).all()
 
+    @pytest.mark.one_in(4)
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_the_largest_gradients_do_not_freeze_their_weights(self, dtype):
         # Their squares overflow float32, and infinite averages would stay for good.

@@ -94,7 +94,7 @@ def assert_same_weights(model, expected):
     assert_close(model.get_weights(), expected.get_weights(), 1e-5)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @overridden
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 @pytest.mark.parametrize(
@@ -216,6 +216,7 @@ class TestDebugging:
         assert np.isfinite(weights).all()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("shape", "way"), [*(((3,), way) for way in WAYS), (LARGE, "eager")]
 )
@@ -269,7 +270,7 @@ class TestOwnSlots:
     def made(self, how, base=RMSprop, **options):
         return with_own_slots(base, how)(0.02, **options)
 
-    @pytest.mark.one_in(2)
+    @pytest.mark.one_in(6)
     @pytest.mark.parametrize("model", [dense_model, table_model])
     @pytest.mark.parametrize(
         ("file", "state"),
@@ -323,6 +324,7 @@ class TestOwnSlots:
         ):
             assert (own.numpy() >= known.numpy()).all()
 
+    @pytest.mark.one_in(9)
     @pytest.mark.parametrize("reader", [RMSprop, BUILT_IN], ids=["own", "built-in"])
     def test_the_variables_are_those_of_a_subclass_of_the_built_in(
         self, tmp_path, how, reader
@@ -369,6 +371,7 @@ class TestOwnSlots:
         oracle.assert_equals(other)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("how", ["none", "its own", "twice", "as Keras"])
 def test_a_weight_decay_of_its_own_is_that_of_the_built_in(how, way):
@@ -418,6 +421,7 @@ def test_an_overridden_assign_is_called_as_by_the_built_in():
     assert_close(weights, expected, 1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("hook", ["update_step", "assign_sub", "_backend_update_step"])
 def test_weights_decay_whatever_the_update_is(hook, way):

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from small_models import table_model
-from stepping import assert_close
+from stepping import assert_close, examples
 
 from keras_rmsprop import RMSprop
 
@@ -82,6 +82,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("way", ["eager", "tf.function"])
@@ -90,7 +91,7 @@ def test_the_built_in_on_dense_gradients_gives_the_same(options, way):
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@examples(15)
 @given(
     kinds=st.lists(
         st.sampled_from(["rows", "rows", "dense", "none"]), min_size=4, max_size=14

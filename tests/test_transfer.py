@@ -249,6 +249,7 @@ def test_a_sum_of_updates_is_converted_at_the_learning_rate_of_its_step():
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_from_a_tensorflow_v1_checkpoint(tmp_path, momentum, centered):

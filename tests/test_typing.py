@@ -29,7 +29,9 @@ def test_the_program_runs(tmp_path):
     assert (tmp_path / "readings.csv").stat().st_size
 
 
-@pytest.mark.parametrize("checker", CHECKERS)
+@pytest.mark.parametrize(
+    "checker", ["mypy", pytest.param("pyright", marks=pytest.mark.slow)]
+)
 def test_type_checkers_find_mistakes_and_nothing_else(checker, tmp_path):
     pytest.importorskip(checker)
     shutil.copytree(TYPED, tmp_path, dirs_exist_ok=True)

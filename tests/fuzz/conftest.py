@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 def pytest_addoption(parser):
     parser.addoption("--programs", type=int, default=200, help="how many programs")
+    parser.addoption("--length", type=int, default=10, help="most rules in a program")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -17,7 +18,7 @@ def pytest_configure(config):
     settings.register_profile(
         "fuzz",
         max_examples=config.option.programs,
-        stateful_step_count=10,
+        stateful_step_count=config.option.length,
         deadline=None,
         derandomize=False,
         database=None,
