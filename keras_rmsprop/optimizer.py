@@ -226,7 +226,7 @@ class RMSprop(keras.optimizers.Optimizer):
             if any(building.knows(self, [v]) for v in variables):
                 building.build_for(self, variables)
             return
-        with backend.outside_functions_if(self._state_io.pending is not None):
+        with backend.outside_functions():  # else each would be a condition in a trace
             building.build(self, variables, super().build)
         if type(self).build is RMSprop.build:  # else a subclass has more to make
             self._state_io.load_pending()

@@ -524,6 +524,19 @@ def test_autograph_converts_nothing_of_a_step(call):
     assert {x for x in generated if not x.endswith("_body")} == {"tf__step"}
 
 
+def test_slots_are_made_outside_a_trace():
+    # A function that makes variables is traced twice, with a condition for each.
+    traces, weights, optimizer = [], keras.Variable(tf.ones(3)), RMSprop("auto")
+
+    @tf.function
+    def step(gradient):
+        traces.append(gradient)
+        optimizer.apply([gradient], [weights])
+
+    step(tf.ones(3))
+    assert len(traces) == 1
+
+
 @pytest.mark.portable
 def test_xla_compiles_the_first_programs_of_a_process_and_those_it_is_told_to(
     monkeypatch,

@@ -90,10 +90,6 @@ class Backend:
         """Return a context in which variables are made at once, even in a trace."""
         return contextlib.nullcontext()
 
-    def outside_functions_if(self, needed: bool) -> Context:
-        """Return such a context if it is needed."""
-        return self.outside_functions() if needed else contextlib.nullcontext()
-
     def beside(self, variable: Any, optimizer: Any) -> Context:
         """Return a context in which variables are made where another one is."""
         return contextlib.nullcontext()
