@@ -34,7 +34,8 @@ help:  ##! list targets
 
 comma := ,
 # $(call install,BIN,CONSTRAINTS,EXTRAS): by uv, in a third of the time, or by pip.
-install = $1/pip install -qq --disable-pip-version-check uv 2>/dev/null && UV_FIND_LINKS="$$PIP_FIND_LINKS" $1/uv pip install -q \
+install = PIP_CONSTRAINT=$2 $1/pip install -qq --disable-pip-version-check uv 2>/dev/null && \
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" $1/uv pip install -q \
 		--python $1/python --compile-bytecode --constraint $2 --editable '.[$3]' || \
 	PIP_CONSTRAINT=$2 $1/pip install -qq --disable-pip-version-check --editable '.[$3]'
 
