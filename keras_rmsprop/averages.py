@@ -148,9 +148,10 @@ def follow(
         tables: See `before_step`.
         before: What `before_step` returned.
     """
-    dtypes = {variable.dtype for variable in variables}
+    pairs = [*zip(variables, averages, strict=True)]
+    dtypes = {variable.dtype for variable, average in pairs if average is not None}
     momentums = {dtype: momentum.at(iterations, dtype) for dtype in dtypes}
-    for i, (variable, average) in enumerate(zip(variables, averages, strict=True)):
+    for i, (variable, average) in enumerate(pairs):
         if average is None:
             continue
         m = momentums[variable.dtype]
