@@ -24,6 +24,9 @@ FLAGS = $(foreach option,$(OPTIONS),$(call flag,$(option))) $(if $(CENTERED),--c
 EXAMPLES := regression linear_regression text_classifier resume
 SHORT := wgan_digits dqn_cartpole policy_gradient char_lm compare_optimizers sensitivity
 
+# TensorFlow and Keras are compiled once, by the first import, not anew by each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: environments help train notebook test test-slow test-rest test-peers test-backends test-oldest test-clients test-keras mutants sanitize fuzz lint dist bench bench-quick tune tuning compare examples docs wheel clean
 
 help:  ##! list targets
@@ -36,7 +39,7 @@ comma := ,
 # $(call install,BIN,CONSTRAINTS,EXTRAS): by uv, in a third of the time, or by pip.
 install = PIP_CONSTRAINT=$2 $1/pip install -qq --disable-pip-version-check uv 2>/dev/null && \
 	UV_FIND_LINKS="$$PIP_FIND_LINKS" $1/uv pip install -q \
-		--python $1/python --compile-bytecode --constraint $2 --editable '.[$3]' || \
+		--python $1/python --constraint $2 --editable '.[$3]' || \
 	PIP_CONSTRAINT=$2 $1/pip install -qq --disable-pip-version-check --editable '.[$3]'
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -146,7 +149,7 @@ sanitize:  ## run the kernel under address and undefined-behaviour sanitizers
 	build/step_test
 
 fuzz: $(READY)  ## run random programs against NumPy; ARGS='--programs 5000 --hypothesis-seed 7'
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix tests/fuzz/,machine.py replicas.py known.py) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(addprefix tests/fuzz/,machine.py replicas.py known.py) $(ARGS)
 
 lint: $(READY) $(ACTIONLINT)  ## run ruff, mypy and actionlint
 	$(BIN)/ruff check .

@@ -1,19 +1,15 @@
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from zlib import crc32
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
 import pytest
 from hypothesis import settings
-from stepping import BACKEND, WAYS
 
-if BACKEND == "tensorflow":
-    from keras_rmsprop.backends.programs import Programs
-    from keras_rmsprop.kernel import tensorflow as kernel
-elif BACKEND == "torch":
-    from keras_rmsprop.kernel import torch as kernel
+# Keras is imported where it is used, as it takes seconds: the process that only hands
+# out the tests to others does without.
 
 # A plugin for `make test-keras`, which imports torch, and what `make fuzz` runs.
 collect_ignore = ["keras_suite.py", "fuzz", "typed"]
@@ -30,11 +26,13 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
-def pytest_report_header():
-    """Say on which backend the tests run, and whether with the kernel."""
+def kernel():
+    """Return the module of the backend's kernel; `None` on JAX, which has none."""
+    from stepping import BACKEND
+
     if BACKEND == "jax":
-        return "backend: jax"
-    return f"backend: {BACKEND}, kernel: {kernel.why_not() or 'there'}"
+        return None
+    return import_module(f"keras_rmsprop.kernel.{BACKEND}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,7 +44,7 @@ def pytest_collection_modifyitems(items):
     """
     seen = set()
     for item in items:
-        if BACKEND != "tensorflow" and (why := why_not_here(item)):
+        if why := why_not_here(item):
             item.add_marker(pytest.mark.skip(reason=why))
         mark = item.get_closest_marker("one_in")
         if mark is not None:
@@ -58,6 +56,10 @@ def pytest_collection_modifyitems(items):
 
 def why_not_here(item):
     """Return why another backend than TensorFlow cannot run a test; "" if it can."""
+    from stepping import BACKEND, WAYS
+
+    if BACKEND == "tensorflow":
+        return ""
     mark = item.get_closest_marker("tensorflow")
     if mark is not None:
         return f"only on TensorFlow: {mark.args[0]}"
@@ -73,13 +75,17 @@ def why_not_here(item):
 
 @pytest.fixture(autouse=True)
 def _portable(request, monkeypatch):
-    if BACKEND != "jax" and request.node.get_closest_marker("portable"):
-        monkeypatch.setattr(kernel, "_loaded", lambda: (None, "none in this test"))
+    if request.node.get_closest_marker("portable") and kernel():
+        monkeypatch.setattr(kernel(), "_loaded", lambda: (None, "none in this test"))
 
 
 @pytest.fixture(autouse=True)
 def _reproducible(monkeypatch):
-    if BACKEND == "tensorflow":
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        from keras_rmsprop.backends.programs import Programs
+
         # XLA compiles for one test whatever it compiled for others.
         monkeypatch.setattr(Programs, "compiled", 0)
     keras.utils.clear_session(free_memory=False)  # its garbage collection takes 0.4 s
@@ -89,6 +95,8 @@ def _reproducible(monkeypatch):
 @pytest.fixture(autouse=True)
 def _float64(request):
     """Let JAX have float64 where a test is about it; most users do without."""
+    from stepping import BACKEND
+
     given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     marked = request.node.get_closest_marker("float64")
     if BACKEND != "jax" or not (marked or given.get("dtype") == "float64"):

@@ -10,12 +10,19 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
 from drawing import CHANGES, NAMES, NEED_SLOTS, ROWS, SHAPES, model_of, options, output
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from oracle import Oracle
 
 from keras_rmsprop import RMSprop
@@ -365,5 +372,12 @@ class Programs(RuleBasedStateMachine):
             self.check_state()
 
 
-TestPrograms = Programs.TestCase
-TestPrograms.pytestmark = [pytest.mark.filterwarnings("ignore")]
+@pytest.mark.parametrize("half", range(2))
+@pytest.mark.filterwarnings("ignore")
+def test_programs(half, pytestconfig):
+    """Try half of the programs: a process each."""
+    given = pytestconfig.option
+    machine = type("Half", (Programs,), {})
+    hypothesis.seed(f"{given.hypothesis_seed} {half}")(machine)
+    half_of_them = hypothesis.settings(max_examples=-(-given.programs // 2))
+    run_state_machine_as_test(machine, settings=half_of_them)
