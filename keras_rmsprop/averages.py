@@ -24,6 +24,7 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     from keras_rmsprop import sparse
+    from keras_rmsprop.kernel import rows as kernel_rows
 
 
 class Table(NamedTuple):
@@ -34,6 +35,8 @@ class Table(NamedTuple):
     clock: Any
     """The `clocks.AverageTicks`."""
     momentum: Momentum
+    by_kernel: bool = False
+    """Whether the native kernel averages its rows."""
 
     def caught_up(self, ids: Any = None) -> Any:
         """Return the averages of some rows, or of all, after the updates so far."""
@@ -43,12 +46,27 @@ class Table(NamedTuple):
             tf.cast(sparse.read(variable, ids), dtype)
             for variable in (self.average, self.weights)
         )
+        share = tf.reshape(self.share(ids), [-1] + [1] * (len(average.shape) - 1))
+        return tf.cast(share, dtype) * average + tf.cast(1 - share, dtype) * weights
+
+    def share(self, ids: Any) -> Any:
+        """Return the share of the averages of rows that stays when they catch up."""
         clock = self.clock
         start = clock.iterations(sparse.read(clock.last, ids))
         end = clock.iterations(tf.convert_to_tensor(clock.updates))
-        share = self.momentum.over(start, end, kept)
-        share = tf.reshape(share, [-1] + [1] * (len(average.shape) - 1))
-        return tf.cast(share, dtype) * average + tf.cast(1 - share, dtype) * weights
+        kept = keras.backend.standardize_dtype(self.average.dtype)
+        return self.momentum.over(start, end, kept)
+
+    def before_step(self, ids: Any) -> Any:
+        """Return the averages of rows whose weights are about to change.
+
+        The kernel brings them up to date in place; then None is returned.
+        """
+        if not self.by_kernel:
+            return self.caught_up(ids)
+        kernel_rows.average_rows(self.weights, self.average, ids, self.share(ids))
+        self.clock.mark(ids, tf.size(ids), tf.convert_to_tensor(self.clock.updates))
+        return None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -103,9 +121,9 @@ def before_step(
         iterations: The optimizer's iterations.
 
     Returns:
-        The parts, their rows known only after the averages; and the averages of the
-        rows that will be updated, or None: no row, by the index of their table. A table
-        of which all rows will be updated is not among them.
+        The parts, their rows known only after the averages; and, by the index of a
+        table, the averages of the rows that will be updated. None: no row, or they are
+        up to date. A table of which all rows will be updated is not among them.
     """
     updated = {part.variable_index: part.ids for part in parts}
     found: dict[int, Any] = {}
@@ -122,7 +140,7 @@ def before_step(
         if i in updated:
             caught_up = tf.convert_to_tensor(table.clock.updates)
             updated[i] = sparse.after(updated[i], caught_up)
-            found[i] = table.caught_up(updated[i])
+            found[i] = table.before_step(updated[i])
     return [part._replace(ids=updated[part.variable_index]) for part in parts], found
 
 
@@ -156,7 +174,9 @@ def follow(
             continue
         m = momentums[variable.dtype]
         if i in before:
-            if before[i] is not None:
+            if i in rows and before[i] is None:
+                kernel_rows.average_rows(variable, average, rows[i], m)
+            elif before[i] is not None:
                 new = sparse.read(variable, rows[i])
                 new, m = (tf.cast(x, before[i].dtype) for x in (new, m))
                 _set(average, m * before[i] + (1 - m) * new, rows[i])
@@ -275,22 +295,24 @@ class Averages:
             backend.assign_everywhere(begin, now)
         return steps
 
-    def tables(self) -> dict[int, Table]:
-        """Return the tables in whose averages rows may wait, by their index."""
+    def tables(self, *, kernel: bool = False) -> dict[int, Table]:
+        """Return the tables in whose averages rows may wait, by their index.
+
+        Args:
+            kernel: Whether a native kernel may follow rows.
+        """
         optimizer = self._optimizer
         is_lazy = optimizer.sparse_update == "lazy"
         if not self.is_on() or is_lazy or options.is_tensor(optimizer.ema_momentum):
             return {}
-        return {
-            i: Table(
-                optimizer._trainable_variables[i],
-                optimizer._weight_averages[i],
-                optimizer._clocks[i].average,
-                self.momentum(),
-            )
-            for i in optimizer._clocks
-            if optimizer._clocks[i].average is not None
-        }
+        variables, averages = optimizer._trainable_variables, optimizer._weight_averages
+        found = {}
+        for i in optimizer._clocks:
+            table, clock = (variables[i], averages[i]), optimizer._clocks[i].average
+            if clock is not None:
+                by_kernel = kernel and kernel_rows.averages_rows(*table)
+                found[i] = Table(*table, clock, self.momentum(), by_kernel)
+        return found
 
     def share(self, own: frozenset[str]) -> Share | None:
         """Return the decay rate, for averages in the update itself; None: they wait.
@@ -303,18 +325,19 @@ class Averages:
         return Share(self.momentum(), self._optimizer.iterations)
 
     def read(
-        self, parts: Sequence[Part], own: frozenset[str]
+        self, parts: Sequence[Part], own: frozenset[str], *, kernel: bool
     ) -> tuple[Sequence[Part], dict[int, Any]]:
         """Return the averages of rows whose weights a step is about to change.
 
         Args:
             parts: The parts of the step.
             own: The hooks that a subclass overrides: then all averages are dense.
+            kernel: Whether a native kernel may bring them up to date instead.
 
         Returns:
             See `before_step`.
         """
-        tables = self.tables()
+        tables = self.tables(kernel=kernel)
         if own:
             for table in tables.values():
                 table.catch_up()
@@ -323,7 +346,12 @@ class Averages:
         return before_step(tables, parts, self._optimizer.iterations)
 
     def follow(
-        self, parts: Sequence[Part], before: Mapping[int, Any], done: Sequence[Any]
+        self,
+        parts: Sequence[Part],
+        before: Mapping[int, Any],
+        done: Sequence[Any],
+        *,
+        kernel: bool = False,
     ) -> None:
         """Let avg <- m avg + (1 - m) w; at first avg <- w.
 
@@ -331,6 +359,7 @@ class Averages:
             parts: The parts of the step.
             before: What `read` returned.
             done: Averages that were updated with their weights.
+            kernel: As for `read`.
         """
         optimizer, ids = self._optimizer, {id(average) for average in done}
         rows = {part.variable_index: part.ids for part in parts if part.ids is not None}
@@ -342,7 +371,7 @@ class Averages:
             rows,
             optimizer.iterations,
             self.momentum(),
-            self.tables(),
+            self.tables(kernel=kernel),
             before,
         )
 

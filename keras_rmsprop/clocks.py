@@ -40,10 +40,14 @@ class Ticks(tf.Module):
     def tick(self, ids: Any, count: Any) -> Any:
         """Count an update of some rows, `count` of them; return its number."""
         now = tf.convert_to_tensor(self.updates.assign_add(1))
+        self.mark(ids, count, now)
+        return now
+
+    def mark(self, ids: Any, count: Any, now: Any) -> None:
+        """Note that some rows, `count` of them, are up to date with an update."""
         if inside_xla():
             ids = after(ids, read(self.last, ids))  # rows that were read before
         write(self.last, tf.fill(tf.reshape(count, [1]), now), ids)
-        return now
 
     def reset(self) -> None:
         """Restart: all rows are up to date."""

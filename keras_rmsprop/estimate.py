@@ -33,6 +33,7 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     from keras_rmsprop import sparse
+    from keras_rmsprop.kernel import rows as kernel_rows
 
 FORGETTING = 0.999**0.5
 """b, the decay rate of the sums: they remember some 2000 steps."""
@@ -150,8 +151,10 @@ def find(
         elif part.rows is None and part.sample.is_small and may_join:
             small.setdefault(part.sums.dtype, []).append(part)
         else:
-            follow = _follow if part.rows is None else _follow_rows
-            gain, sum_ = follow(part, weight, fold)
+            if part.rows is None:
+                gain, sum_ = _follow(part, weight, fold)
+            else:
+                gain, sum_ = _follow_rows(part, weight, fold, kernel)
             gains.append(stands_for * ops.cast(gain, "float32"))
             sums.append(stands_for * ops.cast(sum_, "float32"))
     for several in small.values():
@@ -263,9 +266,27 @@ def _follow_end_to_end(parts: Sequence[Sampled], weight: Any) -> tuple[Any, Any]
     return ops.sum(g * (first - x)), ops.sum(ops.absolute(new))
 
 
-def _follow_rows(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:
+def _follow_rows(
+    part: Sampled, weight: Any, fold: bool, kernel: Any
+) -> tuple[Any, Any]:
     """Do the same from the rows of a table that a step updates."""
     before = _without_gradient(part, fold)
+    clock, ids = part.rows
+    by_kernel = None
+    if kernel is not None and ids is not None:
+        by_kernel = kernel_rows.follow_rows(part, weight, FORGETTING)
+    if by_kernel is None:
+        gain, sum_ = _rows_followed(part, weight, before)
+    else:
+        gain, more = by_kernel
+        sum_ = FORGETTING * ops.cast(before, more.dtype) + more
+    sum_ = ops.maximum(sum_, 0)  # rounding takes it below
+    clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
+    return gain, sum_
+
+
+def _rows_followed(part: Sampled, weight: Any, before: Any) -> tuple[Any, Any]:
+    """Return the sums of `_follow_rows`, given that of |s| before; keep s."""
     rows, positions, g, x = _rows_seen(part)
     g, x = (ops.cast(tensor, part.sums.dtype) for tensor in (g, x))
     first = sparse.read(part.first, positions)
@@ -276,9 +297,6 @@ def _follow_rows(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:
     sum_ = ops.sum(ops.absolute(new))
     if positions is not None:
         sum_ += FORGETTING * ops.cast(before, g.dtype) - ops.sum(ops.absolute(old))
-    sum_ = ops.maximum(sum_, 0)  # rounding takes it below
-    clock = rows.clock
-    clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
     return ops.sum(g * (first - x)), sum_
 
 

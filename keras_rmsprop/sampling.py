@@ -28,6 +28,7 @@ class Sample:
         stands_for: How many elements of the variable one of these stands for.
         runs: How they lie in memory, in runs: the elements of a run, the distance
             from one run to the next, and that from one element to the next.
+        row_runs: The same of those of one row, from its beginning.
 
     Example:
         >>> import numpy as np
@@ -58,6 +59,11 @@ class Sample:
             self.runs = last, step * last, 1
         elif step > 1:
             self.runs = self.shape[-1], last, step
+
+        self.row_runs = self.runs
+        if self.row_step > 1 or step == 1 or len(shape) < 2:
+            width = max(math.prod(shape[1:]), 1)
+            self.row_runs = width, width, 1
 
     def of(self, x: Any) -> Any:
         """Return these elements of a tensor of the variable's shape.

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rmsprop import codecs, options, rule
+from keras_rmsprop import codecs, options
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.update import Constants, Part, Update
@@ -201,11 +201,13 @@ def of_table(
     mu, epsilon = numbers.momentum, numbers.epsilon
     as_found = isinstance(epsilon, float) and epsilon == options.AUTO["epsilon"]
     if update.gradient is not None and as_found:
-        typical = EPSILON_IN_SQUARES * typical_square(update.gradient)
+        kernel = constants.kernel and backend.has_kernel([update.variable])
+        total, count = backend.logs(update.gradient, kernel=kernel)
+        typical = EPSILON_IN_SQUARES * typical_square(total, count)
         if constants.scale is not None:
             typical *= ops.cast(ops.square(constants.scale), typical.dtype)
         # Beside an infinite epsilon there would be no steps.
-        is_rare = ops.logical_not(is_whole(update.gradient, update.variable))
+        is_rare = ops.not_equal(count, math.prod(update.variable.shape))
         counts = ops.logical_and(is_rare, ops.isfinite(typical))
         typical = ops.where(counts, typical, 0)
         typical = typical if numbers.epsilon_inside_sqrt else ops.sqrt(typical)
@@ -219,24 +221,18 @@ def of_table(
     return [update], constants._replace(learning_rate=rate)
 
 
-def typical_square(gradient: Any) -> Any:
+def typical_square(total: Any, count: Any) -> Any:
     """Return the geometric mean of g^2, where it is not 0; 0 if there is none.
 
     In this mean the few large ones, of rows that are seen often, count little. What is
     not finite does not count: it must not spoil other rows.
+
+    Args:
+        total: The sum of ln |g|, where it is finite; see `Backend.logs`.
+        count: Of how many elements.
     """
-    # In float16 the sum of many would be infinite.
-    size = ops.absolute(ops.cast(gradient, rule.wide(gradient.dtype)))
-    counts = ops.logical_and(size > 0, size < math.inf)
-    count = ops.sum(ops.cast(counts, size.dtype))
-    logs = ops.sum(ops.log(ops.where(counts, size, ops.ones_like(size))))
-    return ops.exp(2 * logs / ops.maximum(count, 1)) * ops.minimum(count, 1)
-
-
-def is_whole(gradient: Any, table: Any) -> Any:
-    """Whether a gradient has every row of a table, and no zero."""
-    has_all_rows = ops.equal(ops.shape(gradient)[0], table.shape[0])
-    return ops.logical_and(has_all_rows, ops.all(ops.not_equal(gradient, 0)))
+    count = ops.cast(count, total.dtype)
+    return ops.exp(2 * total / ops.maximum(count, 1)) * ops.minimum(count, 1)
 
 
 def is_small(table: Any, gradient: Any) -> bool:

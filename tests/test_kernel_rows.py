@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from stepping import examples
 from test_kernel import DTYPES, copied, needs_kernel, update_of, values
 
-from keras_rmsprop import RMSprop, rule
+from keras_rmsprop import RMSprop, estimate, rule
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Draw
+from keras_rmsprop.estimate import Sampled
+from keras_rmsprop.kernel import rows as kernel_rows
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
+from keras_rmsprop.sampling import Sample
 from keras_rmsprop.sparse import Clock, Rows
 from keras_rmsprop.update import Constants, Update
 
@@ -73,7 +76,7 @@ def test_is_the_portable_way(
     scale = None if scale is None else tf.constant(scale, "float64")
     step = Constants(options, 0.01, Draw(None, tf.constant(2)), decoupled, scale, True)
     assert kernel.why_not_for(one, step) == ""
-    kernel.update_rows(one, step)
+    kernel_rows.update_rows(one, step)
     backend.update([expected], step._replace(kernel=False), in_program=False)
     # What lies between two numbers of 16 bits may be rounded to either.
     rtol = {"float16": 2e-3, "bfloat16": 2e-2}.get(weights, 2e-6)
@@ -111,7 +114,7 @@ STEP = Constants(rule.Options(), 0.01, Draw(None, 0), kernel=True)
 def test_bad_input_changes_nothing(ids, changed, message):
     one = table_update(ids, **changed)
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        kernel.update_rows(one, STEP)
+        kernel_rows.update_rows(one, STEP)
     for v in (one.variable, one.slots.velocity):
         np.testing.assert_array_equal(v.numpy(), np.ones(v.shape))
     clock = one.rows.clock
@@ -133,7 +136,7 @@ def test_slices_of_a_row_are_summed(dtype, of_ids, of_row, count, rows, seed):
     rng = np.random.default_rng(seed)
     slices = rng.normal(size=(count, *of_row)).astype(dtype)
     ids = rng.integers(0, rows, count).astype(of_ids)
-    sums, found = kernel.distinct(tf.IndexedSlices(slices, ids))
+    sums, found = kernel_rows.distinct(tf.IndexedSlices(slices, ids))
     want, first = np.unique(ids, return_index=True)
     np.testing.assert_array_equal(found, ids[np.sort(first)])
     assert found.dtype == of_ids
@@ -146,14 +149,152 @@ def test_slices_of_a_row_are_summed(dtype, of_ids, of_row, count, rows, seed):
 @needs_kernel
 def test_slices_need_an_index_each():
     with pytest.raises(tf.errors.InvalidArgumentError, match="slice for each index"):
-        kernel.distinct(tf.IndexedSlices(tf.ones((3, 2)), tf.constant([1, 2])))
+        kernel_rows.distinct(tf.IndexedSlices(tf.ones((3, 2)), tf.constant([1, 2])))
+
+
+@needs_kernel
+@given(
+    dtypes=st.sampled_from(DTYPES).filter(lambda d: d[1] in ("float32", "float64")),
+    of_ids=st.sampled_from(["int32", "int64"]),
+    shape=st.sampled_from(
+        [(50,), (5000,), (70, 100), (1000, 7), (50, 9, 20), (50, 0), (600, 1)]
+    ),
+    every=st.sampled_from([1, 4]),
+    count=st.sampled_from([0, 1, 13, 50]),
+    seed=st.integers(0, 2**31),
+)
+@examples(60)
+def test_a_search_follows_rows_as_the_portable_way_does(
+    dtypes, of_ids, shape, every, count, seed
+):
+    rng = np.random.default_rng(seed)
+    of_weights, dtype = dtypes
+    sample = Sample(shape, every)
+    ids = tf.constant(rng.permutation(shape[0])[:count], of_ids)
+    first, sums = rng.normal(size=(2, *sample.shape))
+    weights = rng.normal(size=shape)
+    last = rng.integers(0, UPDATES + 1, shape[0])
+    gradient = tf.cast(rng.normal(size=(count, *shape[1:])), dtype)
+    found = []
+    for of in (kernel, None):
+        table = tf.Variable(tf.cast(weights, of_weights))
+        kept = [tf.Variable(tf.cast(x, dtype)) for x in (first, sums)]
+        clock = clock_of(table, last)
+        clock.sum.assign(100.0)
+        part = Sampled(table, gradient, *kept, sample, Rows(clock, ids))
+        assert kernel_rows.follow_rows(part, 0.0, 1.0) is not None or of is None
+        got = estimate._follow_rows(part, tf.constant(0.3), False, of)
+        found.append([*got, clock.sum, *kept, clock.last, clock.updates])
+    rtol = 1e-5 if dtype == "float32" else 1e-6  # the sum of all is in float32
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=rtol, atol=rtol * 100)
+
+
+@needs_kernel
+@given(
+    dtype=st.sampled_from(["float32", "float64"]),
+    of_ids=st.sampled_from(["int32", "int64"]),
+    of_row=st.sampled_from([(), (1,), (7,), (3, 5), (0,), (64,), (9001,)]),
+    count=st.sampled_from([0, 1, 13, ROWS]),
+    each=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@examples(40)
+def test_averages_of_rows_follow_to_the_bit(dtype, of_ids, of_row, count, each, seed):
+    rng = np.random.default_rng(seed)
+    weights, average = rng.normal(size=(2, ROWS, *of_row)).astype(dtype)
+    ids = rng.permutation(ROWS)[:count].astype(of_ids)
+    shares = rng.uniform(size=count if each else ())
+    table, got = tf.Variable(weights), tf.Variable(average)
+    kernel_rows.average_rows(table, got, tf.constant(ids), tf.constant(shares))
+    m, rest = (
+        np.reshape(x, [-1] + [1] * len(of_row)).astype(dtype)
+        for x in (shares, 1 - shares)
+    )
+    average[ids] = m * average[ids] + rest * weights[ids]
+    np.testing.assert_array_equal(got.numpy(), average)
+    np.testing.assert_array_equal(table.numpy(), weights)
+
+
+@needs_kernel
+def test_bad_rows_leave_averages_and_sums_as_they_are():
+    table, average = tf.Variable(tf.ones((4, 3))), tf.Variable(tf.zeros((4, 3)))
+    wrong = tf.Variable(tf.zeros((3, 3)))
+    for kept, ids, shares, message in [
+        (average, [0, 4], 0.5, r"not in \[0, 4\)"),
+        (average, [-1], 0.5, r"not in \[0, 4\)"),
+        (average, [0, 1], [0.5], "share for each index"),
+        (wrong, [0], 0.5, "shape"),
+    ]:
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            kernel_rows.average_rows(table, kept, tf.constant(ids), tf.constant(shares))
+    first, sums = tf.Variable(tf.zeros((4, 3))), tf.Variable(tf.zeros((4, 3)))
+    clock = clock_of(table, [0, 0, 0, 0])
+    for kept, ids, width, message in [
+        (sums, [0, 4], 3, r"not in \[0, 4\)"),
+        (sums, [0], 3, "a row for each index"),
+        (sums, [0, 1], 2, "shape"),
+        (wrong, [0, 1], 3, "the elements that are looked at"),
+    ]:
+        rows = Rows(clock, tf.constant(ids))
+        g = tf.ones((2, width))
+        part = Sampled(table, g, first, kept, Sample((4, 3), 1), rows)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            kernel_rows.follow_rows(part, 1.0, 0.5)
+    for variable in (average, wrong, first, sums):
+        assert not variable.numpy().any()
+
+
+@needs_kernel
+@given(
+    dtype=st.sampled_from(["float32", "float64"]),
+    size=st.sampled_from([0, 1, 31, 32, 33, 2047, 2048, 2049, 100_001]),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    seed=st.integers(0, 2**31),
+)
+@examples(40)
+def test_logarithms_are_summed(dtype, size, scale, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=size) * scale).astype(dtype)
+    x[rng.random(size) < 0.1] = 0
+    others = [np.nan, np.inf, -np.inf, 0.0]
+    x[rng.random(size) < 0.05] = rng.choice(others)
+    total, count = kernel.logs(tf.constant(x))
+    counts = np.isfinite(x) & (np.abs(x) > np.finfo(dtype).tiny)
+    assert count.numpy() == counts.sum()
+    want = np.log(np.abs(x[counts].astype("float64"))).sum()
+    rtol = 1e-6 if dtype == "float32" else 1e-13
+    np.testing.assert_allclose(total.numpy(), want, rtol=rtol, atol=rtol * (size + 1))
+
+
+@needs_kernel
+@pytest.mark.parametrize("given", [{}, {"use_ema": True}, {"learning_rate": "auto"}])
+def test_a_step_gathers_and_scatters_no_row_of_weights(given):
+    table = keras.Variable(tf.ones((5000, 8)), name="embeddings")
+    optimizer = RMSprop(**given)
+    optimizer.build([table])
+
+    @tf.function
+    def step(slices, ids):
+        optimizer.apply([tf.IndexedSlices(slices, ids)])
+
+    ids = tf.constant([1, 4, 1, 4999])
+    step(tf.ones((4, 8)), ids)
+    graph = step.get_concrete_function(tf.ones((4, 8)), ids).graph
+    moved = [
+        op.outputs[0] if op.type == "ResourceGather" else op.inputs[2]
+        for op in graph.get_operations()
+        if op.type in ("ResourceGather", "ResourceScatterUpdate")
+    ]
+    assert moved or not optimizer.use_ema
+    assert all(tensor.shape.rank == 1 for tensor in moved)  # of a clock
 
 
 @needs_kernel
 def test_what_was_read_before_stays_as_it_is():
     one = table_update([1, 2])
     read = [v.read_value() for v in (one.variable, one.slots.velocity)]
-    kernel.update_rows(one, STEP)
+    kernel_rows.update_rows(one, STEP)
     for x in read:
         np.testing.assert_array_equal(x.numpy(), np.ones((4, 3)))
     assert one.variable.numpy()[1, 0] < 1
@@ -165,9 +306,9 @@ def test_what_was_read_before_stays_as_it_is():
 @pytest.mark.parametrize("how", ["eager", "tf.function", "fit", "XLA around it"])
 def test_everywhere_but_inside_xla(how, monkeypatch):
     calls = []
-    original = kernel.update_rows
+    original = kernel_rows.update_rows
     monkeypatch.setattr(
-        kernel, "update_rows", lambda *args: (calls.append(1), original(*args))
+        kernel_rows, "update_rows", lambda *args: (calls.append(1), original(*args))
     )
     table = keras.layers.Embedding(20, 4)
     model = keras.Sequential([keras.Input((3,)), table, keras.layers.Flatten()])

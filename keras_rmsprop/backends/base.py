@@ -244,6 +244,20 @@ class Backend:
         """Return whether all elements of all gradients are finite, a bool tensor."""
         return skipping.all_finite(grads, fold=self.folds())
 
+    def logs(self, gradient: Any, *, kernel: bool) -> tuple[Any, Any]:
+        """Return the sum of ln |g|, where it is finite, and of how many elements.
+
+        Args:
+            gradient: g, a tensor.
+            kernel: Whether a native kernel may sum up.
+        """
+        # In float16 the sum of many would be infinite.
+        wide = ops.cast(gradient, rule.wide(gradient.dtype))
+        logs = ops.log(ops.absolute(wide))
+        counts = ops.isfinite(logs)
+        total = ops.sum(ops.where(counts, logs, ops.zeros_like(logs)))
+        return total, ops.count_nonzero(counts)
+
     def clipped_by_norm(
         self, grads: Gradients, norm: float | None, global_norm: float | None
     ) -> list[Any] | None:

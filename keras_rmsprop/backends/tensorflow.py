@@ -25,6 +25,7 @@ from keras_rmsprop.backends.programs import (
     is_watched,
 )
 from keras_rmsprop.folding import folded
+from keras_rmsprop.kernel import rows as kernel_rows
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.sparse import inside_xla, unwrapped, widened
 from keras_rmsprop.update import Constants, Update, Way
@@ -203,6 +204,12 @@ class TensorFlow(Backend):
             return tf.math.is_finite(_kernel.scale(grads, 1))
         return skipping.all_finite(grads, fold=inside_xla())
 
+    def logs(self, gradient: Any, *, kernel: bool) -> tuple[Any, Any]:
+        """See `Backend`. In TensorFlow's operations it takes longer than the update."""
+        if kernel and _kernel.takes([gradient]):
+            return _kernel.logs(gradient)
+        return super().logs(gradient, kernel=kernel)
+
     def clipped_by_norm(
         self, grads: Gradients, norm: float | None, global_norm: float | None
     ) -> list[Any] | None:
@@ -295,5 +302,5 @@ _kernel = kernel  # where an argument has its name
 def _distinct(gradient: tf.IndexedSlices, clock: Any, *, may: bool) -> Any:
     wide = tf.IndexedSlices(widened(gradient.values), gradient.indices)
     if may and kernel.takes([wide.values]):
-        return kernel.distinct(wide)
+        return kernel_rows.distinct(wide)
     return sparse.distinct(wide, clock)

@@ -17,6 +17,7 @@ from keras_rmsprop.backends.programs import (
     is_worth_xla,
     is_xla_left,
 )
+from keras_rmsprop.kernel import rows as kernel_rows
 from keras_rmsprop.kernel import tensorflow as kernel
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sparse import inside_xla, unwrapped
@@ -172,7 +173,7 @@ def _encoded(
 def _update_rows(update: Update, constants: Constants) -> None:
     ids = update.rows.ids
     if ids is not None and _is_for_kernel(update, constants, inside_xla()):
-        kernel.update_rows(update, constants)
+        kernel_rows.update_rows(update, constants)
         return
     mean = functools.partial(sparse.mean, ids=ids, variable=update.variable)
 

@@ -19,6 +19,7 @@ void Multiply(T factor, int64_t size, T* values) {
 // Asks for a row that will be needed soon: where it is, no processor can guess.
 template <typename T>
 void Prefetch(const T* row, int64_t width) {
+  if (width > kPrefetched) return;
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i, 1);
 }
@@ -73,8 +74,9 @@ void StepRows(const Numbers<T>& numbers, const Part<T, W, T>& first, const Ticks
               const I* ids, int64_t start, int64_t count) {
   const int64_t width = first.size;
   for (int64_t i = start; i < start + count; ++i) {
-    if (i + kAhead < start + count && width <= kPrefetched) {
+    if (i + kAhead < start + count) {
       const int64_t next = ids[i + kAhead] * width;
+      Prefetch(ticks.last + ids[i + kAhead], 1);
       Prefetch(first.weights + next, width);
       Prefetch(first.velocity + next, width);
       if (first.momentum) Prefetch(first.momentum + next, width);
@@ -94,11 +96,73 @@ void StepRows(const Numbers<T>& numbers, const Part<T, W, T>& first, const Ticks
   }
 }
 
+template <typename T, typename W, typename I>
+Sums FollowRows(const FollowedRows<T, W>& rows, const I* ids, int64_t start,
+                int64_t count, T forgetting, T weight) {
+  const auto [run, pitch, stride] = rows.sample;
+  Sums sums;
+  for (int64_t i = start; i < start + count; ++i) {
+    if (i + kAhead < start + count && ids[i + kAhead] % rows.row_step == 0) {
+      const int64_t next = ids[i + kAhead] / rows.row_step * rows.looked_at;
+      Prefetch(rows.weights + ids[i + kAhead] * rows.width, rows.width);
+      Prefetch(rows.first_weights + next, rows.looked_at);
+      Prefetch(rows.gradient_sums + next, rows.looked_at);
+      Prefetch(rows.last + ids[i + kAhead], 1);
+    }
+    if (ids[i] % rows.row_step != 0) continue;
+    const T* g = rows.gradient + i * rows.width;
+    const W* w = rows.weights + ids[i] * rows.width;
+    const int64_t place = ids[i] / rows.row_step * rows.looked_at;
+    const T* first = rows.first_weights + place;
+    T* s = rows.gradient_sums + place;
+    // In double, as is the power that stands for many products.
+    const int32_t silence = rows.updates - rows.last[ids[i]];
+    const T faded = std::pow(static_cast<double>(forgetting), silence);
+    for (int64_t k = 0, begin = 0; k < rows.looked_at; begin += pitch) {
+      for (int64_t end = k + run, at = begin; k < end; ++k, at += stride) {
+        const T old = forgetting * (faded * s[k]);
+        s[k] = old + weight * g[at];
+        sums.gain += double(g[at]) * double(first[k] - static_cast<T>(w[at]));
+        sums.length += std::abs(double(s[k])) - std::abs(double(old));
+      }
+    }
+  }
+  return sums;
+}
+
+template <typename T, typename I>
+void AverageRows(const T* weights, T* average, int64_t width, const double* shares,
+                 bool one_for_all, const I* ids, int64_t start, int64_t count) {
+  for (int64_t i = start; i < start + count; ++i) {
+    if (i + kAhead < start + count) {
+      Prefetch(weights + ids[i + kAhead] * width, width);
+      Prefetch(average + ids[i + kAhead] * width, width);
+    }
+    const double share = shares[one_for_all ? 0 : i];
+    const T old = static_cast<T>(share), rest = static_cast<T>(1 - share);
+    const T* __restrict w = weights + ids[i] * width;
+    T* __restrict row = average + ids[i] * width;
+    for (int64_t k = 0; k < width; ++k) row[k] = old * row[k] + rest * w[k];
+  }
+}
+
+#define INSTANTIATE_AVERAGE(T)                                                       \
+  template void AverageRows(const T*, T*, int64_t, const double*, bool,              \
+                            const int32_t*, int64_t, int64_t);                       \
+  template void AverageRows(const T*, T*, int64_t, const double*, bool,              \
+                            const int64_t*, int64_t, int64_t);
+INSTANTIATE_AVERAGE(float)
+INSTANTIATE_AVERAGE(double)
+
 #define INSTANTIATE(T, W)                                                            \
   template void StepRows(const Numbers<T>&, const Part<T, W, T>&, const Ticks&,      \
                          const int32_t*, int64_t, int64_t);                          \
   template void StepRows(const Numbers<T>&, const Part<T, W, T>&, const Ticks&,      \
-                         const int64_t*, int64_t, int64_t);
+                         const int64_t*, int64_t, int64_t);                          \
+  template Sums FollowRows(const FollowedRows<T, W>&, const int32_t*, int64_t,       \
+                           int64_t, T, T);                                           \
+  template Sums FollowRows(const FollowedRows<T, W>&, const int64_t*, int64_t,       \
+                           int64_t, T, T);
 template Groups GroupsOf(const int32_t*, int64_t);
 template Groups GroupsOf(const int64_t*, int64_t);
 template void SumRows(const Groups&, int64_t, const float*, int64_t, int64_t, float*);

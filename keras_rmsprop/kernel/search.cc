@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "processors.h"
 
@@ -80,7 +81,68 @@ Sums FollowShort(const Followed<T, W>& part, int64_t start, int64_t size, T forg
   return sums;
 }
 
+// The bits of a number: those of its exponent, and those below.
+template <typename T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using Int = int32_t;
+  static constexpr int kFraction = 23;
+  static constexpr Int kExponent = 0xff, kBias = 127;
+};
+template <>
+struct Bits<double> {
+  using Int = int64_t;
+  static constexpr int kFraction = 52;
+  static constexpr Int kExponent = 0x7ff, kBias = 1023;
+};
+
+// The logarithm of a product instead of many: x = fraction * 2^exponent, where a product
+// of 64 fractions, each less than 2, is finite.
+template <typename T>
+EACH_PROCESSOR void AddLogs(const T* __restrict x, int64_t size, Logs* logs) {
+  using Int = typename Bits<T>::Int;
+  constexpr Int kOne = Bits<T>::kBias << Bits<T>::kFraction;
+  constexpr Int kFractionBits = (Int{1} << Bits<T>::kFraction) - 1;
+  T product[kSums];
+  Int exponent[kSums] = {}, count[kSums] = {};
+  for (T& p : product) p = 1;
+  for (int64_t i = 0; i < size; i += kSums) {
+    T rest[kSums] = {};
+    if (size - i < kSums) std::copy(x + i, x + size, rest);
+    const T* from = size - i < kSums ? rest : x + i;
+    for (int j = 0; j < kSums; ++j) {
+      Int bits;
+      std::memcpy(&bits, from + j, sizeof bits);
+      const Int e = bits >> Bits<T>::kFraction & Bits<T>::kExponent;
+      const Int counts = (e != 0) & (e != Bits<T>::kExponent);  // a branch is slower
+      const Int of_fraction = (bits & kFractionBits & -counts) | kOne;
+      T fraction;
+      std::memcpy(&fraction, &of_fraction, sizeof fraction);
+      product[j] *= fraction;
+      exponent[j] += (e - Bits<T>::kBias) & -counts;
+      count[j] += counts;
+    }
+  }
+  for (int j = 0; j < kSums; ++j) {
+    logs->total += std::log(double(product[j])) + double(exponent[j]) * std::log(2.0);
+    logs->count += count[j];
+  }
+}
+
 }  // namespace
+
+template <typename T>
+Logs LogsOf(const T* x, int64_t size) {
+  constexpr int64_t kMost = 64 * kSums;
+  Logs logs;
+  for (int64_t i = 0; i < size; i += kMost) {
+    AddLogs(x + i, std::min(kMost, size - i), &logs);
+  }
+  return logs;
+}
+template Logs LogsOf(const float*, int64_t);
+template Logs LogsOf(const double*, int64_t);
 
 template <typename T, typename W>
 Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgetting,

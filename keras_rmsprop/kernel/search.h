@@ -113,6 +113,16 @@ Sums FollowAll(const std::vector<Followed<T, W>>& parts, T forgetting, T weight,
   return sums;
 }
 
+// The sum of ln |x| of numbers, where it is finite, and how many these are.
+struct Logs {
+  double total = 0;
+  int64_t count = 0;
+};
+
+// Subnormal numbers count as 0.
+template <typename T>
+Logs LogsOf(const T* x, int64_t size);
+
 }  // namespace keras_rmsprop
 
 #endif  // KERAS_RMSPROP_SEARCH_H_

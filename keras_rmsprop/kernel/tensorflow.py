@@ -139,7 +139,7 @@ def update(updates: Sequence[Update], constants: Constants) -> None:
         cautious=constants.options.cautious,
         bias_correction=corrects,
         **search,
-        **_numbers(updates, constants),
+        **numbers(updates, constants),
     )
 
 
@@ -171,7 +171,7 @@ def searches(updates: Sequence[Update], sought: Sought) -> bool:
     dtype, device = updates[0].dtype, updates[0].variable.device
     return (
         {id(unwrapped(part.variable)) for part in sought.parts} == of_updates
-        and all(map(_follows, sought.parts))
+        and all(part.rows is None and follows(part) for part in sought.parts)
         and {part.gradient.dtype.name for part in sought.parts} == {dtype}
         and _is_beside(unwrapped(sought.estimate), device)
     )
@@ -208,29 +208,7 @@ def _is_beside(variable: Any, device: str) -> bool:
     return _are_here([variable]) and bool(variable.device == device)
 
 
-def update_rows(update: Update, constants: Constants) -> None:
-    """Bring some rows of a table up to date and take their step, in one call.
-
-    Args:
-        update: What to do to the table.
-        constants: What is the same for all variables.
-    """
-    clock, ids = update.rows
-    velocity, momentum, average_gradient = update.slots
-    ops().keras_rmsprop_rows(
-        gradient=tf.cast(update.gradient, update.dtype),
-        ids=ids,
-        weights=update.variable.handle,
-        velocity=velocity.handle,
-        updates=clock.updates.handle,
-        last=clock.last.handle,
-        momenta=[] if momentum is None else [momentum.handle],
-        average_gradients=[] if average_gradient is None else [average_gradient.handle],
-        **_numbers([update], constants),
-    )
-
-
-def _numbers(updates: Sequence[Update], constants: Constants) -> dict[str, Any]:
+def numbers(updates: Sequence[Update], constants: Constants) -> dict[str, Any]:
     """Return the arguments of an op that say how to update."""
     dtype, numbers = updates[0].dtype, constants.options
     t = tf.cast(constants.draw.step + 1, dtype) if numbers.bias_correction else None
@@ -278,9 +256,9 @@ def _vector(numbers: Sequence[Any]) -> Any:
     return tf.constant(numbers, "float64")
 
 
-def _follows(part: Any) -> bool:
+def follows(part: Any) -> bool:
     """Whether `follow` takes a variable of the search."""
-    if ops() is None or part.gradient is None or part.rows is not None:
+    if ops() is None or part.gradient is None:
         return False
     variables = [unwrapped(x) for x in (part.variable, part.first, part.sums)]
     if not _are_here(variables) or len({v.device for v in variables}) > 1:
@@ -308,7 +286,7 @@ def follow(
     groups: dict[tuple[Any, Any, str], list[Any]] = {}
     left = []
     for part in parts:
-        if not _follows(part):
+        if part.rows is not None or not follows(part):
             left.append(part)
             continue
         variable = unwrapped(part.variable)
@@ -329,16 +307,6 @@ def follow(
         )
         found.append((sums.gain, sums.length))
     return found, left
-
-
-def distinct(gradient: tf.IndexedSlices) -> tuple[Any, Any]:
-    """Return the sums of the slices of each row, and the rows; see `sparse.distinct`.
-
-    Args:
-        gradient: In float32 or float64.
-    """
-    found = ops().keras_rmsprop_distinct(slices=gradient.values, ids=gradient.indices)
-    return found.sums, found.distinct
 
 
 def counts(updates: Sequence[Update], counter: Any, share: Share | None) -> bool:
@@ -379,3 +347,18 @@ def scale(tensors: Sequence[Any], most: Any) -> Any:
         finite.
     """
     return ops().keras_rmsprop_scale(tensors=tensors, most=tf.cast(most, "float64"))
+
+
+def logs(tensor: Any) -> tuple[Any, Any]:
+    """Return the sum of ln |x| of a tensor, where it is finite, and of how many x.
+
+    Subnormal numbers count as 0, as they do on TensorFlow's threads.
+
+    Args:
+        tensor: In float32 or float64.
+
+    Returns:
+        A scalar of that dtype, and an int64.
+    """
+    found = ops().keras_rmsprop_logs(tensor=tensor)
+    return tf.cast(found.total, tensor.dtype), found.count
