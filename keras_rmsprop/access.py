@@ -3,11 +3,16 @@
 Imported only on the TensorFlow backend.
 """
 
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 CONVERTIBLE: ContextVar[bool] = ContextVar("convertible", default=False)
 """Whether operations that TFLite does not know must not be used."""
@@ -16,6 +21,42 @@ CONVERTIBLE: ContextVar[bool] = ContextVar("convertible", default=False)
 def unwrapped(variable: Any) -> Any:
     """Return the TensorFlow variable inside a Keras variable, or the one given."""
     return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def without_autograph(function: Function) -> Function:
+    """Return a function, marked as one that AutoGraph does not convert.
+
+    `tf.autograph.experimental.do_not_convert` would also keep it from converting what a
+    user's constraint or schedule, called from there, gives to `tf.map_fn`. Without the
+    private mark it converts this package's code: slower, to the same result.
+    """
+    vars(function)["autograph_info__"] = {}
+    return function
+
+
+@contextlib.contextmanager
+def outside_functions() -> Iterator[None]:
+    """Make variables outside all functions that are being traced.
+
+    `tf.init_scope` alone leaves a function's own way to make variables in place, which
+    refuses them in all its traces but the first. A strategy in scope has its own, too,
+    which is left in place.
+    """
+    is_traced = not (tf.executing_eagerly() or tf.distribute.has_strategy())
+    with tf.init_scope():
+        leaves = is_traced and tf.executing_eagerly()
+        with tf.variable_creator_scope(_made) if leaves else contextlib.nullcontext():
+            yield
+
+
+def _made(next_creator: Any, **options: Any) -> Any:
+    """Make a variable by TensorFlow's private class, or else in the function's way."""
+    try:
+        from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+    except ImportError:
+        return next_creator(**options)
+    known = inspect.signature(ResourceVariable.__init__).parameters
+    return ResourceVariable(**{k: v for k, v in options.items() if k in known})
 
 
 def read(variable: Any, ids: Any) -> Any:

@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from keras_rmsprop.access import after, inside_xla, read, unwrapped, write
+from keras_rmsprop.access import (
+    after,
+    inside_xla,
+    outside_functions,
+    read,
+    unwrapped,
+    write,
+)
 
 
 class Ticks(tf.Module):
@@ -200,7 +207,7 @@ def _beside(table: Any) -> Iterator[None]:
     strategy = getattr(unwrapped(table), "distribute_strategy", None)
     strategy = strategy or tf.distribute.get_strategy()
     beside = strategy.extended.colocate_vars_with
-    with tf.init_scope(), strategy.scope(), beside(unwrapped(table)):
+    with outside_functions(), strategy.scope(), beside(unwrapped(table)):
         yield
 
 

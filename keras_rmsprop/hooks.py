@@ -47,6 +47,13 @@ def own(optimizer: Any, base: type) -> frozenset[str]:
     return of_instance | of_class
 
 
+def is_users_constraint(variable: Any) -> bool:
+    """Whether a variable has a constraint that is not Keras' own."""
+    constraint = getattr(variable, "constraint", None)
+    module = "keras" if constraint is None else type(constraint).__module__
+    return module.split(".")[0] != "keras"
+
+
 def refuse_others(kind: type) -> None:
     """Fail if a subclass overrides a method that would never be called.
 

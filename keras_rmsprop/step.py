@@ -177,7 +177,8 @@ def update_all(
     optimizer, own = steps.optimizer, steps.own()
     if own & hooks.UPDATE_STEP:
         for part in parts:
-            optimizer.update_step(part.gradient, part.variable, rate)
+            variable = backend.for_update_step(part.variable)
+            optimizer.update_step(part.gradient, variable, rate)
         return []
     # Update: the rule, v <- rho v + (1 - rho) g^2, w <- w - eta g / sqrt(v + eps).
     constants, done = steps.constants(rate, scale), list[Any]()
@@ -222,7 +223,8 @@ def update_variable(steps: Taker, gradient: Any, variable: Any, rate: Any) -> No
         rate: The learning rate.
     """
     optimizer = steps.optimizer
-    part = Part(optimizer._get_variable_index(variable), variable, gradient)
+    index = optimizer._get_variable_index(variable)
+    part = Part(index, optimizer._trainable_variables[index], gradient)
     [update], constants = steps.updates_of([part]), steps.constants(rate)
     search = steps.on(Search)
     if search and steps.is_apart(part):

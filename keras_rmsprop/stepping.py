@@ -198,6 +198,16 @@ class Steps:
         """The learning rate: a variable, or the present value of anything else."""
         return self.optimizer.learning_rate
 
+    def calls_users_python(self, variables: Sequence[Any]) -> bool:
+        """Whether a step calls a hook or a constraint of the user's.
+
+        It may be Python, for each eager step to call: so that is no program, unless
+        `jit_compile=True` asks for one.
+        """
+        return self.optimizer.jit_compile is not True and bool(
+            self.own() or any(hooks.is_users_constraint(v) for v in variables)
+        )
+
     @property
     def jit_compile(self) -> bool | str:
         """The option; with "auto" a subclass' step runs as Keras runs it."""

@@ -25,7 +25,7 @@ class Traces:
 
 
 class Counting(RMSprop):
-    """Counts how often a step is traced."""
+    """Counts how often Python takes a step: once for each trace of it."""
 
     @property
     def traces(self):
@@ -33,11 +33,14 @@ class Counting(RMSprop):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._traced = Traces()  # what changes inside it is no new attribute
+        self._traced = traced = Traces()  # what changes inside it is no new attribute
+        take = self._steps.take
 
-    def _apply_weight_decay(self, variables):  # Keras does it once a step
-        self._traced.count += 1
-        super()._apply_weight_decay(variables)
+        def counted(*args, **kwargs):
+            traced.count += 1
+            take(*args, **kwargs)
+
+        self._steps.take = counted
 
 
 def gradient(*values):
@@ -536,6 +539,70 @@ def test_slots_are_made_outside_a_trace():
     step(tf.ones(3))
     types = {operation.type for operation in traces[0].graph.get_operations()}
     assert not {"If", "StatelessIf"} & types
+
+
+class UnitRows(keras.constraints.Constraint):
+    def __call__(self, w):
+        def shortened(row):
+            if tf.norm(row) > 1:  # `tf.map_fn` lets AutoGraph convert this
+                row /= tf.norm(row)
+            return row
+
+        return tf.map_fn(shortened, tf.convert_to_tensor(w))
+
+
+def test_autograph_converts_what_is_the_users():
+    found = []
+    for kind in (RMSprop, keras.optimizers.RMSprop):
+        weights, optimizer = keras.Variable([[3.0, 4.0], [0.1, 0.2]]), kind(0.1)
+        weights.constraint = UnitRows()
+        optimizer.build([weights])
+        tf.function(optimizer.apply)([tf.ones((2, 2))])
+        found.append(weights.numpy())
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_ema": True}, {"learning_rate": "auto"}])
+def test_a_later_trace_may_bring_tables_and_the_build(options):
+    def variables():
+        start = np.ones((5, 2), "float32")
+        return [keras.Variable(start, name="embeddings") for _ in "ab"]
+
+    rows = tf.IndexedSlices(tf.ones((1, 2)), tf.constant([1]), tf.constant([5, 2]))
+
+    def trained(*, built, by_rows=True, run=lambda step: step):
+        weights, optimizer = variables(), RMSprop(**options)
+        if built:
+            optimizer.build(weights)
+
+        @run
+        def step(which):
+            if which is not None:
+                g = rows if by_rows else tf.convert_to_tensor(rows)
+                grads = [g if which == i else None for i in range(2)]
+                optimizer.apply(grads, weights)
+
+        for which in (None, 0, 1, 0, 1):
+            step(which)
+        return [w.numpy() for w in weights]
+
+    expected = trained(built=True)
+    for built in (True, False):
+        found = trained(built=built, run=tf.function)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_function_that_builds_is_traced_once():
+    traces, weights, optimizer = [], keras.Variable(tf.ones(3)), RMSprop(momentum=0.9)
+
+    @tf.function
+    def step(gradient):
+        traces.append(gradient)
+        optimizer.apply([gradient], [weights])
+
+    for _ in range(2):
+        step(tf.ones(3))
+    assert len(traces) == 1
 
 
 @pytest.mark.portable

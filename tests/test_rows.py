@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepping import assert_close, examples
 from test_options import DIALECTS, in_reference
+from test_programs import Counting
 
 from keras_rmsprop import RMSprop, reference
 
@@ -246,34 +247,25 @@ def test_the_built_in_is_wrong_for_repeated_tokens():
     assert np.abs(weights[0] - weights[1]).max() > 1e-2
 
 
-class Counting(RMSprop):
-    traces = 0
-
-    def _apply_weight_decay(self, variables):  # Keras does it once a step
-        Counting.traces += 1
-        super()._apply_weight_decay(variables)
-
-
 @pytest.mark.parametrize("id_dtype", ["int32", "int64"])
 def test_batches_of_changing_size_are_one_trace(id_dtype):
     table = keras.Variable(np.ones((9, 2), "float32"))
     optimizer = Counting()
-    Counting.traces = 0
     for n in [3, 1, 0, 7, 200]:
         ids = tf.constant(np.arange(n) % 9, id_dtype)
         optimizer.apply([tf.IndexedSlices(tf.ones((n, 2)), ids)], [table])
-    assert Counting.traces == 1
+    assert optimizer.traces == 1
     assert optimizer.iterations.numpy() == 5
 
 
 def test_fit_traces_once_for_batches_of_changing_size():
-    Counting.traces = 0
     tokens, y = tokens_and_targets(40)
-    model = model_on_tokens(Counting())
+    optimizer = Counting()
+    model = model_on_tokens(optimizer)
     model.fit(tokens, y, batch_size=16, epochs=2, verbose=0)  # batches of 16, 16, 8
-    first = Counting.traces
+    first = optimizer.traces
     model.fit(tokens[:33], y[:33], batch_size=16, epochs=2, verbose=0)
-    assert Counting.traces == first
+    assert optimizer.traces == first
 
 
 def test_only_rows_with_a_gradient_are_written():

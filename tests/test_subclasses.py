@@ -109,6 +109,68 @@ def test_it_gets_the_whole_dense_gradient(model, body, way, make):
     assert_same_weights(ours, theirs)
 
 
+class Drawn(keras.constraints.Constraint):
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, w):
+        self.calls += 1
+        w = np.clip(ops.convert_to_numpy(w), -2, 2)
+        return w * self.calls if ops.sum(w) > 0 else w
+
+
+def clipped(optimizer, grads):
+    optimizer.calls["clip"] += 1
+    return [g * optimizer.calls["clip"] if ops.sum(g) > 1 else g for g in grads]
+
+
+def decayed(optimizer, variables):
+    optimizer.calls["decay"] += 1
+    for v in variables:
+        v.assign(v * (1 - 0.1 * optimizer.calls["decay"]))
+
+
+@pytest.mark.skipif(JIT, reason="on JAX these are traced by the built-in, too")
+@pytest.mark.parametrize(
+    "what", ["constraint", "_clip_gradients", "_apply_weight_decay"]
+)
+def test_an_eager_step_calls_the_users_python(what):
+    hooks = {"_clip_gradients": clipped, "_apply_weight_decay": decayed}
+    found = []
+    for base in (RMSprop, keras.optimizers.RMSprop):
+        own = {what: hooks[what]} if what in hooks else {}
+        optimizer = type("Own", (base,), own)(0.1)
+        optimizer.calls = {"clip": 0, "decay": 0}
+        weights = keras.Variable([1.0, 2.0])
+        if what == "constraint":
+            weights.constraint = Drawn()
+        for g in (1.0, -0.5, 2.0, 0.1):
+            optimizer.apply([tensor([g, 2 * g])], [weights])
+        found.append(ops.convert_to_numpy(weights))
+        if base is RMSprop and BACKEND == "tensorflow":
+            assert "operation by operation" in optimizer.explain()
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.tensorflow("functions that take variables")
+@pytest.mark.parametrize("way", [lambda f: f, tf.function])
+def test_a_function_of_the_users_takes_the_variable(way):
+    class Own(RMSprop):
+        def update_step(self, gradient, variable, learning_rate):
+            self.change(gradient, variable)
+
+        @tf.function
+        def change(self, gradient, variable):
+            if tf.reduce_sum(gradient) > 0:
+                variable.assign_sub(2 * gradient)
+
+    weights = keras.Variable([1.0, 2.0])
+    optimizer = Own()
+    optimizer.build([weights])
+    way(optimizer.apply)([tensor([1.0, 0.5])])
+    np.testing.assert_array_equal(weights.numpy(), [-1, 1])
+
+
 @overridden
 def test_it_is_called_for_one_variable_at_a_time_at_each_step(make):
     calls = []

@@ -155,6 +155,9 @@ class Asked:
     def is_for_kernel(self, variables):
         return self.for_kernel
 
+    def calls_users_python(self, variables):
+        return False
+
     def has_blocks(self):
         return False
 

@@ -36,6 +36,9 @@ class Stepper(Protocol):
     def jit_compile(self) -> bool | str:
         """The option; a subclass' own step is not compiled unless it is `True`."""
 
+    def calls_users_python(self, variables: Sequence[Any]) -> bool:
+        """Whether an eager step must call a hook or a constraint of the user's."""
+
     def take(
         self,
         grads: Gradients,
@@ -235,6 +238,10 @@ class Backend:
     def count(self, counter: Any) -> None:
         """Add 1 to a variable."""
         counter.assign_add(1)
+
+    def for_update_step(self, variable: Any) -> Any:
+        """Return a variable as Keras gives it to a subclass' `update_step`."""
+        return variable
 
     def has_kernel(self, variables: Sequence[Any]) -> bool:
         """Whether a native kernel may compute where all these variables are."""

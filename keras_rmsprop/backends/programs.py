@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_rmsprop.access import without_autograph
 from keras_rmsprop.backends.base import Stepper
 from keras_rmsprop.backends.replay import Replay, replayed
 from keras_rmsprop.sparse import unwrapped
@@ -144,6 +145,9 @@ class Programs:
         key = (*self._key(stepper), *given)
         program = self._programs.get(key)
         if program is None:
+            if stepper.calls_users_python(variables):
+                stepper.take(grads, variables, rate)
+                return
             if len(self._programs) >= EAGER_TRACES and key not in self._programs:
                 self._keep(key, None)
                 stepper.take(grads, variables, rate)
@@ -248,10 +252,10 @@ def on_all_replicas(
     # Replicas that cannot meet, as XLA compiles them apart, make no counter: then the
     # sum of slices becomes dense.
     elif has_slices(grads) and not distribute.strategy_supports_no_merge_call():
-        replica.merge_call(lambda _: stepper.make_clocks(tables))
+        replica.merge_call(without_autograph(lambda _: stepper.make_clocks(tables)))
     strategy.extended.update(
         unwrapped(variables[0]),
-        lambda _, *grads: stepper.take(grads, variables),
+        without_autograph(lambda _, *grads: stepper.take(grads, variables)),
         args=tuple(grads),
         group=False,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rmsprop import skipping, sparse
-from keras_rmsprop.access import CONVERTIBLE
+from keras_rmsprop.access import CONVERTIBLE, outside_functions, without_autograph
 from keras_rmsprop.backends import programs, updating
 from keras_rmsprop.backends.base import (
     Backend,
@@ -40,7 +40,7 @@ class TensorFlow(Backend):
 
     def outside_functions(self) -> Context:
         """See `Backend`."""
-        return tf.init_scope()
+        return outside_functions()
 
     def beside(self, variable: Any, optimizer: Any) -> Context:
         """See `Backend`."""
@@ -60,8 +60,7 @@ class TensorFlow(Backend):
 
     def without_autograph(self, function: Function) -> Function:
         """See `Backend`."""
-        wrapped: Function = tf.autograph.experimental.do_not_convert(function)
-        return wrapped
+        return without_autograph(function)
 
     def is_eager(self) -> bool:
         """See `Backend`."""
@@ -193,6 +192,10 @@ class TensorFlow(Backend):
     def count(self, counter: Any) -> None:
         """See `Backend`. Keras' `assign_add` is three operations."""
         unwrapped(counter).assign_add(1)
+
+    def for_update_step(self, variable: Any) -> Any:
+        """See `Backend`. Not of Keras: a function of the user's takes it as it is."""
+        return unwrapped(variable)
 
     def has_kernel(self, variables: Sequence[Any]) -> bool:
         """See `Backend`."""

@@ -132,7 +132,7 @@ def kinds_of_steps(stepper: Stepper, variables: Sequence[Any]) -> dict[str, bool
     """Return the kinds of steps, in words; see `Backend.kinds_of_steps`."""
     compiled, for_kernel = stepper.jit_compile, stepper.is_for_kernel(variables)
     eager, xla = "Eager: one program without XLA", False
-    if compiled is False:
+    if compiled is False or stepper.calls_users_python(variables):
         eager = "Eager: operation by operation"
     elif stepper.has_blocks() and not for_kernel:
         eager = "Eager: one program, where XLA compiles the update of each variable"
