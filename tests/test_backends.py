@@ -128,6 +128,9 @@ class Toy:
     def is_for_kernel(self, variables):
         return False
 
+    def calls_users_python(self, variables):
+        return False
+
     def has_blocks(self):
         return False
 

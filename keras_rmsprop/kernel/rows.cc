@@ -73,6 +73,8 @@ template <typename T, typename W, typename I>
 void StepRows(const Numbers<T>& numbers, const Part<T, W, T>& first, const Ticks& ticks,
               const I* ids, int64_t start, int64_t count) {
   const int64_t width = first.size;
+  // The power that stands for many products, as exp, which is faster than pow.
+  const double log_rho = std::log(static_cast<double>(numbers.rho));
   for (int64_t i = start; i < start + count; ++i) {
     if (i + kAhead < start + count) {
       const int64_t next = ids[i + kAhead] * width;
@@ -86,8 +88,7 @@ void StepRows(const Numbers<T>& numbers, const Part<T, W, T>& first, const Ticks
     row.gradient = first.gradient + i * width;
     const int32_t silence = ticks.updates - ticks.last[ids[i]];
     if (silence != 0) {
-      const double rho = static_cast<double>(numbers.rho);
-      const T factor = static_cast<T>(std::pow(rho, silence));
+      const T factor = static_cast<T>(std::exp(silence * log_rho));
       Multiply(factor, width, row.velocity);
       if (row.average_gradient) Multiply(factor, width, row.average_gradient);
     }
@@ -100,6 +101,7 @@ template <typename T, typename W, typename I>
 Sums FollowRows(const FollowedRows<T, W>& rows, const I* ids, int64_t start,
                 int64_t count, T forgetting, T weight) {
   const auto [run, pitch, stride] = rows.sample;
+  const double log_forgetting = std::log(static_cast<double>(forgetting));
   Sums sums;
   for (int64_t i = start; i < start + count; ++i) {
     if (i + kAhead < start + count && ids[i + kAhead] % rows.row_step == 0) {
@@ -110,14 +112,13 @@ Sums FollowRows(const FollowedRows<T, W>& rows, const I* ids, int64_t start,
       Prefetch(rows.last + ids[i + kAhead], 1);
     }
     if (ids[i] % rows.row_step != 0) continue;
-    const T* g = rows.gradient + i * rows.width;
-    const W* w = rows.weights + ids[i] * rows.width;
+    const T* __restrict g = rows.gradient + i * rows.width;
+    const W* __restrict w = rows.weights + ids[i] * rows.width;
     const int64_t place = ids[i] / rows.row_step * rows.looked_at;
-    const T* first = rows.first_weights + place;
-    T* s = rows.gradient_sums + place;
-    // In double, as is the power that stands for many products.
+    const T* __restrict first = rows.first_weights + place;
+    T* __restrict s = rows.gradient_sums + place;
     const int32_t silence = rows.updates - rows.last[ids[i]];
-    const T faded = std::pow(static_cast<double>(forgetting), silence);
+    const T faded = static_cast<T>(std::exp(silence * log_forgetting));
     for (int64_t k = 0, begin = 0; k < rows.looked_at; begin += pitch) {
       for (int64_t end = k + run, at = begin; k < end; ++k, at += stride) {
         const T old = forgetting * (faded * s[k]);
