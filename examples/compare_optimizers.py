@@ -153,6 +153,7 @@ def train(name: str, optimizer: Any, digits: mnist_data.Digits, **fit: Any) -> A
         first_step=stepped[0] - begun[0],
         test_loss=history["val_loss"][-1],
         test_accuracy=history["val_accuracy"][-1],
+        steps=int(optimizer.iterations),
     )
 
 

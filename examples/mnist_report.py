@@ -23,6 +23,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+SEARCHING = 100
+"""For so many steps at most the learning rate of "auto" is still that of a start."""
+
 BLUE, ORANGE, GREY = "#2a78d6", "#e8710a", "#6b6a66"
 
 
@@ -39,6 +42,7 @@ class Run:
             comes first in the program waits for TensorFlow's own start too.
         test_loss: Mean loss on the test digits.
         test_accuracy: Share of the test digits that are classified correctly.
+        steps: How many batches were trained.
     """
 
     optimizer: str
@@ -47,6 +51,7 @@ class Run:
     first_step: float
     test_loss: float
     test_accuracy: float
+    steps: int
 
     @property
     def seconds_an_epoch(self) -> float:
@@ -145,6 +150,8 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
     print(f"\n{difference_in_words(runs)}")
     found = runs[2].history["learning_rate"][-1]
     print(f'"auto" ended at a learning rate of {found:.4g}.')
+    if runs[2].steps < SEARCHING:
+        print(f"It still grew, after only {runs[2].steps} steps: take more epochs.")
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"Written to {output}: {files}")
 

@@ -245,6 +245,7 @@ def train(
         first_step=step_ends[0] - epoch_ends[0],
         test_loss=test_loss,
         test_accuracy=test_accuracy,
+        steps=int(optimizer.iterations),
     )
 
 

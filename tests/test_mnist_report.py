@@ -27,7 +27,9 @@ def make_run(optimizer, *values):
     names = ("loss", "accuracy", "val_loss", "val_accuracy")
     history = {name: list(values) for name in names}
     history["learning_rate"] = [0.001] * len(values)
-    return mnist_report.Run(optimizer, history, [3.0, 1.0, 2.0], 0.5, values[-1], 0.9)
+    return mnist_report.Run(
+        optimizer, history, [3.0, 1.0, 2.0], 0.5, values[-1], 0.9, 7
+    )
 
 
 def test_difference():

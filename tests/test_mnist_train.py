@@ -79,8 +79,9 @@ def test_prints_bars_and_a_table(ran):
         assert f"{result['seconds_an_epoch']:.2f}" in row
         assert f"{result['first_step_seconds']:.2f} s" in row
         assert len(row) <= 80
-    assert lines[-3].startswith("The two training losses ")
-    assert lines[-2].startswith('"auto" ended at a learning rate of 0.0')
+    assert lines[-4].startswith("The two training losses ")
+    assert lines[-3].startswith('"auto" ended at a learning rate of ')
+    assert lines[-2].startswith("It still grew, after only ")
     assert lines[-1].startswith(f"Written to {output}: comparison.png, history.csv,")
 
 
