@@ -165,8 +165,7 @@ class Programs(RuleBasedStateMachine):
                 xs.append(a)
             scale = self.oracle.loss_scale_factor or 1
             self.oracle.apply({n: scale * dense[n].astype(float) for n in names})
-        if self.oracle.use_ema:
-            self.oracle.overwrite()
+        self.oracle.end_fit()
         self.model.compile(optimizer=self.optimizer, loss=output, jit_compile=xla)
         x, y = [np.array(xs) for xs in x], np.zeros(len(seeds))
         self.model.fit(x, y, batch_size=1, shuffle=False, verbose=0)

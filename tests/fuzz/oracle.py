@@ -53,14 +53,14 @@ class Oracle:
     def restart(self):
         """Be a new optimizer of the same weights."""
         self.v, self.m, self.a, self.average, self.sums = {}, {}, {}, {}, {}
-        self.calls = self.skipped = 0
+        self.calls = self.skipped = self.begin = 0
 
     def restart_as(self, found, iterations):
         """Be what was found: slots and average by name. Sums are as good as none."""
-        skipped = self.skipped
+        skipped, begin = self.skipped, self.begin
         self.restart()
         self.build(found)
-        self.skipped = skipped
+        self.skipped, self.begin = skipped, begin
         self.calls = iterations * (self.gradient_accumulation_steps or 1)
         for n, slots in found.items():
             mine = self.v, self.m, self.a, self.average
@@ -125,11 +125,18 @@ class Oracle:
         t = self.iterations
         share = self.ema_momentum if t else 0
         if self.ema_warmup:
-            share = min(share, (1 + t) / (10 + t))
+            n = t - self.begin
+            share = min(share, (1 + n) / (10 + n)) if t else 0
         for n, average in self.average.items():
             self.average[n] = share * average + (1 - share) * self.w[n]
         if self.ema_overwrite_frequency and (t + 1) % self.ema_overwrite_frequency == 0:
             self.overwrite()
+
+    def end_fit(self):
+        """Go on from the averages, which warm up again."""
+        if self.use_ema:
+            self.overwrite()
+            self.begin = self.iterations
 
     def overwrite(self):
         """Replace weights by their averages, but those of frozen layers."""
