@@ -132,7 +132,8 @@ def kinds_of_steps(stepper: Stepper, variables: Sequence[Any]) -> dict[str, bool
     """Return the kinds of steps, in words; see `Backend.kinds_of_steps`."""
     compiled, for_kernel = stepper.jit_compile, stepper.is_for_kernel(variables)
     eager, xla = "Eager: one program without XLA", False
-    if compiled is False or stepper.calls_users_python(variables):
+    is_program = compiled is not False and not stepper.calls_users_python(variables)
+    if not is_program:
         eager = "Eager: operation by operation"
     elif stepper.has_blocks() and not for_kernel:
         eager = "Eager: one program, where XLA compiles the update of each variable"
@@ -147,7 +148,7 @@ def kinds_of_steps(stepper: Stepper, variables: Sequence[Any]) -> dict[str, bool
     else:
         eager += f", as no variable has more than {XLA_EAGER_ELEMENTS} elements"
     in_graph = compiled is True or (
-        compiled == "auto" and is_large(variables) and not for_kernel
+        is_program and is_large(variables) and not for_kernel
     )
     what = "a program of its own, compiled by XLA" if in_graph else "part of the graph"
     return {eager: xla, f"{IN_GRAPHS}: {what}": in_graph}
