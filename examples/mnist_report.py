@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 SEARCHING = 100
-"""For so many steps at most the learning rate of "auto" is still that of a start."""
+"""In fewer steps "auto" has hardly found its learning rate."""
 
 BLUE, ORANGE, GREY = "#2a78d6", "#e8710a", "#6b6a66"
 
@@ -151,7 +151,7 @@ def show(output: Path, digits: Digits, runs: Sequence[Run]) -> None:
     found = runs[2].history["learning_rate"][-1]
     print(f'"auto" ended at a learning rate of {found:.4g}.')
     if runs[2].steps < SEARCHING:
-        print(f"It still grew, after only {runs[2].steps} steps: take more epochs.")
+        print(f"That was after only {runs[2].steps} steps: take more epochs.")
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"Written to {output}: {files}")
 

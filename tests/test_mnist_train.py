@@ -81,7 +81,7 @@ def test_prints_bars_and_a_table(ran):
         assert len(row) <= 80
     assert lines[-4].startswith("The two training losses ")
     assert lines[-3].startswith('"auto" ended at a learning rate of ')
-    assert lines[-2].startswith("It still grew, after only ")
+    assert lines[-2].startswith("That was after only ")
     assert lines[-1].startswith(f"Written to {output}: comparison.png, history.csv,")
 
 
