@@ -282,6 +282,17 @@ absl::Status CheckIds(const tf::Tensor& ids, int64_t rows) {
       absl::StrCat("An index of a sparse gradient is not in [0, ", rows, ")"));
 }
 
+// Checks that the first of these variables is a table of this dtype, with rows of the
+// gradient's shape; returns the table's shape.
+absl::Status CheckTable(Variables* variables, tf::DataType dtype,
+                        const tf::Tensor& gradient, tf::TensorShape* shape) {
+  TF_RETURN_IF_ERROR(variables->Check(0, 0, dtype, nullptr));
+  const tf::Tensor& table = *variables->Get(0, 0);
+  *shape = gradient.shape();
+  if (table.dims() >= 1) shape->set_dim(0, table.dim_size(0));
+  return variables->Check(0, 0, dtype, shape);
+}
+
 // Reads a variable with a number, if there is one. It is not locked together with the
 // others, which an op elsewhere may hold that waits for this one.
 absl::Status ReadNumber(tf::OpKernelContext* ctx, const char* name,
@@ -587,13 +598,9 @@ class RowsOp : public UpdateOp<T> {
 
     // Everything is checked before anything is written.
     OP_REQUIRES_OK(ctx, variables.Lock());
-    OP_REQUIRES_OK(ctx, variables.Check(kWeights, 0, tf::DataTypeToEnum<W>::v(),
-                                        nullptr));
-    const tf::TensorShape shape = variables.Get(kWeights, 0)->shape();
-    tf::TensorShape of_gradient = gradient->shape();
-    if (shape.dims() >= 1) of_gradient.set_dim(0, shape.dim_size(0));
-    OP_REQUIRES_OK(ctx, variables.Check(kWeights, 0, tf::DataTypeToEnum<W>::v(),
-                                        &of_gradient));
+    tf::TensorShape shape;
+    OP_REQUIRES_OK(
+        ctx, CheckTable(&variables, tf::DataTypeToEnum<W>::v(), *gradient, &shape));
     const tf::TensorShape scalar, of_last({shape.dim_size(0)});
     for (int kind = 0; kind < kKinds; ++kind) {
       if (kind == kWeights || !variables.Has(kind)) continue;
@@ -783,14 +790,9 @@ class FollowRowsOp : public tf::OpKernel {
 
     OP_REQUIRES_OK(ctx, variables.Lock());
     const tf::DataType dtype = tf::DataTypeToEnum<T>::v();
-    OP_REQUIRES_OK(ctx, variables.Check(kWeights, 0, tf::DataTypeToEnum<W>::v(),
-                                        nullptr));
-    tf::TensorShape shape = gradient->shape();
-    if (variables.Get(kWeights, 0)->dims() >= 1) {
-      shape.set_dim(0, variables.Get(kWeights, 0)->dim_size(0));
-    }
-    OP_REQUIRES_OK(ctx, variables.Check(kWeights, 0, tf::DataTypeToEnum<W>::v(),
-                                        &shape));
+    tf::TensorShape shape;
+    OP_REQUIRES_OK(
+        ctx, CheckTable(&variables, tf::DataTypeToEnum<W>::v(), *gradient, &shape));
     const int64_t rows = shape.dim_size(0);
     const tf::TensorShape scalar, of_last({rows});
     OP_REQUIRES_OK(ctx, variables.Check(kUpdates, 0, tf::DT_INT32, &scalar));
