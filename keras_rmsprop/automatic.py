@@ -1,11 +1,9 @@
 """A learning rate that is found while training: its options, and what goes wrong."""
 
 import math
-import sys
 import types
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,6 +13,7 @@ from keras_rmsprop import batch_norm, checks
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.complaints import complaint
 from keras_rmsprop.estimate import Estimate, Sampled, farthest, find, numbers
+from keras_rmsprop.fitting import Trained, fit_that_ends
 from keras_rmsprop.options import has_value
 from keras_rmsprop.sampling import Sample
 from keras_rmsprop.slots import FIRST_WEIGHT, GRADIENT_SUM, RATE_ESTIMATE, RATE_FACTOR
@@ -162,23 +161,6 @@ def form_of_factor(factor: float) -> dict[str, Any]:
     }
 
 
-class Trained(NamedTuple):
-    """What a search is about, as far as Python can see."""
-
-    trainable: tuple[bool, ...]
-    """Of each of the optimizer's variables, whether it is trained."""
-    model: Any = None
-    """A weak reference to the model whose `fit` trains them, if it is known."""
-    train_function: Any = None
-    """One to what `fit` calls; None: unknown, or `compile` has dropped it."""
-
-    def differs_from(self, other: "Trained") -> bool:
-        """Whether layers were frozen or unfrozen, or a model was compiled again."""
-        before = other.train_function
-        is_compiled = before is not None and self.train_function is not before
-        return self.trainable != other.trainable or is_compiled
-
-
 class Search:
     """The search for a learning rate: how it goes, and the variables that it needs.
 
@@ -249,7 +231,7 @@ class Search:
         """
         if self.estimate is None:  # the optimizer is being built
             return
-        now = _trained(variables, self.trained)
+        now = Trained.now(variables, self.trained)
         if self.trained is None or not now.differs_from(self.trained):
             self.trained = now
             return
@@ -275,7 +257,7 @@ class Search:
             return ""
         message = self.complaint()
         self.restart_if_changed(variables)  # it may be the first that is seen of `fit`
-        known, fit = self.known(), _fit_that_ends()
+        known, fit = self.known(), fit_that_ends()
         if self.options.restarts and known.steps and fit:
             reach = farthest(self._parts(variables))
             known = known._replace(reach=float(reach))
@@ -388,38 +370,3 @@ class Search:
         if not self.is_known():
             return ""
         return complaint(self.known(), self.options.initial)
-
-
-def _trained(variables: Sequence[Any], before: Trained | None) -> Trained:
-    """Return what is trained now, by the `fit` that runs or the last one that did."""
-    trainable = tuple(getattr(v, "trainable", True) for v in variables)
-    known = (before or Trained(()))._replace(trainable=trainable)
-    model = _fitting() or (known.model and known.model())
-    if model is None:
-        return known
-    function, last = model.train_function, known.train_function
-    if last is not None and last() is function is not None:
-        return known
-    now = None if function is None else weakref.ref(function)
-    return Trained(trainable, weakref.ref(model), now)
-
-
-def _fitting() -> Any:
-    """Return the model whose `fit` runs now; Keras does not tell. Else None."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "fit":
-            model = frame.f_locals.get("self")
-            if isinstance(model, keras.Model):
-                return model
-        frame = frame.f_back
-    return None
-
-
-def _fit_that_ends() -> dict[str, Any]:
-    """Return the variables of Keras' `fit`, if it and no callback says that it ends."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name == "finalize_variable_values":
-        frame = frame.f_back
-    is_fit = frame is not None and frame.f_code.co_name == "fit"
-    return frame.f_locals if is_fit else {}

@@ -1,19 +1,13 @@
-"""Averages of the weights (`use_ema`): they follow the weights, and can replace them.
-
-A row of a table without a gradient keeps its weights w. Its average still follows
-them: avg <- m avg + (1 - m) w. After n such updates that is M avg + (1 - M) w, where M
-is the product of the n shares m. So the update can wait until w changes, or until the
-average is read. A clock (`clocks.AverageTicks`) counts the updates.
-"""
+"""Averages of the weights (`use_ema`): they follow them, and can replace them."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_rmsprop import options, rule
+from keras_rmsprop import options
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.ema_share import Momentum, Share, begin_of
 from keras_rmsprop.slots import EMA_BEGIN
@@ -23,125 +17,8 @@ from keras_rmsprop.update import Part
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-    from keras_rmsprop import sparse
+    from keras_rmsprop import row_averages, sparse
     from keras_rmsprop.kernel import rows as kernel_rows
-
-
-class Table(NamedTuple):
-    """A table with an average of which a step updates only some rows."""
-
-    weights: Any
-    average: Any
-    clock: Any
-    """The `clocks.AverageTicks`."""
-    momentum: Momentum
-    by_kernel: bool = False
-    """Whether the native kernel averages its rows."""
-
-    def caught_up(self, ids: Any = None) -> Any:
-        """Return the averages of some rows, or of all, after the updates so far."""
-        kept = keras.backend.standardize_dtype(self.average.dtype)
-        dtype = rule.wide(kept)
-        average, weights = (
-            tf.cast(sparse.read(variable, ids), dtype)
-            for variable in (self.average, self.weights)
-        )
-        share = tf.reshape(self.share(ids), [-1] + [1] * (len(average.shape) - 1))
-        return tf.cast(share, dtype) * average + tf.cast(1 - share, dtype) * weights
-
-    def share(self, ids: Any) -> Any:
-        """Return the share of the averages of rows that stays when they catch up."""
-        clock = self.clock
-        start = clock.iterations(sparse.read(clock.last, ids))
-        end = clock.iterations(tf.convert_to_tensor(clock.updates))
-        kept = keras.backend.standardize_dtype(self.average.dtype)
-        return self.momentum.over(start, end, kept)
-
-    def before_step(self, ids: Any) -> Any:
-        """Return the averages of rows whose weights are about to change.
-
-        The kernel brings them up to date in place; then None is returned.
-        """
-        if not self.by_kernel:
-            return self.caught_up(ids)
-        kernel_rows.average_rows(self.weights, self.average, ids, self.share(ids))
-        self.clock.mark(ids, tf.size(ids), tf.convert_to_tensor(self.clock.updates))
-        return None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What is equal for an equal table."""
-        of_momentum = (
-            x if isinstance(x, int | float) else id(x) for x in self.momentum
-        )
-        return id(self.weights), id(self.average), *of_momentum
-
-    def catch_up(self) -> None:
-        """Bring the averages of all rows up to date, in one operation."""
-        self.clock.at_once(self._catch_up, self.key)
-
-    def _catch_up(self) -> None:
-        _set(self.average, self.caught_up(), None)
-        self.clock.reset()
-
-    def tick(self, ids: Any, t: Any) -> None:
-        """Count an update of the average, after t others, in which some rows followed.
-
-        At the first one all rows follow, and at each if somebody else may have moved
-        rows since the last one.
-
-        Args:
-            ids: The rows, or None: no row.
-            t: The optimizer's iterations.
-        """
-        clock = self.clock
-        if ids is None:
-            now = tf.convert_to_tensor(clock.updates.assign_add(1))
-        else:
-            now = clock.tick(ids, tf.size(ids))
-        clock.first.assign(tf.where(now == 1, t, tf.convert_to_tensor(clock.first)))
-
-        def all_follow() -> None:
-            copied = tf.cast(sparse.read(self.weights, None), self.average.dtype)
-            followed = tf.cast(self.caught_up(), self.average.dtype)
-            _set(self.average, tf.where(t == 0, copied, followed), None)
-            clock.reset()
-
-        _only_if((t == 0) | tf.convert_to_tensor(clock.shared), all_follow)
-
-
-def before_step(
-    tables: Mapping[int, Table], parts: Sequence[Part], iterations: Any
-) -> tuple[Sequence[Part], dict[int, Any]]:
-    """Read the averages that depend on weights that a step is about to change.
-
-    Args:
-        tables: Tables, by their index.
-        parts: The variables that have a gradient.
-        iterations: The optimizer's iterations.
-
-    Returns:
-        The parts, their rows known only after the averages; and, by the index of a
-        table, the averages of the rows that will be updated. None: no row, or they are
-        up to date. A table of which all rows will be updated is not among them.
-    """
-    updated = {part.variable_index: part.ids for part in parts}
-    found: dict[int, Any] = {}
-    for i, table in tables.items():
-        updates = tf.convert_to_tensor(table.clock.updates)
-        behind = updates > 0
-        if i in updated and updated[i] is None:
-            _only_if(behind, table.catch_up)
-            continue
-        # As a rule iterations go up by one. If not, the counter restarts.
-        jumped = _as_int(iterations) != table.clock.iterations(updates)
-        _only_if(behind & jumped, table.catch_up)
-        found[i] = None
-        if i in updated:
-            caught_up = tf.convert_to_tensor(table.clock.updates)
-            updated[i] = sparse.after(updated[i], caught_up)
-            found[i] = table.before_step(updated[i])
-    return [part._replace(ids=updated[part.variable_index]) for part in parts], found
 
 
 def follow(
@@ -150,8 +27,7 @@ def follow(
     rows: Mapping[int, Any],
     iterations: Any,
     momentum: Momentum,
-    tables: Mapping[int, Table],
-    before: Mapping[int, Any],
+    waiting: Mapping[int, Any],
 ) -> None:
     """Let averages follow their variables: avg <- m avg + (1 - m) w; first avg <- w.
 
@@ -159,12 +35,11 @@ def follow(
         variables: The variables.
         averages: The average of each, or None.
         rows: The rows that were updated, by the index of their table, for tables of
-            which only some rows were. If a table is not in `before`, the averages of
+            which only some rows were. If a table is not in `waiting`, the averages of
             its other rows do not follow.
         iterations: How many updates there were.
         momentum: Gives m.
-        tables: See `before_step`.
-        before: What `before_step` returned.
+        waiting: What `row_averages.before_step` returned.
     """
     pairs = [*zip(variables, averages, strict=True)]
     dtypes = {variable.dtype for variable, average in pairs if average is not None}
@@ -173,14 +48,9 @@ def follow(
         if average is None:
             continue
         m = momentums[variable.dtype]
-        if i in before:
-            if i in rows and before[i] is None:
-                kernel_rows.average_rows(variable, average, rows[i], m)
-            elif before[i] is not None:
-                new = sparse.read(variable, rows[i])
-                new, m = (tf.cast(x, before[i].dtype) for x in (new, m))
-                _set(average, m * before[i] + (1 - m) * new, rows[i])
-            tables[i].tick(rows.get(i), _as_int(iterations))
+        if i in waiting:
+            table, read = waiting[i]
+            table.follow(rows.get(i), read, m, iterations)
         elif i in rows:
             tf.cond(
                 tf.equal(iterations, 0),
@@ -197,19 +67,6 @@ def replace(variables: Sequence[Any], averages: Sequence[Any]) -> None:
         if average is not None:
             # A copy: on JAX both would share one buffer, and give it away twice.
             variable.assign(ops.copy(average))
-
-
-def _set(variable: Any, values: Any, ids: Any) -> None:
-    sparse.write(variable, tf.cast(values, variable.dtype), ids)
-
-
-def _as_int(iterations: Any) -> Any:
-    return tf.cast(tf.convert_to_tensor(iterations), tf.int64)
-
-
-def _only_if(condition: Any, do: Any) -> None:
-    # XLA would copy what is written if no branch were empty. As it is, in the second.
-    tf.cond(tf.logical_not(condition), lambda: None, do)
 
 
 class Averages:
@@ -295,11 +152,14 @@ class Averages:
             backend.assign_everywhere(begin, now)
         return steps
 
-    def tables(self, *, kernel: bool = False) -> dict[int, Table]:
+    def tables(self, *, kernel: bool = False) -> dict[int, Any]:
         """Return the tables in whose averages rows may wait, by their index.
 
         Args:
             kernel: Whether a native kernel may follow rows.
+
+        Returns:
+            A `row_averages.Table` each.
         """
         optimizer = self._optimizer
         is_lazy = optimizer.sparse_update == "lazy"
@@ -311,7 +171,7 @@ class Averages:
             table, clock = (variables[i], averages[i]), optimizer._clocks[i].average
             if clock is not None:
                 by_kernel = kernel and kernel_rows.averages_rows(*table)
-                found[i] = Table(*table, clock, self.momentum(), by_kernel)
+                found[i] = row_averages.Table(*table, clock, self.momentum(), by_kernel)
         return found
 
     def share(self, own: frozenset[str]) -> Share | None:
@@ -326,16 +186,16 @@ class Averages:
 
     def read(
         self, parts: Sequence[Part], own: frozenset[str], *, kernel: bool
-    ) -> tuple[Sequence[Part], dict[int, Any]]:
-        """Return the averages of rows whose weights a step is about to change.
+    ) -> tuple[Sequence[Part], Mapping[int, Any]]:
+        """Bring up to date averages that depend on weights that a step will change.
 
         Args:
             parts: The parts of the step.
             own: The hooks that a subclass overrides: then all averages are dense.
-            kernel: Whether a native kernel may bring them up to date instead.
+            kernel: Whether a native kernel may do it.
 
         Returns:
-            See `before_step`.
+            See `row_averages.before_step`.
         """
         tables = self.tables(kernel=kernel)
         if own:
@@ -343,23 +203,17 @@ class Averages:
                 table.catch_up()
         if own or not tables:
             return parts, {}
-        return before_step(tables, parts, self._optimizer.iterations)
+        return row_averages.before_step(tables, parts, self._optimizer.iterations)
 
     def follow(
-        self,
-        parts: Sequence[Part],
-        before: Mapping[int, Any],
-        done: Sequence[Any],
-        *,
-        kernel: bool = False,
+        self, parts: Sequence[Part], waiting: Mapping[int, Any], done: Sequence[Any]
     ) -> None:
         """Let avg <- m avg + (1 - m) w; at first avg <- w.
 
         Args:
             parts: The parts of the step.
-            before: What `read` returned.
+            waiting: What `read` returned.
             done: Averages that were updated with their weights.
-            kernel: As for `read`.
         """
         optimizer, ids = self._optimizer, {id(average) for average in done}
         rows = {part.variable_index: part.ids for part in parts if part.ids is not None}
@@ -371,8 +225,7 @@ class Averages:
             rows,
             optimizer.iterations,
             self.momentum(),
-            self.tables(kernel=kernel),
-            before,
+            waiting,
         )
 
     def has_more_than(self, parts: Sequence[Part]) -> bool:

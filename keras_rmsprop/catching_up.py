@@ -9,9 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from keras_rmsprop import estimate, sparse
-from keras_rmsprop.averages import Table
 from keras_rmsprop.clocks import Clock
 from keras_rmsprop.codecs import Draw
+from keras_rmsprop.row_averages import Table
 from keras_rmsprop.rule import Slots
 from keras_rmsprop.sampling import Sample
 

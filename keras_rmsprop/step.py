@@ -103,7 +103,7 @@ def take(
     given, checks = parts_of(grads, variables, clocks, index_of, kernel=kernel)
 
     def step() -> None:
-        parts, before = (
+        parts, waiting = (
             averages.read(given, own, kernel=kernel) if averages else (given, {})
         )
         # Overwrite: w <- g, for float8 scales.
@@ -115,7 +115,7 @@ def take(
         # Average: avg <- m avg + (1 - m) w; w <- avg, at each n-th update.
         if averages:
             if not hooks.average(optimizer, own):
-                averages.follow(parts, before, done, kernel=kernel)
+                averages.follow(parts, waiting, done)
             averages.overwrite(state)
         # Constrain: w <- constraint(w).
         constrain(parts)

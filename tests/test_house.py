@@ -112,6 +112,7 @@ def test_only_the_rooms_of_tensorflow_import_it():
         "backends.replay",
         "backends.tensorflow",
         "backends.updating",
+        "row_averages",
         "kernel.rows",
         "kernel.tensorflow",
     }
