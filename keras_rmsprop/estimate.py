@@ -134,11 +134,10 @@ def find(
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
-    is_first = ops.equal(old.steps, 0)
     gains, sums = [], []
     small: dict[str, list[Sampled]] = {}
     if kernel is not None:
-        found, parts = kernel.follow(parts, weight, is_first, FORGETTING)
+        found, parts = kernel.follow(parts, weight, FORGETTING)
         for gain, sum_ in found:
             gains.append(ops.cast(gain, "float32"))
             sums.append(ops.cast(sum_, "float32"))

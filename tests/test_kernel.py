@@ -842,7 +842,7 @@ def test_the_search_with_it_finds_what_it_finds_without(
                 for part, g in zip(several, grads, strict=True)
             ]
             if by:
-                left = by.follow(several, 0.0, tf.constant(False), 1.0)[1]
+                left = by.follow(several, 0.0, 1.0)[1]
                 assert not left
             find(several, estimate, 1.0, how, kernel=by)
             found.append([estimate, *(v for p in several for v in (p.first, p.sums))])
@@ -938,7 +938,7 @@ def test_the_search_refuses_elements_that_are_not_there():
     part = Sampled(variables[0], tf.ones(5000), *variables[1:], sample)
     sample.runs = sample.runs[0], sample.runs[1], sample.runs[2] + 1
     with pytest.raises(tf.errors.InvalidArgumentError, match="looked at"):
-        kernel.follow([part], 1.0, tf.constant(True), 0.9)
+        kernel.follow([part], 1.0, 0.9)
     for variable in variables:
         np.testing.assert_array_equal(variable.numpy(), np.zeros(variable.shape))
 

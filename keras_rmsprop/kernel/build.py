@@ -12,7 +12,8 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +21,18 @@ from typing import NamedTuple
 from keras_rmsprop.kernel import files
 
 HERE = Path(__file__).parent
-HEADERS = "processors.h", "blocks.h", "step.h", "rows.h", "search.h", "variables.h"
+HEADERS = (
+    *("processors.h", "blocks.h", "step.h", "rows.h", "search.h"),
+    *("variables.h", "ops.h"),
+)
 FLAGS = (
-    # Warnings, of TensorFlow's headers, would hide errors. Without symbols (-s) it is
-    # loaded sooner.
-    *("-shared", "-fPIC", "-O3", "-s", "-w"),
+    # Warnings, of TensorFlow's headers, would hide errors.
+    *("-fPIC", "-O3", "-w"),
     # So that loops are vectorised, and results stay those of IEEE arithmetic.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
+LINK_FLAGS = "-shared", "-s"
+"""Without symbols (-s) it is loaded sooner."""
 COMPILERS = "c++", "g++", "clang++"
 
 
@@ -66,7 +71,7 @@ class Library(NamedTuple):
 
 OPS = Library(
     "tensorflow",
-    ("blocks.cc", "step.cc", "rows.cc", "search.cc", "ops.cc"),
+    ("blocks.cc", "step.cc", "rows.cc", "search.cc", "ops.cc", "row_ops.cc"),
     Framework.tensorflow,
 )
 """For TensorFlow."""
@@ -80,7 +85,7 @@ LIBRARIES = OPS, POINTERS
 def name(library: Library) -> str:
     """Return the file name of a library for what is installed and these sources."""
     version = library.framework().version
-    known = [*version, platform.machine(), *FLAGS, *_flags_of_compiler()]
+    known = [*version, platform.machine(), *FLAGS, *LINK_FLAGS, *_flags_of_compiler()]
     known += [(HERE / source).read_text() for source in (*HEADERS, *library.sources)]
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
     return "-".join([library.prefix, *version[:1], digest[:12]]) + ".so"
@@ -157,7 +162,7 @@ def copy(library: files.Checked, folder: Path) -> Path:
 
 
 def build(library: Library, folder: Path | None = None) -> Path:
-    """Compile a library, which takes half a minute or so.
+    """Compile a library, which takes a minute or so on two cores.
 
     Args:
         library: Which one.
@@ -178,12 +183,11 @@ def build(library: Library, folder: Path | None = None) -> Path:
         folder = cache()
         files.make_private(folder)
     framework, file = library.framework(), name(library)
-    sources = [str(HERE / source) for source in library.sources]
-    with files.whole(folder, file) as made:
-        arguments = [*FLAGS, *framework.compile_flags, *sources, "-o", str(made)]
+
+    def run(arguments: Iterable[str | Path]) -> None:
         try:
             subprocess.run(
-                [*shlex.split(command), *arguments, *framework.link_flags],
+                [*shlex.split(command), *FLAGS, *framework.compile_flags, *arguments],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -193,4 +197,14 @@ def build(library: Library, folder: Path | None = None) -> Path:
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().splitlines()[-20:]
             raise RuntimeError("\n".join([f"{command} failed:", *last])) from error
+
+    def compiled(source: str) -> Path:
+        to = made.with_name(f"{source}.o")
+        run(["-c", HERE / source, "-o", to])
+        return to
+
+    with files.whole(folder, file) as made, ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The longest are last.
+        objects = [*pool.map(compiled, reversed(library.sources))]
+        run([*LINK_FLAGS, *objects, "-o", made, *framework.link_flags])
     return folder / file

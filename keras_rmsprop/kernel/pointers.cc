@@ -126,7 +126,7 @@ struct Searched {
 
 template <typename T, typename W>
 Sums FollowOf(int count, const Searched* variables, double forgetting, double weight,
-              bool begins, int threads) {
+              int threads) {
   std::vector<Followed<T, W>> parts;
   for (const Searched* one = variables; one < variables + count; ++one) {
     parts.push_back({one->sample, one->looked_at, one->elements,
@@ -135,7 +135,7 @@ Sums FollowOf(int count, const Searched* variables, double forgetting, double we
                      static_cast<T*>(one->first_weights),
                      static_cast<T*>(one->gradient_sums)});
   }
-  return FollowAll(parts, static_cast<T>(forgetting), static_cast<T>(weight), begins,
+  return FollowAll(parts, static_cast<T>(forgetting), static_cast<T>(weight), false,
                    [&](const std::vector<Piece>& pieces, auto follow) {
                      ForEach(pieces, threads, follow);
                    });
@@ -181,13 +181,13 @@ bool keras_rmsprop_step(const Request* request, int kind, int count,
 // Lets s of variables follow their gradients; see search.h. `kind` is the place of their
 // dtypes in `SEARCHES` of torch.py. Writes the sums of all, two numbers.
 void keras_rmsprop_follow(int kind, int count, const Searched* variables,
-                          double forgetting, double weight, bool begins, int threads,
+                          double forgetting, double weight, int threads,
                           Sums* sums) {
-  using Function = Sums (*)(int, const Searched*, double, double, bool, int);
+  using Function = Sums (*)(int, const Searched*, double, double, int);
   const Function follows[] = {FollowOf<float, float>, FollowOf<float, Bfloat16>,
                               FollowOf<float, Half>, FollowOf<double, double>,
                               FollowOf<double, float>};
-  *sums = follows[kind](count, variables, forgetting, weight, begins, threads);
+  *sums = follows[kind](count, variables, forgetting, weight, threads);
 }
 
 // Returns the norm of all tensors together, of float or of double.

@@ -269,14 +269,13 @@ def follows(part: Any) -> bool:
 
 
 def follow(
-    parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
+    parts: Sequence[Any], weight: Any, forgetting: float
 ) -> tuple[list[tuple[Any, Any]], list[Any]]:
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
         parts: The variables, each an `estimate.Sampled`.
         weight: What a gradient is multiplied by.
-        begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
 
     Returns:
@@ -301,7 +300,6 @@ def follow(
             gradient_sums=[unwrapped(part.sums).handle for part in several],
             forgetting=tf.constant(forgetting, dtype),
             weight=tf.cast(weight, dtype),
-            begins=begins,
             W=of_weights.base_dtype,
             samples=[x for part in several for x in part.sample.runs],
         )

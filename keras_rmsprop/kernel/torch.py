@@ -261,14 +261,13 @@ def norm(tensors: Sequence[Any]) -> float | None:
 
 
 def follow(
-    parts: Sequence[Any], weight: Any, begins: Any, forgetting: float
+    parts: Sequence[Any], weight: Any, forgetting: float
 ) -> tuple[list[tuple[float, float]], list[Any]]:
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
         parts: The variables, each an `estimate.Sampled`.
         weight: What a gradient is multiplied by.
-        begins: Whether the weights of now are to be kept as the first ones.
         forgetting: The share of s that stays.
 
     Returns:
@@ -293,7 +292,6 @@ def follow(
             ctypes.c_void_p(told.buffer_info()[0]),
             ctypes.c_double(forgetting),
             ctypes.c_double(_number(weight)),
-            bool(begins),
             torch.get_num_threads(),
             ctypes.c_void_p(sums.buffer_info()[0]),
         )
