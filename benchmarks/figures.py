@@ -272,6 +272,10 @@ def _cost(update: Part, fit: Part, memory: Part) -> Targets:
     for text, whats in (("first step of fit", models), ("import", ["import"])):
         ratios = fit.ratios("this", "Keras", whats, of="first")
         yield _target(f"{text}: at most 1.2 x Keras", ratios, 1.2)
+    for who, way in product(("this", "auto"), WAYS):
+        ratios = update.ratios(f"{who}, {way}", f"Keras, {way}", of="first")
+        text = f"first step of an update, {way}, {who}: at most 1.2 x Keras"
+        yield _target(text, ratios, 1.2)
     ratios = {
         f"{case[0]}, {case[2]}": spread(
             [peak / LARGEST_BYTES for peak in memory.values(case, "peak")]

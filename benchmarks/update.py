@@ -99,16 +99,15 @@ def with_keras(module: str, way: str, case: Case) -> tuple[Step, int]:
     given = [tf.constant(g) for g in case.gradients]
     optimizer = made("auto" if module == "auto" else LR, **options)
     optimizer.build(variables)
-    step = optimizer.apply
-    if way != "eager":
-        step = tf.function(
-            lambda grads: optimizer.apply(grads),
-            autograph=False,
-            jit_compile=way == "XLA",
-        )
+
+    def step(grads: Arrays) -> None:
+        optimizer.apply(grads)
+
+    compiled = tf.function(step, jit_compile=way == "XLA")
+    taken = step if way == "eager" else compiled
     slots = (v.value for v in optimizer.variables if v.shape)
     state = sum(v.dtype.size * v.shape.num_elements() for v in slots)
-    return lambda: step(given), state
+    return lambda: taken(given), state
 
 
 def with_keras_on_torch(module: str, case: Case) -> tuple[Step, int]:
