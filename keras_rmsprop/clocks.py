@@ -76,7 +76,9 @@ class Ticks(tf.Module):
         ):
             change()
         else:
-            self._programs.run(change, key)
+            # Each replica updates copies of its own, which a program knows.
+            place = tf.convert_to_tensor(self.updates).device
+            self._programs.run(change, (key, place))
 
 
 class AverageTicks(Ticks):

@@ -74,6 +74,51 @@ def test_equals_one_process(runs, tmp_path):
     assert 2 in [x for key, x in expected.items() if "skip" in key and x.ndim == 0]
 
 
+EAGER = """
+import keras, numpy as np, tensorflow as tf
+from keras_rmsprop import RMSprop
+
+cpu, = tf.config.list_physical_devices("CPU")
+two = 2 * [tf.config.LogicalDeviceConfiguration()]
+tf.config.set_logical_device_configuration(cpu, two)
+strategy = tf.distribute.MirroredStrategy(
+    ["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
+
+def trained(rate, scale, scope, run, **options):
+    with scope:
+        table = keras.Variable(tf.ones((9, 2)), name="embeddings")
+        optimizer = RMSprop(rate, use_ema=True, ema_momentum=0.9, **options)
+        optimizer.build([table])
+
+    def step(row):
+        gradient = scale * tf.ones((9, 2))
+        if row is not None:
+            gradient = tf.IndexedSlices(gradient[:1], tf.constant([row]), [9, 2])
+        optimizer.apply([gradient], [table])
+
+    for row in 0, 1, 0, None, 1:
+        run(step, [row])
+    average, = (v for v in optimizer.variables if v.path.endswith("average"))
+    return [getattr(v.value, "values", [v.value]) for v in (average, table)]
+
+for rate in 0.05, "auto":
+    for options in {}, {"ema_overwrite_frequency": 4}:
+        one = trained(rate, 2.0, tf.device("CPU:0"), lambda f, x: f(*x), **options)
+        both = trained(rate, 1.0, strategy.scope(), strategy.run, **options)
+        for (x,), copies in zip(one, both):
+            assert len(copies) == 2
+            for copy in copies:
+                np.testing.assert_allclose(copy, x, rtol=1e-6)
+"""
+
+
+def test_in_eager_replicas_all_rows_catch_up():
+    process = subprocess.run(
+        [sys.executable, "-c", EAGER], capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
 def example(directory, *, kill=False):
     """Run the example and return its output; with `kill` one worker dies at work."""
     process = subprocess.Popen(
