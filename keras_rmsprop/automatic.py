@@ -278,10 +278,17 @@ class Search:
             Sampled(
                 *(v, grads.get(i), first, sums, sample(v.shape)),
                 tables.rows_of(i, ids.get(i)),
+                self._momentum(i),
             )
             for i, (v, first, sums) in enumerate(slots)
             if first is not None
         ]
+
+    def _momentum(self, i: int) -> Any:
+        """Return the momentum buffer of a variable, unless it is in fewer bits."""
+        momentum = self._optimizer._steps.slots_of(i).momentum
+        same = momentum is not None and momentum.dtype == self.sums[i].dtype
+        return momentum if same else None
 
     def rate(
         self,

@@ -5,16 +5,22 @@ $x_0$ and have gradients $g$. The distance is $d$, a factor on it is $f$ (a sche
 say), and $b = \sqrt{0.999}$. Before the weights change, step $t = 1, 2, \dots$ does:
 
 $$\begin{aligned}
-  \lambda &= f d^2 / d_0 \\
-  r &\leftarrow b r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
-  s \leftarrow b s + \lambda g \\
-  d &\leftarrow \max(d_0,\; d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|)
+  \lambda &= f d^2 / d_0, \qquad
+  h = 1 - 0.005 \max(0,\; 4 q - 3) \\
+  r &\leftarrow b h^3 r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
+  s \leftarrow b h^2 s + \lambda g \\
+  d &\leftarrow \max(d_0,\; h d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|) \\
+  q &\leftarrow 0.9\, q - 0.1 \sum g m \,/ \sum |g m|
 \end{aligned}$$
 
 If the way down the gradients leads back to where the weights began, the weights went
 too far, and $r$ is small. If it leads on, $r / \sum |s|$ says how far there is to go.
 The steps are those of RMSprop with the learning rate $f d$. The scale of the loss
 cancels.
+
+Steps that are too long for a loss without noise go back and forth: nearly all gradients
+point back along the momentum buffer $m$, and $q$ is near 1. Then the distance falls,
+and so does the weight $\lambda$ of what was seen before. With noise $q$ is near 0.
 """
 
 import itertools
@@ -43,12 +49,18 @@ LASTING = 100
 """For so many steps a distance found at the start lasts, before it fades."""
 MOST = 1e4
 """No distance is larger: on a slope without end it would grow to infinity."""
+BACK = 0.75
+"""From this q on, distances fall."""
+FALL = 0.005
+"""By this share a step, if q is 1."""
+TURNING = 0.9
+"""The decay rate of q."""
 SAME = 1e-3
 """Weights are those of the end of `fit` if `reach` has changed by a smaller share."""
 
 
 class Estimate(NamedTuple):
-    """What is known so far: six numbers, kept in one variable."""
+    """What is known so far: seven numbers, kept in one variable."""
 
     distance: Any
     """d; the learning rate is this times the factor."""
@@ -65,6 +77,8 @@ class Estimate(NamedTuple):
     """
     longest: Any = 0.0
     """The largest distance so far."""
+    back: Any = 0.0
+    """q, how far gradients point back along the last steps: -1 to 1."""
 
     @classmethod
     def at_first(cls, initial: float, *, again: bool = False) -> "Estimate":
@@ -91,6 +105,25 @@ class Sampled(NamedTuple):
     """Which elements are looked at."""
     rows: Any = None
     """The rows of a table (`sparse.Rows`); None: it has no clock."""
+    momentum: Any = None
+    """Keeps m, of all elements, in the dtype of s; None: there is none."""
+
+
+class Sums(NamedTuple):
+    """What a step sums up, of one variable or of several."""
+
+    gain: Any
+    """Of <g, x0 - x>."""
+    length: Any
+    """Of |s|."""
+    ahead: Any = 0.0
+    """Of g m."""
+    both: Any = 0.0
+    """Of |g m|."""
+
+    def times(self, n: Any) -> "Sums":
+        """Return sums in which each element stands for so many."""
+        return Sums(*(n * ops.cast(x, "float32") for x in self))
 
 
 def numbers(options: Any) -> tuple[float, ...]:
@@ -100,7 +133,7 @@ def numbers(options: Any) -> tuple[float, ...]:
         options: An `AutoLearningRate`.
     """
     mine = options.initial, options.coefficient, options.growth
-    return *mine, FORGETTING, TINY, LASTING, MOST, SAME
+    return *mine, FORGETTING, TINY, LASTING, MOST, SAME, BACK, FALL, TURNING
 
 
 def find(
@@ -134,43 +167,41 @@ def find(
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
-    gains, sums = [], []
-    small: dict[str, list[Sampled]] = {}
+    share = 1 - FALL * ops.maximum(0.0, (old.back - BACK) / (1 - BACK))
+    forgetting = FORGETTING * share**2
+    each, small = list[Sums](), dict[tuple[str, bool], list[Sampled]]()
     if kernel is not None:
-        found, parts = kernel.follow(parts, weight, FORGETTING)
-        for gain, sum_ in found:
-            gains.append(ops.cast(gain, "float32"))
-            sums.append(ops.cast(sum_, "float32"))
+        found, parts = kernel.follow(parts, weight, forgetting)
+        each += [Sums(*sums).times(1) for sums in found]
     # End to end, parts of variables that are spread over devices would have to travel.
     may_join = keras.distribution.distribution() is None
     for part in parts:
         stands_for = part.sample.stands_for
         if part.gradient is None:
-            sums.append(stands_for * _without_gradient(part, fold))
-        elif part.rows is None and part.sample.is_small and may_join:
-            small.setdefault(part.sums.dtype, []).append(part)
+            each.append(Sums(0.0, _without_gradient(part, fold)).times(stands_for))
+        elif part.rows is not None:
+            each.append(_follow_rows(part, weight, fold, kernel).times(stands_for))
+        elif part.sample.is_small and may_join:
+            kind = part.sums.dtype, part.momentum is not None
+            small.setdefault(kind, []).append(part)
         else:
-            if part.rows is None:
-                gain, sum_ = _follow(part, weight, fold)
-            else:
-                gain, sum_ = _follow_rows(part, weight, fold, kernel)
-            gains.append(stands_for * ops.cast(gain, "float32"))
-            sums.append(stands_for * ops.cast(sum_, "float32"))
+            each.append(_follow(part, weight, forgetting, fold).times(stands_for))
     for several in small.values():
-        gain, sum_ = _follow_end_to_end(several, weight)
-        gains.append(ops.cast(gain, "float32"))
-        sums.append(ops.cast(sum_, "float32"))
-    gain = FORGETTING * old.gain + sign * weight * sum(gains)
+        each.append(_follow_end_to_end(several, weight, forgetting).times(1))
+    gain, length, ahead, both = (sum(of_each) for of_each in zip(*each, strict=True))
+    back = TURNING * old.back - (1 - TURNING) * sign * ahead / (both + TINY)
+    gain = share * forgetting * old.gain + sign * weight * gain
     steps = old.steps + 1
-    fading = old.distance * ops.sqrt((old.steps + LASTING) / (steps + LASTING))
-    found = options.coefficient * gain / (sum(sums) + TINY)
+    fading = ops.sqrt((old.steps + LASTING) / (steps + LASTING))
+    fading = share * old.distance * fading
+    found = options.coefficient * gain / (length + TINY)
     distance = ops.maximum(ops.maximum(found, fading), options.initial)
     distance = ops.minimum(distance, MOST)
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
     path = old.path + factor * distance
     longest = ops.maximum(old.longest, distance)
-    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0, longest)))
+    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0, longest, back)))
     return distance
 
 
@@ -229,20 +260,25 @@ def _begin(parts: Sequence[Sampled], momentums: Sequence[Any], old: Estimate) ->
     backend.either(ops.not_equal(old.steps, 0), lambda: None, begin, state)
 
 
-def _follow(part: Sampled, weight: Any, fold: bool) -> tuple[Any, Any]:
-    """Return <g, x0 - x> and the sum of |s| of a variable; keep s."""
+def _follow(part: Sampled, weight: Any, forgetting: Any, fold: bool) -> Sums:
+    """Return the sums of a variable; keep s."""
     dtype = part.sums.dtype
     g, x = (
         ops.cast(part.sample.of(ops.convert_to_tensor(tensor)), dtype)
         for tensor in (part.gradient, part.variable)
     )
-    new = FORGETTING * ops.convert_to_tensor(part.sums) + ops.cast(weight, dtype) * g
+    old = ops.cast(forgetting, dtype) * ops.convert_to_tensor(part.sums)
+    new = old + ops.cast(weight, dtype) * g
     part.sums.assign(new)
     way = ops.convert_to_tensor(part.first) - x
-    return total(g * way, fold=fold), total(ops.absolute(new), fold=fold)
+    products = [g * way, ops.absolute(new)]
+    if part.momentum is not None:
+        ahead = g * part.sample.of(ops.convert_to_tensor(part.momentum))
+        products += [ahead, ops.absolute(ahead)]
+    return Sums(*(total(product, fold=fold) for product in products))
 
 
-def _follow_end_to_end(parts: Sequence[Sampled], weight: Any) -> tuple[Any, Any]:
+def _follow_end_to_end(parts: Sequence[Sampled], weight: Any, forgetting: Any) -> Sums:
     """Do the same for small variables, where operations cost more than numbers."""
     dtype = parts[0].sums.dtype
 
@@ -257,17 +293,20 @@ def _follow_end_to_end(parts: Sequence[Sampled], weight: Any) -> tuple[Any, Any]
     x = end_to_end(ops.convert_to_tensor(part.variable) for part in parts)
     first = end_to_end(ops.convert_to_tensor(part.first) for part in parts)
     old = end_to_end(ops.convert_to_tensor(part.sums) for part in parts)
-    new = FORGETTING * old + ops.cast(weight, dtype) * g
+    new = ops.cast(forgetting, dtype) * old + ops.cast(weight, dtype) * g
     ends = [*itertools.accumulate(math.prod(part.sums.shape) for part in parts)]
     pieces = ops.split(new, ends[:-1]) if len(parts) > 1 else [new]
     for part, piece in zip(parts, pieces, strict=True):
         part.sums.assign(shaped(piece, part.sums.shape))
-    return ops.sum(g * (first - x)), ops.sum(ops.absolute(new))
+    sums = [ops.sum(g * (first - x)), ops.sum(ops.absolute(new))]
+    if parts[0].momentum is not None:
+        momentum = (ops.convert_to_tensor(part.momentum) for part in parts)
+        ahead = g * end_to_end(momentum)
+        sums += [ops.sum(ahead), ops.sum(ops.absolute(ahead))]
+    return Sums(*sums)
 
 
-def _follow_rows(
-    part: Sampled, weight: Any, fold: bool, kernel: Any
-) -> tuple[Any, Any]:
+def _follow_rows(part: Sampled, weight: Any, fold: bool, kernel: Any) -> Sums:
     """Do the same from the rows of a table that a step updates."""
     before = _without_gradient(part, fold)
     clock, ids = part.rows
@@ -281,7 +320,7 @@ def _follow_rows(
         sum_ = FORGETTING * ops.cast(before, more.dtype) + more
     sum_ = ops.maximum(sum_, 0)  # rounding takes it below
     clock.sum.assign(ops.cast(sum_, clock.sum.dtype))
-    return gain, sum_
+    return Sums(gain, sum_)
 
 
 def _rows_followed(part: Sampled, weight: Any, before: Any) -> tuple[Any, Any]:

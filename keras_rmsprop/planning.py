@@ -208,9 +208,9 @@ def _check_number(kind: str, array: NDArray[Any], place: Any) -> None:
     elif kind in (RATE, RATE_FACTOR):
         checks.number(kind, float(array), checks.NOT_NEGATIVE)
     elif kind == RATE_ESTIMATE:
-        distance, gain, steps, path, _, longest = map(float, array)
-        gain = abs(gain)  # it has any sign
-        for number in (distance, gain, steps, path, longest):
+        distance, gain, steps, path, _, longest, back = map(float, array)
+        gain, back = abs(gain), abs(back)  # they have any sign
+        for number in (distance, gain, steps, path, longest, back):
             checks.number(kind, number, checks.NOT_NEGATIVE)
 
 

@@ -110,9 +110,11 @@ def automatic_step(
 
     As Prodigy has it, with b^2 = 0.999 and d the distance, before the step:
 
-        r <- b r + factor d^2 / initial * sum of g (theta_0 - theta)
-        s <- b s + factor d^2 / initial * g
-        d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
+        h = 1 - 0.005 max(0, 4 q - 3)
+        r <- b h^3 r + factor d^2 / initial * sum of g (theta_0 - theta)
+        s <- b h^2 s + factor d^2 / initial * g
+        d <- max(initial, h d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
+        q <- 0.9 q - 0.1 sum of g m / sum of |g m|, with the momentum buffers m
 
     A table steps without momentum, with the largest d so far. Its epsilon is larger by
     ten times the geometric mean of g^2, over all g but 0, if there is a 0.
@@ -154,6 +156,7 @@ def automatic_step(
             "d": initial,
             "most": initial,
             "r": 0.0,
+            "q": 0.0,
             "t": 0,
             "x0": xs,
             "each": [{} for _ in xs],
@@ -165,12 +168,28 @@ def automatic_step(
         k * (g * (x0 - x)).sum()
         for k, g, x0, x in zip(n, gs, state["x0"], xs, strict=True)
     )
-    state["r"] = b * state["r"] + sign * weight * gain
-    state["s"] = [b * s + weight * g for s, g in zip(state["s"], gs, strict=True)]
+    moves = (
+        []
+        if not hyperparameters.get("momentum")
+        else [
+            k * seen(g) * seen(each["m"])
+            for i, (k, g, each) in enumerate(
+                zip(n, gradients, state["each"], strict=True)
+            )
+            if i not in tables and "m" in each
+        ]
+    )
+    ahead, both = (sum(f(x).sum() for x in moves) for f in (np.asarray, np.abs))
+    h = 1 - 0.005 * max(0.0, 4 * state["q"] - 3)
+    state["q"] = 0.9 * state["q"] - 0.1 * sign * ahead / (both + 1e-30)
+    state["r"] = b * h**3 * state["r"] + sign * weight * gain
+    state["s"] = [
+        b * h**2 * s + weight * g for s, g in zip(state["s"], gs, strict=True)
+    ]
     state["t"] += 1
     sums = sum(k * np.abs(s).sum() for k, s in zip(n, state["s"], strict=True))
     found = state["r"] / (sums + 1e-30)
-    fading = state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
+    fading = h * state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
     distance = max(initial, fading, coefficient * found)
     state["d"] = min(distance, growth * state["d"], 1e4)
     state["most"] = max(state["most"], state["d"])
@@ -185,8 +204,9 @@ def automatic_step(
         epsilon = hyperparameters.get("epsilon", 0.0) + 10 * typical
         given = {"alpha": lead * alpha, "momentum": 0.0, "epsilon": epsilon}
         if hyperparameters.get("decoupled_weight_decay", True):  # as of the others
-            share = rest / lead
-            given["weight_decay"] = share * hyperparameters.get("weight_decay", 0.0)
+            given["weight_decay"] = (
+                rest / lead * hyperparameters.get("weight_decay", 0.0)
+            )
         return hyperparameters | given
 
     return [

@@ -290,6 +290,32 @@ def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_that_go_back_and_forth_count_as_in_the_reference(way):
+    weights = [np.linspace(-1, 1, n, dtype="float32") for n in (5000, 30)]
+    curvatures = [np.linspace(1, 2, w.size) for w in weights]
+    variables = [keras.Variable(w) for w in weights]
+    optimizer, state = RMSprop("auto"), {}
+    optimizer.build(variables)
+    apply, rates, back = WAYS[way](optimizer), [], []
+    options = {"momentum": 0.9, "nesterov": True, "bias_correction": True}
+    for _ in range(300):  # without noise
+        given = [
+            c * (keras.ops.convert_to_numpy(v) - 2.0)
+            for c, v in zip(curvatures, variables, strict=True)
+        ]
+        apply([tensor(g, "float32") for g in given])
+        weights = reference.automatic_step(
+            weights, given, state, epsilon=1e-30, **options
+        )
+        back.append(state["q"])
+        rates.append(optimizer.current_learning_rate)
+        np.testing.assert_allclose(10 * rates[-1], state["d"], rtol=5e-3)
+    known = keras.ops.convert_to_numpy(optimizer._search.estimate)
+    assert known[-1] == pytest.approx(state["q"], abs=1e-2)
+    assert max(back) > 0.8
+
+
 def test_it_begins_from_the_weights_that_are_loaded():
     loaded = [np.full(s, 7.0, "float32") for s in ((3, 3), (3,), (3, 3), (3,))]
     model = dense_model(RMSprop("auto"))
@@ -676,7 +702,8 @@ def test_other_backends_find_what_the_reference_finds(backend):
             optimizer.apply([keras.ops.convert_to_tensor(g) for g in given], variables)
             weights = reference.automatic_step(
                 weights, given, state,
-                momentum=0.5, epsilon=1e-30, bias_correction=True)
+                momentum=0.5, nesterov=True, epsilon=1e-30,
+                bias_correction=True)
         np.testing.assert_allclose(
             optimizer.current_learning_rate, state["d"] / 2, rtol=2e-3)
         for v, w in zip(variables, weights):
@@ -826,7 +853,7 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
     optimizer = RMSprop("auto")
     optimizer.build([kernel, keras.Variable(np.zeros(512), dtype="float32")])
     kept = {v.path: v for v in optimizer.variables if any(k in v.path for k in FOUND)}
-    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 6
+    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 7
 
 
 @pytest.mark.parametrize(

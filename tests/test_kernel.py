@@ -20,7 +20,7 @@ from stepping import examples, python
 from keras_rmsprop import RMSprop, automatic, rule
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Blockwise, Draw
-from keras_rmsprop.estimate import Sampled, find
+from keras_rmsprop.estimate import Estimate, Sampled, find
 from keras_rmsprop.kernel import DTYPES as TAKEN
 from keras_rmsprop.kernel import SWITCH, build, files
 from keras_rmsprop.kernel import tensorflow as kernel
@@ -823,14 +823,18 @@ def test_the_search_with_it_finds_what_it_finds_without(
         sample = how.sample(shape)
         first, s = (tf.Variable(tf.zeros(sample.shape, sums)) for _ in "12")
         variable = tf.Variable(tf.cast(rng.normal(size=shape), weights))
-        return Sampled(variable, None, first, s, sample)
+        momentum = tf.Variable(tf.cast(rng.normal(size=shape), sums))
+        moves = rng.random() < 0.8
+        return Sampled(
+            variable, None, first, s, sample, momentum=momentum if moves else None
+        )
 
     parts = [part_of(shape) for shape in shapes]
     others = [
         part._replace(first=tf.Variable(part.first), sums=tf.Variable(part.sums))
         for part in parts
     ]
-    kept = [tf.Variable([1e-5, 0.0, 0.0, 0.0, 0.0, 1e-5]) for _ in "12"]
+    kept = [tf.Variable([*Estimate.at_first(1e-5)]) for _ in "12"]
     for _ in range(3):
         grads = [tf.cast(rng.normal(size=shape), sums) for shape in shapes]
         found = []

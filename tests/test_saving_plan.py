@@ -356,8 +356,8 @@ BAD = [
         for k in (RATE.kind, "learning_rate_factor")
         for x in (-1, np.nan, np.inf)
     ),
-    ("learning_rate_estimate", [-1, 0, 0, 0, 0, 0]),
-    ("learning_rate_estimate", [1, np.nan, 0, 0, 0, 0]),
+    ("learning_rate_estimate", [-1, 0, 0, 0, 0, 0, 0]),
+    ("learning_rate_estimate", [1, np.nan, 0, 0, 0, 0, 0]),
 ]
 
 
@@ -386,7 +386,7 @@ def test_numbers_that_may_be():
         ("iteration", 2**31 - 1),
         ("iteration", 0.0),
         ("learning_rate", 0),
-        ("learning_rate_estimate", [1, -5, 2, 0, 0, 0]),
+        ("learning_rate_estimate", [1, -5, 2, 0, 0, 0, -0.5]),
         ("own", np.nan),  # a subclass' own
     ):
         place = np.zeros(np.shape(x), "int32")

@@ -75,21 +75,21 @@ REGISTER_OP("KerasRmspropFollow")
     .Input("weights: NW * resource")  // here and below: so many, or a group
     .Input("first_weights: NF * resource")
     .Input("gradient_sums: NS * resource")
+    .Input("momenta: M * resource")
     .Input("forgetting: T")
     .Input("weight: T")
-    .Output("gain: double")
-    .Output("length: double")
+    .Output("sums: double")  // four, see `estimate.Sums`
     .Attr("N: int >= 1")
     .Attr("NW: int >= 1")
     .Attr("NF: int >= 1")
     .Attr("NS: int >= 1")
+    .Attr("M: int >= 0")
     .Attr("T: {float, double}")
     .Attr("W: {float, double, bfloat16, half}")
     .Attr("samples: list(int)")  // run, pitch and stride of each
     .SetIsStateful()
     .SetShapeFn([](tf::shape_inference::InferenceContext* c) {
-      c->set_output(0, c->Scalar());
-      c->set_output(1, c->Scalar());
+      c->set_output(0, c->Vector(4));
       return absl::OkStatus();
     });
 
@@ -148,11 +148,11 @@ absl::Status ReadNumber(tf::OpKernelContext* ctx, const char* name,
   }
 }
 
-// The variables of a search for a learning rate: the kinds of weights, first weights and
-// s among them, and the sample of each, three numbers.
+// The variables of a search for a learning rate: the kinds of weights, first weights, s
+// and momentum buffers among them, and the sample of each, three numbers.
 struct Searched {
   Variables& variables;
-  int weights, first, sums;
+  int weights, first, sums, momenta;  // momenta < 0: they are not looked at
   const std::vector<int64_t>& samples;
 
   // Checks what is kept of a variable, and says which elements are looked at.
@@ -181,6 +181,7 @@ struct Searched {
     part->weights = reinterpret_cast<Plain<W>*>(variables.Data<W>(weights, i));
     part->first_weights = variables.Data<T>(first, i);
     part->gradient_sums = variables.Data<T>(sums, i);
+    part->momentum = momenta < 0 ? nullptr : variables.Data<T>(momenta, i);
   }
 };
 
@@ -253,7 +254,8 @@ class StepOp : public UpdateOp<T> {
             ctx, variables.Check(kind, i, is_slot ? of_slots : of_weights, &shape));
       }
     }
-    const Searched searched = {variables, kWeights, kFirst, kSums, samples_};
+    const int turns = std::is_same_v<S, T> ? kMomenta : -1;
+    const Searched searched = {variables, kWeights, kFirst, kSums, turns, samples_};
     std::vector<Followed<T, Plain<W>>> followed(searches ? count : 0);
     for (size_t i = 0; i < followed.size(); ++i) {
       OP_REQUIRES_OK(ctx, searched.Check(i, gradients[i], &followed[i]));
@@ -335,7 +337,8 @@ class StepOp : public UpdateOp<T> {
     const float factor = request.learning_rate, sign = request.scale < 0 ? -1 : 1;
     const float scale = sign * static_cast<float>(request.scale);
     const float weight = WeightOf(known, search, factor, scale);
-    const Sums sums = FollowAll(parts, static_cast<T>(search.forgetting),
+    const T fall = FallOf(known, search);
+    const Sums sums = FollowAll(parts, fall * fall * static_cast<T>(search.forgetting),
                                 static_cast<T>(weight), known.steps == 0,
                                 [&](const std::vector<Piece>& pieces, auto follow) {
                                   ForEach(ctx, pieces, follow);
@@ -386,8 +389,9 @@ class FollowOp : public tf::OpKernel {
     const int count = gradients.size();
     Variables variables;
     OP_REQUIRES_OK(
-        ctx, variables.Find(ctx, count, {"weights", "first_weights", "gradient_sums"},
-                            kKinds));
+        ctx, variables.Find(ctx, count,
+                            {"weights", "first_weights", "gradient_sums", "momenta"},
+                            kMomenta));
     const tf::Tensor *forgetting, *weight;
     OP_REQUIRES_OK(ctx, ctx->input("forgetting", &forgetting));
     OP_REQUIRES_OK(ctx, ctx->input("weight", &weight));
@@ -396,17 +400,20 @@ class FollowOp : public tf::OpKernel {
                     samples_.size() == 3 * static_cast<size_t>(count),
                 absl::InvalidArgumentError("There must be a weight, and a sample for "
                                            "each gradient."));
-    tf::Tensor *gain, *length;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &gain));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, {}, &length));
+    tf::Tensor* output;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {4}, &output));
 
     OP_REQUIRES_OK(ctx, variables.Lock());
-    const Searched searched = {variables, kWeights, kFirst, kSums, samples_};
+    const Searched searched = {variables, kWeights, kFirst, kSums, kMomenta, samples_};
     std::vector<Followed<T, Plain<W>>> parts(count);
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, variables.Check(kWeights, i, tf::DataTypeToEnum<W>::v(),
                                           &gradients[i].shape()));
       OP_REQUIRES_OK(ctx, searched.Check(i, gradients[i], &parts[i]));
+      if (variables.Has(kMomenta)) {
+        OP_REQUIRES_OK(ctx, variables.Check(kMomenta, i, tf::DataTypeToEnum<T>::v(),
+                                            &gradients[i].shape()));
+      }
     }
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, variables.MakeSoleOwner(ctx, kSums, i));
@@ -417,12 +424,12 @@ class FollowOp : public tf::OpKernel {
         [&](const std::vector<Piece>& pieces, auto follow) {
           ForEach(ctx, pieces, follow);
         });
-    gain->scalar<double>()() = sums.gain;
-    length->scalar<double>()() = sums.length;
+    const double all[] = {sums.gain, sums.length, sums.ahead, sums.both};
+    std::copy_n(all, 4, output->flat<double>().data());
   }
 
  private:
-  enum { kWeights, kFirst, kSums, kKinds };
+  enum { kWeights, kFirst, kSums, kMomenta };
 
   std::vector<int64_t> samples_;
 };

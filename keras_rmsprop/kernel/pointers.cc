@@ -122,6 +122,7 @@ struct Searched {
   int64_t looked_at, elements;
   const void *gradient, *weights;
   void *first_weights, *gradient_sums;
+  const void* momentum;  // null: there is none
 };
 
 template <typename T, typename W>
@@ -133,7 +134,8 @@ Sums FollowOf(int count, const Searched* variables, double forgetting, double we
                      static_cast<const T*>(one->gradient),
                      static_cast<const W*>(one->weights),
                      static_cast<T*>(one->first_weights),
-                     static_cast<T*>(one->gradient_sums)});
+                     static_cast<T*>(one->gradient_sums),
+                     static_cast<const T*>(one->momentum)});
   }
   return FollowAll(parts, static_cast<T>(forgetting), static_cast<T>(weight), false,
                    [&](const std::vector<Piece>& pieces, auto follow) {
@@ -179,7 +181,7 @@ bool keras_rmsprop_step(const Request* request, int kind, int count,
 }
 
 // Lets s of variables follow their gradients; see search.h. `kind` is the place of their
-// dtypes in `SEARCHES` of torch.py. Writes the sums of all, two numbers.
+// dtypes in `SEARCHES` of torch.py. Writes the sums of all, four numbers.
 void keras_rmsprop_follow(int kind, int count, const Searched* variables,
                           double forgetting, double weight, int threads,
                           Sums* sums) {

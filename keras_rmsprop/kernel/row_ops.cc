@@ -303,8 +303,7 @@ class FollowRowsOp : public tf::OpKernel {
         kCyclesAnElement * looked_at + kCyclesARow);
     Sums sums;
     for (const Sums& of_piece : of_pieces) {
-      sums.gain += of_piece.gain;
-      sums.length += of_piece.length;
+      sums.Add(of_piece, 1);
     }
     gain->scalar<double>()() = sums.gain;
     length->scalar<double>()() = sums.length;

@@ -3,6 +3,7 @@
 #include "search.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -20,18 +21,24 @@ struct Run {
   T forgetting, weight;
 };
 
-// Elements one after the other are a loop of their own, as it is vectorised.
-template <bool kOneByOne, typename T, typename W>
+// Sums of which each is of some elements.
+struct Lanes {
+  double gain[kSums] = {}, length[kSums] = {}, ahead[kSums] = {}, both[kSums] = {};
+};
+
+// Elements one after the other are a loop of their own, as it is vectorised; and so are
+// those with momentum.
+template <bool kOneByOne, bool kMoves, typename T, typename W>
 EACH_PROCESSOR void FollowRun(const Run<T>& run, const T* __restrict gradient,
                               const W* __restrict weights,
                               const T* __restrict first, T* __restrict sums,
-                              double* __restrict gains, double* __restrict lengths) {
+                              const T* __restrict momentum, Lanes* __restrict lanes) {
   const int64_t size = run.size, stride = kOneByOne ? 1 : run.stride;
   const T forgetting = run.forgetting, weight = run.weight;
   int64_t i = 0;
   // In doubles all the way it took twice as long.
   for (; i + kSums * kShort <= size; i += kSums * kShort) {
-    T gain[kSums] = {}, length[kSums] = {};
+    T gain[kSums] = {}, length[kSums] = {}, ahead[kSums] = {}, both[kSums] = {};
     for (int64_t k = i; k < i + kSums * kShort; k += kSums) {
       for (int j = 0; j < kSums; ++j) {
         const T g = gradient[(k + j) * stride];
@@ -40,11 +47,20 @@ EACH_PROCESSOR void FollowRun(const Run<T>& run, const T* __restrict gradient,
         sums[k + j] = s;
         gain[j] += g * (first[k + j] - x);
         length[j] += std::abs(s);
+        if constexpr (kMoves) {
+          const T product = g * momentum[(k + j) * stride];
+          ahead[j] += product;
+          both[j] += std::abs(product);
+        }
       }
     }
     for (int j = 0; j < kSums; ++j) {
-      gains[j] += gain[j];
-      lengths[j] += length[j];
+      lanes->gain[j] += gain[j];
+      lanes->length[j] += length[j];
+      if constexpr (kMoves) {
+        lanes->ahead[j] += ahead[j];
+        lanes->both[j] += both[j];
+      }
     }
   }
   for (int j = 0; i < size; ++i, j = (j + 1) % kSums) {
@@ -52,8 +68,13 @@ EACH_PROCESSOR void FollowRun(const Run<T>& run, const T* __restrict gradient,
     const T x = static_cast<T>(weights[i * stride]);
     const T s = forgetting * sums[i] + weight * g;
     sums[i] = s;
-    gains[j] += double(g) * double(first[i] - x);
-    lengths[j] += std::abs(double(s));
+    lanes->gain[j] += double(g) * double(first[i] - x);
+    lanes->length[j] += std::abs(double(s));
+    if constexpr (kMoves) {
+      const double product = double(g) * double(momentum[i * stride]);
+      lanes->ahead[j] += product;
+      lanes->both[j] += std::abs(product);
+    }
   }
 }
 
@@ -73,6 +94,11 @@ Sums FollowShort(const Followed<T, W>& part, int64_t start, int64_t size, T forg
     part.gradient_sums[i] = s;
     sums.gain += double(g) * double(part.first_weights[i] - x);
     sums.length += std::abs(double(s));
+    if (part.momentum) {
+      const double product = double(g) * double(part.momentum[at]);
+      sums.ahead += product;
+      sums.both += std::abs(product);
+    }
     if (++place == sample.run) {
       place = 0;
       begin += sample.pitch;
@@ -153,7 +179,12 @@ Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgettin
   if (sample.run < 2 * kSums) {
     return FollowShort(part, start, size, forgetting, weight, begins);
   }
-  double gains[kSums] = {}, lengths[kSums] = {};
+  constexpr auto kLoops = std::array{FollowRun<false, false, T, W>,
+                                     FollowRun<false, true, T, W>,
+                                     FollowRun<true, false, T, W>,
+                                     FollowRun<true, true, T, W>};
+  const auto follow = kLoops[2 * (sample.stride == 1) + (part.momentum != nullptr)];
+  Lanes lanes;
   for (int64_t i = start; i < start + size;) {
     const int64_t place = i % sample.run;
     const int64_t from = i / sample.run * sample.pitch + place * sample.stride;
@@ -165,15 +196,15 @@ Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgettin
             static_cast<T>(part.weights[from + j * sample.stride]);
       }
     }
-    const auto follow =
-        sample.stride == 1 ? FollowRun<true, T, W> : FollowRun<false, T, W>;
     follow(run, part.gradient + from, part.weights + from, part.first_weights + i,
-           part.gradient_sums + i, gains, lengths);
+           part.gradient_sums + i, part.momentum ? part.momentum + from : nullptr,
+           &lanes);
     i += run.size;
   }
   Sums sums;
-  for (double gain : gains) sums.gain += gain;
-  for (double length : lengths) sums.length += length;
+  for (int j = 0; j < kSums; ++j) {
+    sums.Add({lanes.gain[j], lanes.length[j], lanes.ahead[j], lanes.both[j]}, 1);
+  }
   return sums;
 }
 
@@ -193,7 +224,7 @@ T Farthest(const Followed<T, W>& part) {
 
 Estimate Again(const Search& search) {
   const float initial = search.initial;
-  return {initial, 0, 0, 0, -1, initial};
+  return {initial, 0, 0, 0, -1, initial, 0};
 }
 
 float WeightOf(const Estimate& old, const Search& search, float factor, float scale) {
@@ -201,19 +232,30 @@ float WeightOf(const Estimate& old, const Search& search, float factor, float sc
   return factor * square / static_cast<float>(search.initial) * scale;
 }
 
+float FallOf(const Estimate& old, const Search& search) {
+  const float from = search.back, beyond = (old.back - from) / (1 - from);
+  // The order decides what a NaN does: it stays.
+  return 1 - static_cast<float>(search.fall) * std::max(beyond, 0.0f);
+}
+
 Estimate After(const Estimate& old, const Search& search, float factor, float weight,
                float sign, const Sums& sums) {
   const float lasting = search.lasting;
+  const float tiny = search.tiny, turning = search.turning;
+  const float fall = FallOf(old, search);
   Estimate now;
-  now.gain = static_cast<float>(search.forgetting) * old.gain +
+  const float back = static_cast<float>(sums.ahead) /
+                     (static_cast<float>(sums.both) + tiny);
+  now.back = turning * old.back - static_cast<float>(1 - search.turning) * sign * back;
+  now.gain = fall * fall * fall * static_cast<float>(search.forgetting) * old.gain +
              sign * weight * static_cast<float>(sums.gain);
   now.steps = old.steps + 1;
   const float fading =
-      old.distance * std::sqrt((old.steps + lasting) / (now.steps + lasting));
+      fall * old.distance * std::sqrt((old.steps + lasting) / (now.steps + lasting));
   const float found = static_cast<float>(search.coefficient) * now.gain /
-                      (static_cast<float>(sums.length) + static_cast<float>(search.tiny));
+                      (static_cast<float>(sums.length) + tiny);
   const float least = std::max(fading, static_cast<float>(search.initial));
-  // The order decides what a NaN does: it stays.
+  // Likewise.
   now.distance = std::max(std::isnan(fading) ? fading : found, least);
   now.distance = std::min(now.distance, static_cast<float>(search.most));
   const float growth = search.growth;

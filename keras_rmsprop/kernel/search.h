@@ -25,23 +25,36 @@ struct Followed {
   int64_t looked_at, elements;  // how many are looked at, of how many
   const T* gradient;
   const W* weights;
-  T* first_weights;  // of the elements that are looked at
-  T* gradient_sums;  // likewise: s
+  T* first_weights;   // of the elements that are looked at
+  T* gradient_sums;   // likewise: s
+  const T* momentum;  // of all elements; null: there is none
 };
 
+// See `estimate.Sums`.
 struct Sums {
   double gain = 0;    // of <g, x0 - x>
   double length = 0;  // of |s|
+  double ahead = 0;   // of g m
+  double both = 0;    // of |g m|
+
+  // Adds sums in which each element stands for so many.
+  void Add(const Sums& sums, double stands_for) {
+    gain += stands_for * sums.gain;
+    length += stands_for * sums.length;
+    ahead += stands_for * sums.ahead;
+    both += stands_for * sums.both;
+  }
 };
 
 // What is known so far: `estimate.Estimate`.
 struct Estimate {
-  float distance, gain, steps, path, reach, longest;
+  float distance, gain, steps, path, reach, longest, back;
 };
 
 // How to search: `kernel/tensorflow.py` gives them in this order.
 struct Search {
   double initial, coefficient, growth, forgetting, tiny, lasting, most, same;
+  double back, fall, turning;
 };
 constexpr int kSearchNumbers = sizeof(Search) / sizeof(double);
 
@@ -50,6 +63,9 @@ Estimate Again(const Search& search);
 
 // Returns what a step multiplies its gradient by in s.
 float WeightOf(const Estimate& old, const Search& search, float factor, float scale);
+
+// Returns h, by which the distance falls if gradients point back along the last steps.
+float FallOf(const Estimate& old, const Search& search);
 
 // Returns what is known after a step. `sign` is -1 if it goes up the gradient.
 Estimate After(const Estimate& old, const Search& search, float factor, float weight,
@@ -106,9 +122,7 @@ Sums FollowAll(const std::vector<Followed<T, W>>& parts, T forgetting, T weight,
   Sums sums;
   for (size_t i = 0; i < pieces.size(); ++i) {
     const auto& part = parts[pieces[i].variable];
-    const double stands_for = static_cast<double>(part.elements) / part.looked_at;
-    sums.gain += stands_for * of_pieces[i].gain;
-    sums.length += stands_for * of_pieces[i].length;
+    sums.Add(of_pieces[i], static_cast<double>(part.elements) / part.looked_at);
   }
   return sums;
 }

@@ -261,16 +261,18 @@ def follows(part: Any) -> bool:
     if ops() is None or part.gradient is None:
         return False
     variables = [unwrapped(x) for x in (part.variable, part.first, part.sums)]
+    if part.momentum is not None:
+        variables.append(unwrapped(part.momentum))
     if not _are_here(variables) or len({v.device for v in variables}) > 1:
         return False
-    weights, first, sums = (v.dtype.name for v in variables)
+    weights, first, sums = (v.dtype.name for v in variables[:3])
     given = getattr(part.gradient, "dtype", None)
     return first == sums == given and weights in DTYPES.get(sums, ())
 
 
 def follow(
-    parts: Sequence[Any], weight: Any, forgetting: float
-) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    parts: Sequence[Any], weight: Any, forgetting: Any
+) -> tuple[list[Any], list[Any]]:
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
@@ -279,31 +281,34 @@ def follow(
         forgetting: The share of s that stays.
 
     Returns:
-        For each call that it took, two doubles: the sum of <g, x0 - x>, and of |s|.
-        And the parts that it has left alone.
+        For each call that it took, `estimate.Sums`, as a vector of doubles. And the
+        parts that it has left alone.
     """
-    groups: dict[tuple[Any, Any, str], list[Any]] = {}
+    groups: dict[tuple[Any, ...], list[Any]] = {}
     left = []
     for part in parts:
         if part.rows is not None or not follows(part):
             left.append(part)
             continue
         variable = unwrapped(part.variable)
-        kind = variable.dtype, part.gradient.dtype, variable.device
+        moves = part.momentum is not None
+        kind = variable.dtype, part.gradient.dtype, variable.device, moves
         groups.setdefault(kind, []).append(part)
     found = []
-    for (of_weights, dtype, _), several in groups.items():
+    for (of_weights, dtype, _, moves), several in groups.items():
+        momenta = several if moves else []
         sums = ops().keras_rmsprop_follow(
             gradients=[part.gradient for part in several],
             weights=[unwrapped(part.variable).handle for part in several],
             first_weights=[unwrapped(part.first).handle for part in several],
             gradient_sums=[unwrapped(part.sums).handle for part in several],
-            forgetting=tf.constant(forgetting, dtype),
+            momenta=[unwrapped(part.momentum).handle for part in momenta],
+            forgetting=tf.cast(forgetting, dtype),
             weight=tf.cast(weight, dtype),
             W=of_weights.base_dtype,
             samples=[x for part in several for x in part.sample.runs],
         )
-        found.append((sums.gain, sums.length))
+        found.append(tf.unstack(sums))
     return found, left
 
 

@@ -261,8 +261,8 @@ def norm(tensors: Sequence[Any]) -> float | None:
 
 
 def follow(
-    parts: Sequence[Any], weight: Any, forgetting: float
-) -> tuple[list[tuple[float, float]], list[Any]]:
+    parts: Sequence[Any], weight: Any, forgetting: Any
+) -> tuple[list[Any], list[Any]]:
     """Let s of variables follow their gradients, in a search for a learning rate.
 
     Args:
@@ -271,8 +271,8 @@ def follow(
         forgetting: The share of s that stays.
 
     Returns:
-        For each call that it took: the sum of <g, x0 - x>, and of |s|. And the parts
-        that it has left alone.
+        For each call that it took, `estimate.Sums`. And the parts that it has left
+        alone.
     """
     kinds: dict[int, list[tuple[int, ...]]] = {}
     left = []
@@ -285,17 +285,17 @@ def follow(
     found = []
     for kind, several in kinds.items():
         told = array("q", [x for addresses in several for x in addresses])
-        sums = array("d", [0.0, 0.0])
+        sums = array("d", 4 * [0.0])
         library().keras_rmsprop_follow(
             kind,
             len(several),
             ctypes.c_void_p(told.buffer_info()[0]),
-            ctypes.c_double(forgetting),
+            ctypes.c_double(_number(forgetting)),
             ctypes.c_double(_number(weight)),
             torch.get_num_threads(),
             ctypes.c_void_p(sums.buffer_info()[0]),
         )
-        found.append((sums[0], sums[1]))
+        found.append(sums)
     return found, left
 
 
@@ -305,6 +305,7 @@ def _searched(part: Any) -> tuple[int, ...] | None:
     if g is None or part.rows is not None:
         return None
     weights, first, sums = (x._value for x in (part.variable, part.first, part.sums))
+    momentum = part.momentum
     number = _SEARCHES.get((sums.dtype, weights.dtype))
     if number is None:
         return None
@@ -320,6 +321,7 @@ def _searched(part: Any) -> tuple[int, ...] | None:
             _address(weights, all_, weights.dtype),
             _address(first, size, sums.dtype),
             _address(sums, size, sums.dtype),
+            0 if momentum is None else _address(momentum._value, all_, sums.dtype),
         )
     except RuntimeError:
         return None
