@@ -38,6 +38,8 @@ DRAWN = "MNIST network", "ResNet-50", "300 tiny", "4 x 4096 x 4096"
 """The sets of variables in the picture of updates."""
 COLORS = {"this": "#2a78d6", "Keras": "#e8710a", "torch": "#1a9076"}
 GREY = "#6b6a66"
+LINE = 1.45
+"""The height of a line of text beside the picture of embeddings, as a ratio."""
 Rows = list[list[str]]
 """A table: the headings, then the rows."""
 Pages = dict[str, Rows]
@@ -293,6 +295,7 @@ def draw_embeddings(path: Path, part: Part) -> None:
     styles = {"uniform ids": "-", "zipf ids": "--"}
     for axes, way in zip(picture.subplots(1, 2, sharey=True), TABLE_JIT, strict=True):
         _style(axes, way)
+        ends: dict[str, float] = {}
         for who, (kind, style) in product(part.whos, styles.items()):
             times = {
                 TABLES[what].rows: spread(part.values((who, what, f"{kind}, {way}")))
@@ -307,10 +310,13 @@ def draw_embeddings(path: Path, part: Part) -> None:
             axes.loglog(rows, medians, style, color=_color(who), lw=1.8, **dot)
             axes.fill_between(rows, lows, highs, color=_color(who), alpha=0.15, lw=0)
             if style == "-":
-                at = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-                axes.annotate(
-                    who, (rows[-1], medians[-1]), **at, color=_color(who), weight="bold"
-                )
+                ends[who] = medians[-1]
+        height = 0.0
+        for who in sorted(ends, key=ends.__getitem__):
+            height = max(ends[who], height * LINE)  # no name on top of another
+            at = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+            end = rows[-1], height
+            axes.annotate(who, end, **at, color=_color(who), weight="bold")
         axes.set_xlabel("rows of the table")
     picture.axes[0].set_ylabel("milliseconds per step")
     lines = [
