@@ -31,7 +31,8 @@ def complaint(estimate: Estimate, initial: float) -> str:
             "should move in a step. If the loss does not fall, use "
             "`AutoLearningRate(coefficient=0.5, growth=1.02)`, or clip gradients"
         )
-    if not steps or distance > initial * (1 + 1e-6):  # which is a float32
+    # A rate that has grown may have fallen that far again.
+    if not steps or max(distance, estimate.longest) > initial * (1 + 1e-6):  # float32
         return ""
     factor = path / (steps * distance)
     small = SMALL_FACTOR if steps >= STUCK_STEPS else TINY_FACTOR

@@ -751,6 +751,7 @@ def test_a_rate_that_is_stuck_is_told_of():
     with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
         assert model.optimizer.current_learning_rate == pytest.approx(1e-6)
     known = estimate.Estimate(0.03, 0.0, 100.0, 3.0, 0.0)
+    assert not complaint(known._replace(longest=1.0), 0.03)  # it has fallen again
     words = complaint(known, 0.03)
     assert "too large" in words
     assert "(initial=1e-05)" in words
