@@ -152,26 +152,26 @@ void TestStep(int64_t size, int options, double tolerance) {
 }
 
 template <typename T, typename W>
-void TestFollow(Sample sample, int64_t runs, bool begins) {
+void TestFollow(Sample sample, int64_t runs, bool begins, bool moves) {
   const int64_t size = sample.run * runs;
   const int64_t all = size ? (runs - 1) * sample.pitch + (sample.run - 1) * sample.stride + 1
                            : 0;
   auto g = Draw<T>(all, false), first = Draw<T>(size, false);
-  auto sums = Draw<T>(size, false);
+  auto sums = Draw<T>(size, false), m = Draw<T>(all, false);
   auto w = Draw<W>(all, false);
   auto first0 = std::make_unique<T[]>(size), sums0 = std::make_unique<T[]>(size);
   std::copy_n(first.get(), size, first0.get());
   std::copy_n(sums.get(), size, sums0.get());
   Followed<T, W> part = {sample,  size,        all,       g.get(),
-                         w.get(), first.get(), sums.get()};
+                         w.get(), first.get(), sums.get(), moves ? m.get() : nullptr};
   T farthest = 0;
   for (int64_t i = 0; i < size; ++i) {
     const int64_t j = i / sample.run * sample.pitch + i % sample.run * sample.stride;
     farthest = std::max(farthest, std::abs(static_cast<T>(w[j]) - first[i]));
   }
   Expect(Farthest(part), farthest, 0, "farthest");
-  long double gain = 0, length = 0;
-  double found_gain = 0, found_length = 0;
+  long double gain = 0, length = 0, ahead = 0, both = 0;
+  Sums found;
   for (int64_t i = 0; i < size; ++i) {
     const int64_t j = i / sample.run * sample.pitch + i % sample.run * sample.stride;
     const T x = static_cast<T>(w[j]);
@@ -179,16 +179,23 @@ void TestFollow(Sample sample, int64_t runs, bool begins) {
     const long double s = T(0.9) * static_cast<long double>(sums0[i]) + T(0.3) * g[j];
     gain += static_cast<long double>(g[j]) * (first0[i] - x);
     length += std::abs(s);
+    if (moves) {
+      const long double product = static_cast<long double>(g[j]) * m[j];
+      ahead += product;
+      both += std::abs(product);
+    }
     sums0[i] = static_cast<T>(s);
   }
-  for (int64_t i = 0; i < size; i += 13) {  // a call may begin within a run
+  const int64_t step = sample.run < 100 ? 13 : 701;
+  for (int64_t i = 0; i < size; i += step) {  // a call may begin within a run
     const Sums some =
-        Follow(part, i, std::min<int64_t>(13, size - i), T(0.9), T(0.3), begins);
-    found_gain += some.gain;
-    found_length += some.length;
+        Follow(part, i, std::min(step, size - i), T(0.9), T(0.3), begins);
+    found.Add(some, 1);
   }
-  Expect(found_gain, gain, 1e-5, "gain");
-  Expect(found_length, length, 1e-5, "length");
+  Expect(found.gain, gain, 1e-5, "gain");
+  Expect(found.length, length, 1e-5, "length");
+  Expect(found.ahead, ahead, 1e-5, "sum of g m");
+  Expect(found.both, both, 1e-5, "sum of |g m|");
   for (int64_t i = 0; i < size; ++i) {
     Expect(first[i], first0[i], 0, "first weight");
     Expect(sums[i], sums0[i], 1e-6, "gradient sum");
@@ -341,14 +348,16 @@ int main() {
       TestRows<double, float, int32_t>(width, all);
     }
   }
-  for (const Sample sample : {Sample{1, 1, 1}, {1, 3, 1}, {37, 37, 1}, {5, 40, 1}, {3, 10, 4}}) {
+  for (const Sample sample : {Sample{1, 1, 1}, {1, 3, 1}, {37, 37, 1}, {5, 40, 1}, {3, 10, 4}, {1000, 1003, 1}, {900, 3600, 4}}) {
     for (const int64_t runs : {0, 1, 2, 29}) {
       for (const bool begins : {false, true}) {
-        TestFollow<float, float>(sample, runs, begins);
-        TestFollow<double, double>(sample, runs, begins);
-        TestFollow<double, float>(sample, runs, begins);
-        TestFollow<float, Bfloat16>(sample, runs, begins);
-        TestFollow<float, Half>(sample, runs, begins);
+        for (bool moves : {false, true}) {
+          TestFollow<float, float>(sample, runs, begins, moves);
+          TestFollow<double, double>(sample, runs, begins, moves);
+          TestFollow<double, float>(sample, runs, begins, moves);
+          TestFollow<float, Bfloat16>(sample, runs, begins, moves);
+          TestFollow<float, Half>(sample, runs, begins, moves);
+        }
       }
     }
   }
