@@ -113,17 +113,18 @@ class Sums(NamedTuple):
     """What a step sums up, of one variable or of several."""
 
     gain: Any
-    """Of <g, x0 - x>."""
+    """Of <g, x0 - x>; here and below None is 0."""
     length: Any
     """Of |s|."""
-    ahead: Any = 0.0
+    ahead: Any = None
     """Of g m."""
-    both: Any = 0.0
+    both: Any = None
     """Of |g m|."""
 
-    def times(self, n: Any) -> "Sums":
-        """Return sums in which each element stands for so many."""
-        return Sums(*(n * ops.cast(x, "float32") for x in self))
+    def times(self, n: float) -> "Sums":
+        """Return sums in float32, in which each element stands for so many."""
+        found = (x if x is None else ops.cast(x, "float32") for x in self)
+        return Sums(*(x if n == 1 or x is None else n * x for x in found))
 
 
 def numbers(options: Any) -> tuple[float, ...]:
@@ -167,8 +168,8 @@ def find(
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
-    share = 1 - FALL * ops.maximum(0.0, (old.back - BACK) / (1 - BACK))
-    forgetting = FORGETTING * share**2
+    fall = 1 - FALL * ops.maximum(0.0, (old.back - BACK) / (1 - BACK))
+    forgetting = FORGETTING * fall**2
     each, small = list[Sums](), dict[tuple[str, bool], list[Sampled]]()
     if kernel is not None:
         found, parts = kernel.follow(parts, weight, forgetting)
@@ -178,7 +179,7 @@ def find(
     for part in parts:
         stands_for = part.sample.stands_for
         if part.gradient is None:
-            each.append(Sums(0.0, _without_gradient(part, fold)).times(stands_for))
+            each.append(Sums(None, _without_gradient(part, fold)).times(stands_for))
         elif part.rows is not None:
             each.append(_follow_rows(part, weight, fold, kernel).times(stands_for))
         elif part.sample.is_small and may_join:
@@ -188,17 +189,21 @@ def find(
             each.append(_follow(part, weight, forgetting, fold).times(stands_for))
     for several in small.values():
         each.append(_follow_end_to_end(several, weight, forgetting).times(1))
-    gain, length, ahead, both = (sum(of_each) for of_each in zip(*each, strict=True))
+    gain, length, ahead, both = (
+        sum(x[k] for x in each if x[k] is not None) for k in range(len(Sums._fields))
+    )
     back = TURNING * old.back - (1 - TURNING) * sign * ahead / (both + TINY)
-    gain = share * forgetting * old.gain + sign * weight * gain
+    gain = fall * forgetting * old.gain + sign * weight * gain
     steps = old.steps + 1
     fading = ops.sqrt((old.steps + LASTING) / (steps + LASTING))
-    fading = share * old.distance * fading
+    fading = fall * old.distance * fading
     found = options.coefficient * gain / (length + TINY)
     distance = ops.maximum(ops.maximum(found, fading), options.initial)
     distance = ops.minimum(distance, MOST)
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
+    if fold:  # XLA copies the momentum unless it must be read before it is updated
+        distance = distance + 0.0 * back
     path = old.path + factor * distance
     longest = ops.maximum(old.longest, distance)
     kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0, longest, back)))
