@@ -26,6 +26,7 @@ SKIPPED_STEPS = "skipped_steps"
 OURS = (ROUNDING_OFFSET, SKIPPED_STEPS, EMA_BEGIN)
 """Kinds that the built-in does not have, and that a file may lack."""
 _NOT_IN_BUILT_IN = *OURS, *OF_SEARCH
+BACK = checks.Range(lambda x: abs(x) < 1.01, "in [-1, 1]")  # but for rounding
 
 
 class RefusedError(Exception):
@@ -209,9 +210,10 @@ def _check_number(kind: str, array: NDArray[Any], place: Any) -> None:
         checks.number(kind, float(array), checks.NOT_NEGATIVE)
     elif kind == RATE_ESTIMATE:
         distance, gain, steps, path, _, longest, back = map(float, array)
-        gain, back = abs(gain), abs(back)  # they have any sign
-        for number in (distance, gain, steps, path, longest, back):
+        gain = abs(gain)  # it has any sign
+        for number in (distance, gain, steps, path, longest):
             checks.number(kind, number, checks.NOT_NEGATIVE)
+        checks.number(kind, back, BACK)
 
 
 def _first_misfit(

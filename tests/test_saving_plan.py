@@ -358,6 +358,7 @@ BAD = [
     ),
     ("learning_rate_estimate", [-1, 0, 0, 0, 0, 0, 0]),
     ("learning_rate_estimate", [1, np.nan, 0, 0, 0, 0, 0]),
+    *(("learning_rate_estimate", [1, 0, 0, 0, 0, 0, q]) for q in (-2, 2, np.nan)),
 ]
 
 
