@@ -95,9 +95,15 @@ def subtract(variable: Any, values: Any, ids: Any, old: Any = None) -> None:
     write(variable, old - tf.cast(values, old.dtype), ids)
 
 
+def copy(average: Any, variable: Any) -> None:
+    """Let a moving average be as its variable is."""
+    write(average, tf.cast(read(variable, None), average.dtype), None)
+
+
 def mix(average: Any, variable: Any, ids: Any, momentum: Any) -> None:
     """Let some rows of a moving average follow those of its variable."""
-    old, new = read(average, ids), read(variable, ids)
+    old = read(average, ids)
+    new = tf.cast(read(variable, ids), old.dtype)
     write(average, momentum * old + (1 - momentum) * new, ids)
 
 

@@ -42,23 +42,24 @@ def follow(
         waiting: What `row_averages.before_step` returned.
     """
     pairs = [*zip(variables, averages, strict=True)]
-    dtypes = {variable.dtype for variable, average in pairs if average is not None}
+    dtypes = {average.dtype for average in averages if average is not None}
     momentums = {dtype: momentum.at(iterations, dtype) for dtype in dtypes}
     for i, (variable, average) in enumerate(pairs):
         if average is None:
             continue
-        m = momentums[variable.dtype]
+        m = momentums[average.dtype]
         if i in waiting:
             table, read = waiting[i]
             table.follow(rows.get(i), read, m, iterations)
         elif i in rows:
             tf.cond(
                 tf.equal(iterations, 0),
-                functools.partial(sparse.write, average, variable, None),
+                functools.partial(sparse.copy, average, variable),
                 functools.partial(sparse.mix, average, variable, rows[i], m),
             )
         else:
-            average.assign(m * average + (1 - m) * variable)
+            weights = ops.cast(variable, average.dtype)
+            average.assign(m * average + (1 - m) * weights)
 
 
 def replace(variables: Sequence[Any], averages: Sequence[Any]) -> None:

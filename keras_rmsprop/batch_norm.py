@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_rmsprop import checks
 from keras_rmsprop.ema_share import Momentum
+from keras_rmsprop.rule import wide
 from keras_rmsprop.state import as_array, copied, sync
 
 BATCH = 32
@@ -48,7 +49,7 @@ class Averaged:
 
     def __init__(self, model: Any, optimizer: Any, updates: int) -> None:
         self.variables = statistics_of(model)
-        self.averages = [copied(v) for v in self.variables]
+        self._averages = [ops.cast(copied(v), wide(v.dtype)) for v in self.variables]
         self._model, self._optimizer = model, optimizer
         self._calls = updates * _calls_an_update(optimizer)
         momentum = Momentum.of(optimizer)
@@ -65,10 +66,15 @@ class Averaged:
         kept = float(np.prod(as_array(self._momentum.at(updates, "float32"))))
         self._calls += calls
         sync(self._model)
-        self.averages = [  # so that a frozen layer's stay as they are, to the last bit
-            copied(average + (1 - kept) * (ops.convert_to_tensor(variable) - average))
-            for average, variable in zip(self.averages, self.variables, strict=True)
+        self._averages = [  # so that a frozen layer's stay as they are, to the last bit
+            copied(average + (1 - kept) * (ops.cast(variable, average.dtype) - average))
+            for average, variable in zip(self._averages, self.variables, strict=True)
         ]
+
+    def values(self) -> list[Any]:
+        """Return the averages, in the dtypes of the statistics."""
+        both = zip(self._averages, self.variables, strict=True)
+        return [ops.cast(average, variable.dtype) for average, variable in both]
 
 
 def _calls_an_update(optimizer: Any) -> int:

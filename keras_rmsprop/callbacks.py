@@ -219,10 +219,9 @@ class AverageForEvaluation(Callback):
             self._count(self._done)
             variables = [*variables, *statistics.variables]
             raw += [copied(v) for v in statistics.variables]
-            averages += statistics.averages
-            for variable, value in zip(
-                statistics.variables, statistics.averages, strict=True
-            ):
+            values = statistics.values()
+            averages += values
+            for variable, value in zip(statistics.variables, values, strict=True):
                 variable.assign(copied(value))
         if keras.backend.backend() == "jax":
             # A weight may share its average's buffer, and would give that away.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
 from keras_rmsprop import codecs, rule
 from keras_rmsprop.sampling import Sample
@@ -48,8 +49,9 @@ def form(
         dtype, shape = codec.dtype(dtype), codec.shape(shape)
     elif kind in (FIRST_WEIGHT, GRADIENT_SUM):
         dtype, shape = rule.wide(dtype), sample(shape).shape
-    elif kind == ACCUMULATOR:
-        dtype = rule.wide(dtype)  # in bfloat16 a sum of 256 ones does not grow
+    elif kind in (ACCUMULATOR, WEIGHT_AVERAGE):
+        # In bfloat16 a sum of 256 ones does not grow, and an average stands still.
+        dtype = rule.wide(dtype)
     if layout is not None and tuple(shape) != tuple(owner.shape):
         layout = (
             sample(owner.shape).layout(layout)
@@ -61,7 +63,7 @@ def form(
     def start() -> Any:
         # Copies: on JAX both would share one buffer, and give it away twice.
         if kind == WEIGHT_AVERAGE:
-            return copied(owner)
+            return ops.cast(copied(owner), dtype)
         if kind == FIRST_WEIGHT:
             return sample(owner.shape).of(copied(owner))
         return keras.initializers.get(initializer)(shape, dtype)

@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from keras_rmsprop.access import after as after
+from keras_rmsprop.access import copy as copy
 from keras_rmsprop.access import inside_xla as inside_xla
 from keras_rmsprop.access import mix as mix
 from keras_rmsprop.access import read as read
