@@ -102,7 +102,7 @@ def is_large(line):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(9)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}, {c.options}")
 def test_what_xla_makes_of_a_step(case, monkeypatch):
     program, names = optimized(case, monkeypatch)
