@@ -1,5 +1,6 @@
 """A learning rate that is found while training: its options, and what goes wrong."""
 
+import copy
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from keras_rmsprop.tables import Tables
 from keras_rmsprop.update import Sought
 
 INITIAL = checks.Range(lambda x: 1e-12 <= x <= 1, "in [1e-12, 1]")
+FIRST, FIRST_OF_SHORT = 1e-5, 1e-3
+"""The rate of the first step by default, and if there are weights in 16 bits."""
 COEFFICIENT = checks.Range(lambda x: 0 < x <= 1000, "in (0, 1000]")
 
 
@@ -35,7 +38,8 @@ class AutoLearningRate:
     Args:
         initial: $d_0$ in [1e-12, 1], the rate of the first step, in units of the
             weights. It should be smaller than any rate that could be right. Defaults
-            to `1e-5`.
+            to `1e-5`, and to `1e-3` if weights are in float16 or bfloat16: rounding
+            loses smaller steps.
         coefficient: $c$ in (0, 1000]; the distance found is multiplied by it.
             Defaults to `1`.
         growth: The factor > 1 by which the rate may grow in a step: 1.02 is a slow
@@ -74,19 +78,30 @@ class AutoLearningRate:
 
     def __init__(
         self,
-        initial: float = 1e-5,
+        initial: float | None = None,
         coefficient: float = 1.0,
         growth: float = math.inf,
         sample_every: int = 4,
         factor: Any = 1.0,
         restarts: bool = True,
     ) -> None:
-        self.initial = checks.number("initial", initial, INITIAL)
+        self.initial: Any = checks.optional("initial", initial, INITIAL)
         self.coefficient = checks.number("coefficient", coefficient, COEFFICIENT)
         self.growth = checks.number("growth", growth, checks.ABOVE_ONE)
         self.sample_every = checks.integer("sample_every", sample_every, 1)
         self.factor = checks.learning_rate(factor)
         self.restarts = checks.flag("restarts", restarts)
+
+    def for_weights(self, variables: Sequence[Any]) -> "AutoLearningRate":
+        """Return the same, with the `initial` that is the default for these weights."""
+        found = copy.copy(self)
+        if self.initial is None:
+            are_short = any(
+                keras.backend.standardize_dtype(v.dtype) in ("float16", "bfloat16")
+                for v in variables
+            )
+            found.initial = FIRST_OF_SHORT if are_short else FIRST
+        return found
 
     def sample(self, shape: Sequence[int]) -> Sample:
         """Return which elements of a variable with this shape are looked at."""
@@ -168,7 +183,7 @@ class Search:
         optimizer: The optimizer; `_auto` says how to look, None: not at all.
 
     Attributes:
-        options: The same.
+        options: The same, once built with a number as `initial`.
         firsts: For each of the model's variables, what keeps its first weights.
         sums: For each, what keeps s.
         estimate: Keeps the `Estimate`.
@@ -192,6 +207,7 @@ class Search:
         if not self.is_on():
             return
         optimizer = self._optimizer
+        self.options = optimizer._auto.for_weights(variables)
         self.firsts = optimizer.add_optimizer_variables(variables, FIRST_WEIGHT)
         self.sums = optimizer.add_optimizer_variables(variables, GRADIENT_SUM)
         at_first = Estimate.at_first(self.options.initial)
@@ -369,7 +385,7 @@ class Search:
     def known(self) -> Estimate:
         """Return the estimate, as numbers."""
         if self.estimate is None:
-            return Estimate.at_first(self.options.initial)
+            return Estimate.at_first(0.0)
         return Estimate(*as_array(self.estimate).tolist())
 
     def complaint(self) -> str:

@@ -626,15 +626,17 @@ def test_scaled_losses_find_the_same():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_weights_of_other_dtypes(dtype):
     weight = keras.Variable(np.linspace(-1, 1, 8), dtype=dtype)
-    # A first step must be one that the weights can take.
-    auto = AutoLearningRate(initial=1e-5 if dtype == "float64" else 3e-3)
-    optimizer = RMSprop(auto, slot_dtype="bfloat16" if dtype == "bfloat16" else None)
+    # A first step is one that the weights can take.
+    optimizer = RMSprop("auto", slot_dtype="bfloat16" if dtype == "bfloat16" else None)
     for _ in range(150):
         optimizer.apply([keras.ops.cast(weight.value, dtype)], [weight])
     wide = "float64" if dtype == "float64" else "float32"
     assert optimizer._search.sums[0].dtype == wide
     assert np.abs(weight.numpy().astype("float32")).max() < 0.5
     assert weight.dtype == dtype
+    first = 1e-5 if dtype == "float64" else 1e-3
+    assert optimizer._search.options.initial == first
+    assert optimizer.get_config()["learning_rate"]["config"]["initial"] is None
 
 
 @pytest.mark.rest
