@@ -80,7 +80,8 @@ class RMSprop(keras.optimizers.Optimizer):
         global_clipnorm: Number or `None`: the largest norm of all gradients together.
         use_ema: Whether to track an exponential moving average (EMA) of the weights.
             Defaults to `False`, with "auto" to `True`.
-        ema_momentum: Decay rate of the EMA, in [0, 1]. Defaults to `0.99`.
+        ema_momentum: Decay rate of the EMA, in [0, 1]. Defaults to `0.99`, or `0.9999`
+            with "auto" and `ema_warmup`.
         ema_overwrite_frequency: Number of steps after which the EMA replaces the
             weights, or `None`: only when training ends.
         loss_scale_factor: Number or `None`: multiplies the loss and divides the
@@ -114,9 +115,8 @@ class RMSprop(keras.optimizers.Optimizer):
         float32_slots: With 8-bit state, names: a variable with one of them in its path
             keeps its slots in float32, as do those with fewer than 4096 elements.
             Defaults to `("embeddings",)`.
-        ema_warmup: Whether the decay rate of the EMA after $t$ updates of this `fit` is
-            at most $(1 + t) / (10 + t)$, so that the first weights do not dominate a
-            short run. Defaults to `False`, with "auto" and `use_ema` to `True`.
+        ema_warmup: Whether the decay rate of the EMA after $t$ updates of a `fit` is at
+            most $(1 + t) / (10 + t)$. Defaults to `False`, or `True` with "auto".
         skip_nonfinite: Whether a step with a NaN or an infinity in any gradient changes
             nothing but `skipped_steps`, which counts such steps. Defaults to `False`.
         sparse_update: On the TensorFlow backend, what a `tf.IndexedSlices` gradient (of

@@ -136,8 +136,10 @@ AUTO: dict[str, Any] = {
 """What they stand for with a learning rate that is found, if that is something else.
 
 Beside a larger epsilon small gradients would not count."""
-AUTO_AVERAGE: dict[str, Any] = {"ema_warmup": True}
-"""The same of options of the average, if there is one."""
+AUTO_AVERAGE: dict[str, Any] = {"ema_warmup": True, "ema_momentum": 0.9999}
+"""The same of options of the average, if there is one.
+
+Without the warm-up such an average would be of the first weights for long."""
 
 
 def filled(given: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
@@ -153,6 +155,8 @@ def filled(given: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
     use_ema = given["use_ema"]
     if auto and (use_ema is None or use_ema):
         defaults |= AUTO_AVERAGE
+        if not (given["ema_warmup"] is None or given["ema_warmup"]):
+            defaults["ema_momentum"] = DEFAULTS["ema_momentum"]
     missing = {k: default for k, default in defaults.items() if given[k] is None}
     return {**given, **missing}
 

@@ -58,7 +58,7 @@ OPTIMIZERS = {
     "of Keras": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.8),
 }
 SHARES = {
-    "auto": lambda t: min(0.99, (1 + t) / (10 + t)),
+    "auto": lambda t: min(0.9999, (1 + t) / (10 + t)),
     "given": lambda t: 0.8,
     "of Keras": lambda t: 0.8,
 }

@@ -37,7 +37,7 @@ AUTO = {
     "nesterov": True,
     "bias_correction": True,
     "use_ema": True,
-    "ema_momentum": 0.99,
+    "ema_momentum": 0.9999,
     "ema_warmup": True,
 }
 
@@ -68,8 +68,8 @@ def test_without_it_they_are_those_of_the_built_in(rate):
         {"nesterov": False},
         {"bias_correction": False},
         {"epsilon": 1e-7},
-        {"ema_momentum": 0.9999},
-        {"ema_warmup": False},
+        {"ema_momentum": 0.99},
+        {"ema_warmup": False, "ema_momentum": 0.9},
         {"cautious": True},
     ],
     ids=str,
@@ -82,9 +82,15 @@ def test_what_is_given_counts(given):
     assert again.get_config() == optimizer.get_config()
 
 
+def test_without_its_warm_up_the_average_is_a_short_one():
+    found = in_force(RMSprop("auto", ema_warmup=False))
+    assert found == AUTO | {"ema_warmup": False, "ema_momentum": 0.99}
+
+
 def test_without_the_average_it_has_the_usual_options(recwarn):
     optimizer = RMSprop("auto", use_ema=False)
-    assert in_force(optimizer) == AUTO | {"use_ema": False, "ema_warmup": False}
+    of_average = {k: v for k, v in BUILT_IN.items() if "ema" in k}
+    assert in_force(optimizer) == AUTO | of_average
     assert RMSprop.from_config(optimizer.get_config()).use_ema is False
     assert not [w for w in recwarn.list if "ema" in str(w.message)]
 
