@@ -55,6 +55,17 @@ def ours(slot_dtype: Any, momentum: float = 0.0) -> MakeOptimizer:
     return make
 
 
+def automatic(slot_dtype: Any) -> MakeOptimizer:
+    """Return what makes this RMSprop with "auto" and slots of a dtype."""
+
+    def make(rate: float, steps: int) -> Any:
+        from keras_rmsprop import RMSprop
+
+        return RMSprop("auto", slot_dtype=slot_dtype)
+
+    return make
+
+
 def of_keras(name: str) -> MakeOptimizer:
     """Return what makes an optimizer of Keras."""
 
@@ -72,11 +83,29 @@ COMPETITORS = {
     "uint8": Competitor("this, uint8", ours("uint8")),
     "momentum": Competitor("this, momentum, float32", ours(None, 0.9)),
     "momentum, uint8": Competitor("this, momentum, uint8", ours("uint8", 0.9)),
+    **{
+        f"auto, {dtype}": Competitor(
+            f'this, "auto", {dtype}',
+            automatic(None if dtype == "float32" else dtype),
+            averages=True,
+        )
+        for dtype in ("float32", "bfloat16", "uint8")
+    },
     "adam": Competitor("Keras' Adam", of_keras("Adam")),
     "adafactor": Competitor("Keras' Adafactor", of_keras("Adafactor")),
 }
-TWINS = {"bfloat16": "float32", "uint8": "float32", "momentum, uint8": "momentum"}
+TWINS = {
+    **{"bfloat16": "float32", "uint8": "float32", "momentum, uint8": "momentum"},
+    **{f"auto, {dtype}": "auto, float32" for dtype in ("bfloat16", "uint8")},
+}
 """Whose result theirs is to be."""
+
+
+def rates(task: str, who: str) -> tuple[float, ...]:
+    """Return the rates that a competitor trains with."""
+    if who.startswith("auto"):
+        return (1.0,)  # a factor
+    return OF_ADAFACTOR if who == "adafactor" else (RATES[task],)
 
 
 def bytes_a_parameter(make: Callable[[float, int], Any]) -> float:
@@ -94,8 +123,7 @@ def score(results: Mapping[Run, Result], task: str, who: str) -> Any:
     import tuning_scores
     import tuning_tasks
 
-    rates = {run.rate for run in results if (run.task, run.competitor) == (task, who)}
-    found = [tuning_scores.score(results, task, who, rate) for rate in rates]
+    found = [tuning_scores.score(results, task, who, x) for x in rates(task, who)]
     task_ = tuning_tasks.EVERY[task]
     return max(
         (x for x in found if x is not None),
@@ -241,8 +269,8 @@ def main() -> None:
         Run(task, who, rate, seed, options.scale)
         for seed in range(options.seeds)
         for task in RATES
-        for who, competitor in COMPETITORS.items()
-        for rate in (OF_ADAFACTOR if who == "adafactor" else (RATES[task],))
+        for who in COMPETITORS
+        for rate in rates(task, who)
     ]
     if not options.publish:
         tuning.train([run for run in runs if run not in done], RUNS, COMPETITORS)
