@@ -43,14 +43,13 @@ WITHIN = {"accuracy": 0.2, "loss": 0.01}
 """How far from float32 the mean of a test may be: points, or a share of the loss."""
 
 
-def ours(slot_dtype: Any, momentum: float = 0.0) -> MakeOptimizer:
+def ours(slot_dtype: Any) -> MakeOptimizer:
     """Return what makes this RMSprop with slots of a dtype."""
 
     def make(rate: float, steps: int) -> Any:
         from keras_rmsprop import RMSprop
 
-        rate *= 1 - momentum  # as steps add up
-        return RMSprop(rate, momentum=momentum, slot_dtype=slot_dtype)
+        return RMSprop(rate, slot_dtype=slot_dtype)
 
     return make
 
@@ -81,8 +80,6 @@ COMPETITORS = {
     "float32": Competitor("this, float32", ours(None)),
     "bfloat16": Competitor("this, bfloat16", ours("bfloat16")),
     "uint8": Competitor("this, uint8", ours("uint8")),
-    "momentum": Competitor("this, momentum, float32", ours(None, 0.9)),
-    "momentum, uint8": Competitor("this, momentum, uint8", ours("uint8", 0.9)),
     **{
         f"auto, {dtype}": Competitor(
             f'this, "auto", {dtype}',
@@ -95,8 +92,9 @@ COMPETITORS = {
     "adafactor": Competitor("Keras' Adafactor", of_keras("Adafactor")),
 }
 TWINS = {
-    **{"bfloat16": "float32", "uint8": "float32", "momentum, uint8": "momentum"},
-    **{f"auto, {dtype}": "auto, float32" for dtype in ("bfloat16", "uint8")},
+    f"{kind}{dtype}": f"{kind}float32"
+    for kind in ("", "auto, ")
+    for dtype in ("bfloat16", "uint8")
 }
 """Whose result theirs is to be."""
 
@@ -160,8 +158,6 @@ def times() -> dict[str, str]:
         "float32": ("this, eager", "plain"),
         "bfloat16": ("bfloat16, eager", "plain"),
         "uint8": ("uint8, eager", "plain"),
-        "momentum": ("this, eager", "momentum"),
-        "momentum, uint8": ("uint8, eager", "momentum"),
         "adam": ("Adam, eager", "plain"),
         "adafactor": ("Adafactor, eager", "plain"),
     }
