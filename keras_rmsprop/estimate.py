@@ -59,6 +59,10 @@ SAME = 1e-3
 """Weights are those of the end of `fit` if `reach` has changed by a smaller share."""
 
 
+JOINED = 8
+"""So many small variables XLA sees end to end; with 300 it compiles for 20 s, not 7."""
+
+
 class Estimate(NamedTuple):
     """What is known so far: seven numbers, kept in one variable."""
 
@@ -188,7 +192,10 @@ def find(
         else:
             each.append(_follow(part, weight, forgetting, fold).times(stands_for))
     for several in small.values():
-        each.append(_follow_end_to_end(several, weight, forgetting).times(1))
+        most = JOINED if fold else len(several)
+        for start in range(0, len(several), most):
+            joined = several[start : start + most]
+            each.append(_follow_end_to_end(joined, weight, forgetting).times(1))
     gain, length, ahead, both = (
         sum(x[k] for x in each if x[k] is not None) for k in range(len(Sums._fields))
     )

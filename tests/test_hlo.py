@@ -124,3 +124,19 @@ def test_what_xla_makes_of_a_step(case, monkeypatch):
         assert not [line for line in lines if f" {word}(" in line]
     doubles = {x for line in lines for x in re.findall(r"f64\[([\d,]*)\]", line)}
     assert doubles <= {"", f"{COUNT},1", f"{COUNT}", f"{SHAPE[0]}"}
+
+
+def test_xla_joins_few_small_variables():
+    # The time to compile grows with the square of the number that is joined.
+    variables = [keras.Variable(tf.ones(5)) for _ in range(20)]
+    optimizer = RMSprop("auto")
+    optimizer.build(variables)
+
+    def apply(*gradients):
+        optimizer.apply([*gradients], variables)
+
+    step = tf.function(apply, jit_compile=True, autograph=False)
+    given = [tf.ones(5)] * len(variables)
+    program = step.experimental_get_compiler_ir(*given)(stage="hlo")
+    sizes = re.findall(r" = f32\[(\d+)\]\{0\} concatenate", program)
+    assert max(map(int, sizes)) == 8 * 5
