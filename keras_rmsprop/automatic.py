@@ -363,7 +363,7 @@ class Search:
         A row of a table is in few steps, so its rate must not fade with all of them.
         """
         known = Estimate.of(self.estimate)
-        return known.longest / known.distance
+        return known.longest / (known.distance * known.brake)
 
     def current_rate(self, factor: Any) -> Any:
         """Return the learning rate of the last step; None before the first.
@@ -372,9 +372,11 @@ class Search:
             factor: The factor on the distance.
         """
         if not self.is_known():
-            return self.rate_of(self.estimate[0], factor)
+            now = Estimate.of(self.estimate)
+            return self.rate_of(now.distance * now.brake, factor)
         known = self.known()
-        return float(self.rate_of(known.distance, factor)) if known.steps else None
+        distance = known.distance * known.brake
+        return float(self.rate_of(distance, factor)) if known.steps else None
 
     def is_known(self) -> bool:
         """Whether the estimate is known now, and not in a function being traced."""

@@ -67,7 +67,7 @@ def replace(variables: Sequence[Any], averages: Sequence[Any]) -> None:
     for variable, average in zip(variables, averages, strict=True):
         if average is not None:
             # A copy: on JAX both would share one buffer, and give it away twice.
-            variable.assign(ops.copy(average))
+            variable.assign(ops.copy(ops.cast(average, variable.dtype)))
 
 
 class Averages:

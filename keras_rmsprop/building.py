@@ -6,12 +6,18 @@ from typing import Any
 
 import keras
 
-from keras_rmsprop import codecs, options
+from keras_rmsprop import codecs, hooks, options
 from keras_rmsprop.automatic import AutoLearningRate
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.forms import form, name_of
 from keras_rmsprop.rule import Slots
-from keras_rmsprop.slots import VELOCITY, Order, all_or_nothing, set_variables
+from keras_rmsprop.slots import (
+    VELOCITY,
+    WEIGHT_AVERAGE,
+    Order,
+    all_or_nothing,
+    set_variables,
+)
 
 TABLES = ("embeddings",)
 """Parts of the names of tables, as Keras' `Embedding` names its own."""
@@ -134,6 +140,8 @@ def slot(
         codec = codecs.of(optimizer._velocities[i])
     sample = (optimizer._auto or AutoLearningRate()).sample
     made = form(kind, owner, initializer, codec, sample)
+    if kind == WEIGHT_AVERAGE and hooks.AVERAGES in optimizer._steps.own():
+        made = made._replace(dtype=owner.dtype)  # as Keras, whose code it may be
 
     def make() -> Any:
         with backend.beside(owner, optimizer):

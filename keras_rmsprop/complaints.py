@@ -14,7 +14,9 @@ EARLY_STEPS, TINY_FACTOR = 10, 2e-3
 LIKE_A_RATE, LARGEST_DROP = 1e-2, 1 / 50
 """A number assigned is no factor if it is smaller, and such a part of the last one."""
 LARGE_INITIAL = 1e-3
-"""A larger initial rate may exceed the right one, which is then not found."""
+"""Such an initial rate may exceed the right one, which is then not found."""
+AGREE = -0.9
+"""Below this q gradients point the way that the weights should have gone."""
 
 
 def complaint(estimate: Estimate, initial: float) -> str:
@@ -40,9 +42,13 @@ def complaint(estimate: Estimate, initial: float) -> str:
         return _no_factor(factor)
     if steps < STUCK_STEPS:
         return ""
-    is_large = initial > LARGE_INITIAL
-    why = "it may be too large" if is_large else "the gradients do not agree"
-    other = 1e-5 if is_large else 100 * initial
+    other = 100 * initial
+    if estimate.back < AGREE:
+        why = "gradients agree, but weights round such steps away"
+    elif initial >= LARGE_INITIAL:
+        why, other = "it may be too large", 1e-5
+    else:
+        why = "the gradients do not agree"
     return (
         f"The learning rate is still at its initial value of {initial:g} "
         f"after {steps:.0f} steps: {why}. If the loss does not fall, use "

@@ -6,21 +6,22 @@ say), and $b = \sqrt{0.999}$. Before the weights change, step $t = 1, 2, \dots$ 
 
 $$\begin{aligned}
   \lambda &= f d^2 / d_0, \qquad
-  h = 1 - 0.005 \max(0,\; 4 q - 3) \\
-  r &\leftarrow b h^3 r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
-  s \leftarrow b h^2 s + \lambda g \\
-  d &\leftarrow \max(d_0,\; h d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|) \\
-  q &\leftarrow 0.9\, q - 0.1 \sum g m \,/ \sum |g m|
+  r \leftarrow b r + \lambda \sum \langle g, x_0 - x \rangle, \qquad
+  s \leftarrow b s + \lambda g \\
+  d &\leftarrow \max(d_0,\; d \sqrt{(t + 99) / (t + 100)},\; c\, r / \sum |s|) \\
+  q &\leftarrow 0.9\, q - 0.1 \sum g m \,/ \sum |g m| \\
+  h &= 1 - 0.005 \max(0,\; 4 q - 3) + 0.02 \max(0,\; -q), \qquad
+  k \leftarrow \min(1,\; \max(d_0 / d,\; h k))
 \end{aligned}$$
 
 If the way down the gradients leads back to where the weights began, the weights went
 too far, and $r$ is small. If it leads on, $r / \sum |s|$ says how far there is to go.
-The steps are those of RMSprop with the learning rate $f d$. The scale of the loss
+The steps are those of RMSprop with the learning rate $f k d$. The scale of the loss
 cancels.
 
 Steps that are too long for a loss without noise go back and forth: nearly all gradients
-point back along the momentum buffer $m$, and $q$ is near 1. Then the distance falls,
-and so does the weight $\lambda$ of what was seen before. With noise $q$ is near 0.
+point back along the momentum buffer $m$, and $q$ is near 1. Then the brake $k$ makes
+them shorter. It is released when gradients agree. With noise $q$ is near 0.
 """
 
 import itertools
@@ -50,9 +51,9 @@ LASTING = 100
 MOST = 1e4
 """No distance is larger: on a slope without end it would grow to infinity."""
 BACK = 0.75
-"""From this q on, distances fall."""
-FALL = 0.005
-"""By this share a step, if q is 1."""
+"""From this q on, the brake makes steps shorter."""
+FALL, RISE = 0.005, 0.02
+"""By which share a step if q is 1, and by which it lets them grow again if q is -1."""
 TURNING = 0.9
 """The decay rate of q."""
 SAME = 1e-3
@@ -64,10 +65,10 @@ JOINED = 8
 
 
 class Estimate(NamedTuple):
-    """What is known so far: seven numbers, kept in one variable."""
+    """What is known so far: eight numbers, kept in one variable."""
 
     distance: Any
-    """d; the learning rate is this times the factor."""
+    """d; the learning rate is this times the factor, and the brake."""
     gain: Any
     """r."""
     steps: Any
@@ -83,6 +84,8 @@ class Estimate(NamedTuple):
     """The largest distance so far."""
     back: Any = 0.0
     """q, how far gradients point back along the last steps: -1 to 1."""
+    brake: Any = 1.0
+    """k, what it makes of the distance: 0 to 1."""
 
     @classmethod
     def at_first(cls, initial: float, *, again: bool = False) -> "Estimate":
@@ -138,7 +141,7 @@ def numbers(options: Any) -> tuple[float, ...]:
         options: An `AutoLearningRate`.
     """
     mine = options.initial, options.coefficient, options.growth
-    return *mine, FORGETTING, TINY, LASTING, MOST, SAME, BACK, FALL, TURNING
+    return *mine, FORGETTING, TINY, LASTING, MOST, SAME, BACK, FALL, RISE, TURNING
 
 
 def find(
@@ -153,7 +156,7 @@ def find(
     kernel: Any = None,
     momentums: Sequence[Any] = (),
 ) -> Any:
-    """Update the estimate with this step's gradients; return the distance, a scalar.
+    """Update the estimate with this step's gradients; return k d, a scalar.
 
     Args:
         parts: All variables, before the step.
@@ -172,11 +175,9 @@ def find(
     factor = ops.cast(factor, "float32")
     weight = factor * old.distance**2 / options.initial
     weight = weight if scale is None else weight * ops.cast(scale, "float32")
-    fall = 1 - FALL * ops.maximum(0.0, (old.back - BACK) / (1 - BACK))
-    forgetting = FORGETTING * fall**2
     each, small = list[Sums](), dict[tuple[str, bool], list[Sampled]]()
     if kernel is not None:
-        found, parts = kernel.follow(parts, weight, forgetting)
+        found, parts = kernel.follow(parts, weight, FORGETTING)
         each += [Sums(*sums).times(1) for sums in found]
     # End to end, parts of variables that are spread over devices would have to travel.
     may_join = keras.distribution.distribution() is None
@@ -190,31 +191,32 @@ def find(
             kind = part.sums.dtype, part.momentum is not None
             small.setdefault(kind, []).append(part)
         else:
-            each.append(_follow(part, weight, forgetting, fold).times(stands_for))
+            each.append(_follow(part, weight, fold).times(stands_for))
     for several in small.values():
         most = JOINED if fold else len(several)
         for start in range(0, len(several), most):
             joined = several[start : start + most]
-            each.append(_follow_end_to_end(joined, weight, forgetting).times(1))
+            each.append(_follow_end_to_end(joined, weight).times(1))
     gain, length, ahead, both = (
         sum(x[k] for x in each if x[k] is not None) for k in range(len(Sums._fields))
     )
     back = TURNING * old.back - (1 - TURNING) * sign * ahead / (both + TINY)
-    gain = fall * forgetting * old.gain + sign * weight * gain
+    fall = FALL * ops.maximum(0.0, (back - BACK) / (1 - BACK))
+    brake = old.brake * (1 - fall + RISE * ops.maximum(0.0, -back))
+    gain = FORGETTING * old.gain + sign * weight * gain
     steps = old.steps + 1
-    fading = ops.sqrt((old.steps + LASTING) / (steps + LASTING))
-    fading = fall * old.distance * fading
+    fading = old.distance * ops.sqrt((old.steps + LASTING) / (steps + LASTING))
     found = options.coefficient * gain / (length + TINY)
     distance = ops.maximum(ops.maximum(found, fading), options.initial)
     distance = ops.minimum(distance, MOST)
     if not math.isinf(options.growth):
         distance = ops.minimum(distance, options.growth * old.distance)
-    if fold:  # XLA copies the momentum unless it must be read before it is updated
-        distance = distance + 0.0 * back
+    brake = ops.minimum(ops.maximum(brake, options.initial / distance), 1.0)
     path = old.path + factor * distance
     longest = ops.maximum(old.longest, distance)
-    kept.assign(ops.stack(Estimate(distance, gain, steps, path, 0.0, longest, back)))
-    return distance
+    now = Estimate(distance, gain, steps, path, 0.0, longest, back, brake)
+    kept.assign(ops.stack(now))
+    return brake * distance
 
 
 def farthest(parts: Sequence[Sampled]) -> Any:
@@ -272,14 +274,14 @@ def _begin(parts: Sequence[Sampled], momentums: Sequence[Any], old: Estimate) ->
     backend.either(ops.not_equal(old.steps, 0), lambda: None, begin, state)
 
 
-def _follow(part: Sampled, weight: Any, forgetting: Any, fold: bool) -> Sums:
+def _follow(part: Sampled, weight: Any, fold: bool) -> Sums:
     """Return the sums of a variable; keep s."""
     dtype = part.sums.dtype
     g, x = (
         ops.cast(part.sample.of(ops.convert_to_tensor(tensor)), dtype)
         for tensor in (part.gradient, part.variable)
     )
-    old = ops.cast(forgetting, dtype) * ops.convert_to_tensor(part.sums)
+    old = FORGETTING * ops.convert_to_tensor(part.sums)
     new = old + ops.cast(weight, dtype) * g
     part.sums.assign(new)
     way = ops.convert_to_tensor(part.first) - x
@@ -290,7 +292,7 @@ def _follow(part: Sampled, weight: Any, forgetting: Any, fold: bool) -> Sums:
     return Sums(*(total(product, fold=fold) for product in products))
 
 
-def _follow_end_to_end(parts: Sequence[Sampled], weight: Any, forgetting: Any) -> Sums:
+def _follow_end_to_end(parts: Sequence[Sampled], weight: Any) -> Sums:
     """Do the same for small variables, where operations cost more than numbers."""
     dtype = parts[0].sums.dtype
 
@@ -305,7 +307,7 @@ def _follow_end_to_end(parts: Sequence[Sampled], weight: Any, forgetting: Any) -
     x = end_to_end(ops.convert_to_tensor(part.variable) for part in parts)
     first = end_to_end(ops.convert_to_tensor(part.first) for part in parts)
     old = end_to_end(ops.convert_to_tensor(part.sums) for part in parts)
-    new = ops.cast(forgetting, dtype) * old + ops.cast(weight, dtype) * g
+    new = FORGETTING * old + ops.cast(weight, dtype) * g
     ends = [*itertools.accumulate(math.prod(part.sums.shape) for part in parts)]
     pieces = ops.split(new, ends[:-1]) if len(parts) > 1 else [new]
     for part, piece in zip(parts, pieces, strict=True):

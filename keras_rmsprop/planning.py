@@ -209,11 +209,12 @@ def _check_number(kind: str, array: NDArray[Any], place: Any) -> None:
     elif kind in (RATE, RATE_FACTOR):
         checks.number(kind, float(array), checks.NOT_NEGATIVE)
     elif kind == RATE_ESTIMATE:
-        distance, gain, steps, path, _, longest, back = map(float, array)
+        distance, gain, steps, path, _, longest, back, brake = map(float, array)
         gain = abs(gain)  # it has any sign
         for number in (distance, gain, steps, path, longest):
             checks.number(kind, number, checks.NOT_NEGATIVE)
         checks.number(kind, back, BACK)
+        checks.number(kind, brake, checks.UP_TO_ONE)
 
 
 def _first_misfit(

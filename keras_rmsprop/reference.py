@@ -110,13 +110,13 @@ def automatic_step(
 
     As Prodigy has it, with b^2 = 0.999 and d the distance, before the step:
 
-        h = 1 - 0.005 max(0, 4 q - 3)
-        r <- b h^3 r + factor d^2 / initial * sum of g (theta_0 - theta)
-        s <- b h^2 s + factor d^2 / initial * g
-        d <- max(initial, h d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
+        r <- b r + factor d^2 / initial * sum of g (theta_0 - theta)
+        s <- b s + factor d^2 / initial * g
+        d <- max(initial, d sqrt((t + 99) / (t + 100)), coefficient r / sum of |s|)
         q <- 0.9 q - 0.1 sum of g m / sum of |g m|, with the momentum buffers m
+        k <- k (1 - 0.005 max(0, 4 q - 3) + 0.02 max(0, -q)), in [initial / d, 1]
 
-    A table steps without momentum, with the largest d so far. Its epsilon is larger by
+    Steps have the learning rate factor k d, times 1 - momentum. A table steps without momentum, with the largest d so far. Its epsilon is larger by
     ten times the geometric mean of g^2, over all g but 0, if there is a 0.
 
     Args:
@@ -157,6 +157,7 @@ def automatic_step(
             "most": initial,
             "r": 0.0,
             "q": 0.0,
+            "k": 1.0,
             "t": 0,
             "x0": xs,
             "each": [{} for _ in xs],
@@ -180,20 +181,21 @@ def automatic_step(
         ]
     )
     ahead, both = (sum(f(x).sum() for x in moves) for f in (np.asarray, np.abs))
-    h = 1 - 0.005 * max(0.0, 4 * state["q"] - 3)
     state["q"] = 0.9 * state["q"] - 0.1 * sign * ahead / (both + 1e-30)
-    state["r"] = b * h**3 * state["r"] + sign * weight * gain
-    state["s"] = [
-        b * h**2 * s + weight * g for s, g in zip(state["s"], gs, strict=True)
-    ]
+    state["r"] = b * state["r"] + sign * weight * gain
+    state["s"] = [b * s + weight * g for s, g in zip(state["s"], gs, strict=True)]
     state["t"] += 1
     sums = sum(k * np.abs(s).sum() for k, s in zip(n, state["s"], strict=True))
     found = state["r"] / (sums + 1e-30)
-    fading = h * state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
+    fading = state["d"] * np.sqrt((state["t"] + 99) / (state["t"] + 100))
     distance = max(initial, fading, coefficient * found)
     state["d"] = min(distance, growth * state["d"], 1e4)
     state["most"] = max(state["most"], state["d"])
-    alpha, lead = factor * state["d"], state["most"] / state["d"]
+    q = state["q"]
+    brake = state["k"] * (1 - 0.005 * max(0.0, 4 * q - 3) + 0.02 * max(0.0, -q))
+    state["k"] = min(max(brake, initial / state["d"]), 1.0)
+    found = state["k"] * state["d"]
+    alpha, lead = factor * found, state["most"] / found
     rest = 1 - hyperparameters.get("momentum", 0.0)
     dense = hyperparameters | {"alpha": rest * alpha}
 

@@ -310,10 +310,28 @@ def test_steps_that_go_back_and_forth_count_as_in_the_reference(way):
         )
         back.append(state["q"])
         rates.append(optimizer.current_learning_rate)
-        np.testing.assert_allclose(10 * rates[-1], state["d"], rtol=5e-3)
-    known = keras.ops.convert_to_numpy(optimizer._search.estimate)
-    assert known[-1] == pytest.approx(state["q"], abs=1e-2)
+        found = state["k"] * state["d"]
+        np.testing.assert_allclose(10 * rates[-1], found, rtol=5e-3)
+    known = optimizer._search.known()
+    assert known.back == pytest.approx(state["q"], abs=1e-2)
+    assert known.brake == pytest.approx(state["k"], rel=1e-2)
     assert max(back) > 0.8
+    assert state["k"] < 0.99
+
+
+def test_without_noise_it_converges_and_goes_on_to_another_optimum():
+    x = np.random.default_rng(0).normal(size=(64, 10)).astype("float32")
+    model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(1)])
+    model.compile(RMSprop("auto"), "mse")
+    errors = []
+    # The second is nearer to the first weights, the third beyond them.
+    for scale in (1.0, 0.5, -1.0):
+        for _ in range(2):
+            y = scale * x.sum(1, keepdims=True)
+            data = tf.data.Dataset.from_tensors((x, y)).repeat(1200)
+            model.fit(data, verbose=0)
+            errors.append(model.evaluate(x, y, verbose=0))
+    assert max(errors) < 1e-6
 
 
 def test_it_begins_from_the_weights_that_are_loaded():
@@ -856,7 +874,7 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
     optimizer = RMSprop("auto")
     optimizer.build([kernel, keras.Variable(np.zeros(512), dtype="float32")])
     kept = {v.path: v for v in optimizer.variables if any(k in v.path for k in FOUND)}
-    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 7
+    assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 8
 
 
 @pytest.mark.parametrize(

@@ -356,9 +356,10 @@ BAD = [
         for k in (RATE.kind, "learning_rate_factor")
         for x in (-1, np.nan, np.inf)
     ),
-    ("learning_rate_estimate", [-1, 0, 0, 0, 0, 0, 0]),
-    ("learning_rate_estimate", [1, np.nan, 0, 0, 0, 0, 0]),
-    *(("learning_rate_estimate", [1, 0, 0, 0, 0, 0, q]) for q in (-2, 2, np.nan)),
+    ("learning_rate_estimate", [-1, 0, 0, 0, 0, 0, 0, 1]),
+    ("learning_rate_estimate", [1, np.nan, 0, 0, 0, 0, 0, 1]),
+    *(("learning_rate_estimate", [1, 0, 0, 0, 0, 0, q, 1]) for q in (-2, 2, np.nan)),
+    *(("learning_rate_estimate", [1, 0, 0, 0, 0, 0, 0, k]) for k in (-1, 2, np.nan)),
 ]
 
 
@@ -387,7 +388,7 @@ def test_numbers_that_may_be():
         ("iteration", 2**31 - 1),
         ("iteration", 0.0),
         ("learning_rate", 0),
-        ("learning_rate_estimate", [1, -5, 2, 0, 0, 0, -0.5]),
+        ("learning_rate_estimate", [1, -5, 2, 0, 0, 0, -0.5, 0.5]),
         ("own", np.nan),  # a subclass' own
     ):
         place = np.zeros(np.shape(x), "int32")

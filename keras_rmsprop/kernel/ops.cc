@@ -337,15 +337,15 @@ class StepOp : public UpdateOp<T> {
     const float factor = request.learning_rate, sign = request.scale < 0 ? -1 : 1;
     const float scale = sign * static_cast<float>(request.scale);
     const float weight = WeightOf(known, search, factor, scale);
-    const T fall = FallOf(known, search);
-    const Sums sums = FollowAll(parts, fall * fall * static_cast<T>(search.forgetting),
+    const Sums sums = FollowAll(parts, static_cast<T>(search.forgetting),
                                 static_cast<T>(weight), known.steps == 0,
                                 [&](const std::vector<Piece>& pieces, auto follow) {
                                   ForEach(ctx, pieces, follow);
                                 });
     known = After(known, search, factor, weight, sign, sums);
     std::memcpy(kept, &known, sizeof known);
-    return factor * known.distance * static_cast<float>(1 - request.momentum);
+    const float rest = 1 - request.momentum;
+    return factor * (known.brake * known.distance) * rest;
   }
 
   bool cautious_, bias_correction_;

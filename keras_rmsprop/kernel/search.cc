@@ -224,7 +224,7 @@ T Farthest(const Followed<T, W>& part) {
 
 Estimate Again(const Search& search) {
   const float initial = search.initial;
-  return {initial, 0, 0, 0, -1, initial, 0};
+  return {initial, 0, 0, 0, -1, initial, 0, 1};
 }
 
 float WeightOf(const Estimate& old, const Search& search, float factor, float scale) {
@@ -232,34 +232,32 @@ float WeightOf(const Estimate& old, const Search& search, float factor, float sc
   return factor * square / static_cast<float>(search.initial) * scale;
 }
 
-float FallOf(const Estimate& old, const Search& search) {
-  const float from = search.back, beyond = (old.back - from) / (1 - from);
-  // The order decides what a NaN does: it stays.
-  return 1 - static_cast<float>(search.fall) * std::max(beyond, 0.0f);
-}
-
 Estimate After(const Estimate& old, const Search& search, float factor, float weight,
                float sign, const Sums& sums) {
   const float lasting = search.lasting;
   const float tiny = search.tiny, turning = search.turning;
-  const float fall = FallOf(old, search);
   Estimate now;
   const float back = static_cast<float>(sums.ahead) /
                      (static_cast<float>(sums.both) + tiny);
   now.back = turning * old.back - static_cast<float>(1 - search.turning) * sign * back;
-  now.gain = fall * fall * fall * static_cast<float>(search.forgetting) * old.gain +
+  now.gain = static_cast<float>(search.forgetting) * old.gain +
              sign * weight * static_cast<float>(sums.gain);
   now.steps = old.steps + 1;
   const float fading =
-      fall * old.distance * std::sqrt((old.steps + lasting) / (now.steps + lasting));
+      old.distance * std::sqrt((old.steps + lasting) / (now.steps + lasting));
   const float found = static_cast<float>(search.coefficient) * now.gain /
                       (static_cast<float>(sums.length) + tiny);
   const float least = std::max(fading, static_cast<float>(search.initial));
-  // Likewise.
+  // The order decides what a NaN does: it stays.
   now.distance = std::max(std::isnan(fading) ? fading : found, least);
   now.distance = std::min(now.distance, static_cast<float>(search.most));
   const float growth = search.growth;
   if (!std::isinf(growth)) now.distance = std::min(now.distance, growth * old.distance);
+  const float from = search.back, beyond = (now.back - from) / (1 - from);
+  const float h = 1 - static_cast<float>(search.fall) * std::max(beyond, 0.0f) +
+                  static_cast<float>(search.rise) * std::max(-now.back, 0.0f);
+  const float weakest = static_cast<float>(search.initial) / now.distance;
+  now.brake = std::min(std::max(h * old.brake, weakest), 1.0f);
   now.path = old.path + factor * now.distance;
   now.reach = 0;
   now.longest = std::max(old.longest, now.distance);

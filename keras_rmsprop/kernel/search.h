@@ -48,13 +48,13 @@ struct Sums {
 
 // What is known so far: `estimate.Estimate`.
 struct Estimate {
-  float distance, gain, steps, path, reach, longest, back;
+  float distance, gain, steps, path, reach, longest, back, brake;
 };
 
 // How to search: `kernel/tensorflow.py` gives them in this order.
 struct Search {
   double initial, coefficient, growth, forgetting, tiny, lasting, most, same;
-  double back, fall, turning;
+  double back, fall, rise, turning;
 };
 constexpr int kSearchNumbers = sizeof(Search) / sizeof(double);
 
@@ -63,9 +63,6 @@ Estimate Again(const Search& search);
 
 // Returns what a step multiplies its gradient by in s.
 float WeightOf(const Estimate& old, const Search& search, float factor, float scale);
-
-// Returns h, by which the distance falls if gradients point back along the last steps.
-float FallOf(const Estimate& old, const Search& search);
 
 // Returns what is known after a step. `sign` is -1 if it goes up the gradient.
 Estimate After(const Estimate& old, const Search& search, float factor, float weight,
