@@ -116,8 +116,9 @@ def automatic_step(
         q <- 0.9 q - 0.1 sum of g m / sum of |g m|, with the momentum buffers m
         k <- k (1 - 0.005 max(0, 4 q - 3) + 0.02 max(0, -q)), in [initial / d, 1]
 
-    Steps have the learning rate factor k d, times 1 - momentum. A table steps without momentum, with the largest d so far. Its epsilon is larger by
-    ten times the geometric mean of g^2, over all g but 0, if there is a 0.
+    Steps have the learning rate factor k d, times 1 - momentum. A table steps without
+    momentum, with the largest d so far. Its epsilon is larger by ten times the
+    geometric mean of g^2, over all g but 0, if there is a 0.
 
     Args:
         thetas: The parameters.

@@ -319,6 +319,16 @@ def test_steps_that_go_back_and_forth_count_as_in_the_reference(way):
     assert state["k"] < 0.99
 
 
+def test_a_rate_that_rounding_eats_is_told_of():
+    weight = keras.Variable([1.0], dtype="bfloat16")
+    optimizer = RMSprop("auto")
+    for _ in range(110):
+        optimizer.apply([keras.ops.cast(weight - 2.0, "bfloat16")], [weight])
+    words = optimizer._search.complaint()
+    assert "weights round such steps away" in words
+    assert "(initial=0.1)" in words
+
+
 def test_without_noise_it_converges_and_goes_on_to_another_optimum():
     x = np.random.default_rng(0).normal(size=(64, 10)).astype("float32")
     model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(1)])

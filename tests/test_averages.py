@@ -320,6 +320,36 @@ def test_averages_of_short_weights_go_on_to_follow_them(way, dtype):
     np.testing.assert_array_equal(weight.numpy(), want)
 
 
+class Halves(RMSprop):
+    """Has a rule of its own for averages, as Keras writes it."""
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        averages = self._model_variables_moving_average
+        for v, average in zip(trainable_variables, averages, strict=True):
+            average.assign(0.5 * average + (1 - 0.5) * v)
+
+
+def test_a_rule_of_a_subclass_has_averages_like_the_weights():
+    weight = keras.Variable([1.0, -2.0], dtype="bfloat16")
+    optimizer = Halves(0.5, use_ema=True)
+    optimizer.apply([tensor([1.0, 1.0], "bfloat16")], [weight])
+    [average] = optimizer._model_variables_moving_average
+    assert average.dtype == "bfloat16"
+    half = keras.ops.convert_to_numpy(0.5 * weight)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(average), half)
+
+
+@pytest.mark.tensorflow("`tf.Variable`")
+def test_averages_of_short_variables_of_tensorflow():
+    weight = tf.Variable(tf.constant([1.0, -2.0], "bfloat16"))
+    optimizer = RMSprop(**OPTIONS, ema_overwrite_frequency=2)
+    for _ in range(2):
+        optimizer.apply([tf.constant([1.0, 1.0], "bfloat16")], [weight])
+    [average] = averages_of(optimizer)
+    np.testing.assert_array_equal(weight, tf.cast(average, "bfloat16"))
+    optimizer.finalize_variable_values([weight])
+
+
 @pytest.mark.tensorflow("sparse gradients")
 @pytest.mark.parametrize("rows", ["exact", "lazy"])
 @pytest.mark.parametrize("jit", [False, True])
