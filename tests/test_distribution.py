@@ -112,6 +112,8 @@ for rate in 0.05, "auto":
 """
 
 
+@pytest.mark.rest
+@pytest.mark.slow
 def test_in_eager_replicas_all_rows_catch_up():
     process = subprocess.run(
         [sys.executable, "-c", EAGER], capture_output=True, text=True, timeout=300

@@ -58,6 +58,7 @@ def test_lists_are_gradients_and_explain_answers():
     assert out == "[0.6838, 2.3162] True"
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_sparse_gradients_are_those_that_they_stand_for():
     """Repeats are summed before they are squared, as in the dense gradient."""

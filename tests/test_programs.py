@@ -323,6 +323,7 @@ def test_functions_run_eagerly_for_debugging():
     assert optimizer.traces == 3
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_variables_on_other_devices():
     # In a process of its own: the devices are set before TensorFlow starts.

@@ -30,7 +30,9 @@ def test_the_program_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "checker", ["mypy", pytest.param("pyright", marks=pytest.mark.slow)]
+    "checker",
+    # Its first run takes half a minute; `make lint` runs it on the package.
+    [pytest.param("mypy", marks=pytest.mark.rest), "pyright"],
 )
 def test_type_checkers_find_mistakes_and_nothing_else(checker, tmp_path):
     pytest.importorskip(checker)
