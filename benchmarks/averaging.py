@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import tuning
+from sentences import between
 from tuning_competitors import Competitor
 
 HERE = Path(__file__).parent
@@ -122,13 +123,11 @@ def main() -> None:
                 file.write(json.dumps(done[key]) + "\n")
             print(*done[key], flush=True)
     if all(key in done for key in wanted):
-        rows = [*table([done[key] for key in wanted])]
-        text = [f"| {' | '.join(row)} |\n" for row in rows]
-        text.insert(1, "|:--" + "|--:" * (len(rows[0]) - 1) + "|\n")
-        sys.stdout.writelines(text)
-        before, rest = PAGE.read_text().split(BEGIN)
-        after = rest.split(END, 1)[1]
-        PAGE.write_text(before + BEGIN + "".join(text) + END + after)
+        import tuning_report  # and with it Keras
+
+        text = tuning_report.markdown([*table([done[key] for key in wanted])])
+        sys.stdout.write(text)
+        PAGE.write_text(between(PAGE.read_text(), BEGIN, END, text))
 
 
 if __name__ == "__main__":

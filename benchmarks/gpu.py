@@ -32,6 +32,7 @@ import numpy as np
 import report
 import update
 from figures import Figure, Part, spread
+from sentences import between
 from update import Step
 
 MILLION = 2**20
@@ -156,9 +157,8 @@ def filled(page: str, measured: dict[str, Any]) -> str:
         [how] = part.hows
         cells = (part.text((who, what, how), "update") for who in first.whos)
         rows.append([what, *cells])
-    before, _, rest = page.partition(BEGIN)
     text = f"{harness.sentence(first.machine)}\n\n{report.markdown({'': rows})}"
-    return before + BEGIN + text + report.END + rest.partition(report.END)[2]
+    return between(page, BEGIN, report.END, text)
 
 
 def parameters(what: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import harness
 import tuning
+from sentences import between
 from tuning_competitors import Competitor, MakeOptimizer, Result, Run
 
 HERE = Path(__file__).parent
@@ -43,24 +44,13 @@ WITHIN = {"accuracy": 0.2, "loss": 0.01}
 """How far from float32 the mean of a test may be: points, or a share of the loss."""
 
 
-def ours(slot_dtype: Any) -> MakeOptimizer:
+def ours(slot_dtype: Any, auto: bool = False) -> MakeOptimizer:
     """Return what makes this RMSprop with slots of a dtype."""
 
     def make(rate: float, steps: int) -> Any:
         from keras_rmsprop import RMSprop
 
-        return RMSprop(rate, slot_dtype=slot_dtype)
-
-    return make
-
-
-def automatic(slot_dtype: Any) -> MakeOptimizer:
-    """Return what makes this RMSprop with "auto" and slots of a dtype."""
-
-    def make(rate: float, steps: int) -> Any:
-        from keras_rmsprop import RMSprop
-
-        return RMSprop("auto", slot_dtype=slot_dtype)
+        return RMSprop("auto" if auto else rate, slot_dtype=slot_dtype)
 
     return make
 
@@ -83,7 +73,7 @@ COMPETITORS = {
     **{
         f"auto, {dtype}": Competitor(
             f'this, "auto", {dtype}',
-            automatic(None if dtype == "float32" else dtype),
+            ours(None if dtype == "float32" else dtype, auto=True),
             averages=True,
         )
         for dtype in ("float32", "bfloat16", "uint8")
@@ -270,11 +260,12 @@ def main() -> None:
     ]
     if not options.publish:
         tuning.train([run for run in runs if run not in done], RUNS, COMPETITORS)
+    import tuning_report  # and with it Keras
+
     results = {r: x for r, x in tuning.finished(RUNS).items() if r in {*runs}}
     table = rows(results)
-    lines = [f"| {' | '.join(row)} |\n" for row in table]
-    lines.insert(1, "|---" * len(table[0]) + "|\n")
-    sys.stdout.writelines(lines)
+    text = tuning_report.markdown(table)
+    sys.stdout.write(text)
     if options.scale != 1 or len(results) < len(runs):
         return
     harness.fix_threads()
@@ -282,8 +273,7 @@ def main() -> None:
     report = {"machine": harness.machine(), "table": table, "errors": found}
     FIGURES.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     draw(found, PICTURE)
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(before + BEGIN + "".join(lines) + END + rest.split(END, 1)[1])
+    PAGE.write_text(between(PAGE.read_text(), BEGIN, END, text))
 
 
 if __name__ == "__main__":

@@ -244,10 +244,8 @@ def publish(folder: Path) -> dict[str, Part]:
     pages = {folder / "bench.md": text + markdown(found), page: page.read_text()}
     for place, title in SHOWN.items():
         if title in found:
-            begin = BEGIN.format(f": {place}")
-            before, _, rest = pages[page].partition(begin)
-            table = markdown({"": found[title]})
-            pages[page] = before + begin + table + END + rest.partition(END)[2]
+            begin, table = BEGIN.format(f": {place}"), markdown({"": found[title]})
+            pages[page] = sentences.between(pages[page], begin, END, table)
     if "embedding" in parts:
         draw_embeddings(folder / "embedding.png", parts["embedding"])
     if "update" in parts:

@@ -20,6 +20,17 @@ MARKED = re.compile(
 )
 
 
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """Return a page with a text between two marks, which stay.
+
+    Raises:
+        ValueError: A mark is missing.
+    """
+    before, rest = page.split(begin)
+    _, after = rest.split(end, 1)
+    return before + begin + text + end + after
+
+
 def figure(part: Part, query: str) -> str:
     """Return a figure, or the range of several, in words.
 

@@ -245,8 +245,7 @@ def filled(page: str, written: Mapping[str, Any]) -> str:
     for name, part in parts.items():
         begin = BEGIN.format(name)
         if begin in page:
-            before, rest = page.split(begin)
-            page = before + begin + part + END + rest.split(END, 1)[1]
+            page = sentences.between(page, begin, END, part)
 
     def mean(match: re.Match[str]) -> str:
         begin, name, query, end = match.groups()
