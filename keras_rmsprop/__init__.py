@@ -1,7 +1,7 @@
 """RMSprop for Keras: a drop-in replacement with an automatic learning rate."""
 
 from keras_rmsprop import callbacks, dialects, transfer
-from keras_rmsprop.automatic import AutoLearningRate
+from keras_rmsprop.auto_rate import AutoLearningRate
 from keras_rmsprop.dialects import textbook as rmsprop_optimizer
 from keras_rmsprop.optimizer import RMSprop
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_rmsprop import codecs, hooks, options
-from keras_rmsprop.automatic import AutoLearningRate
+from keras_rmsprop.auto_rate import AutoLearningRate
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.forms import form, name_of
 from keras_rmsprop.rule import Slots

@@ -53,7 +53,7 @@ MOST = 1e4
 BACK = 0.75
 """From this q on, the brake makes steps shorter."""
 FALL, RISE = 0.005, 0.02
-"""By which share a step if q is 1, and by which it lets them grow again if q is -1."""
+"""By this share per step if q is 1; by that they grow again if q is -1."""
 TURNING = 0.9
 """The decay rate of q."""
 SAME = 1e-3
@@ -86,6 +86,11 @@ class Estimate(NamedTuple):
     """q, how far gradients point back along the last steps: -1 to 1."""
     brake: Any = 1.0
     """k, what it makes of the distance: 0 to 1."""
+
+    @property
+    def braked(self) -> Any:
+        """Return k d, which the factor makes the learning rate."""
+        return self.brake * self.distance
 
     @classmethod
     def at_first(cls, initial: float, *, again: bool = False) -> "Estimate":
@@ -216,7 +221,7 @@ def find(
     longest = ops.maximum(old.longest, distance)
     now = Estimate(distance, gain, steps, path, 0.0, longest, back, brake)
     kept.assign(ops.stack(now))
-    return brake * distance
+    return now.braked
 
 
 def farthest(parts: Sequence[Sampled]) -> Any:

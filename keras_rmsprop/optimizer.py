@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import keras
 
-from keras_rmsprop import automatic, building, checks, explaining, hooks, options
+from keras_rmsprop import auto_rate, building, checks, explaining, hooks, options
 from keras_rmsprop.averages import Averages
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.complaints import complaint_of_factor
@@ -187,7 +187,7 @@ class RMSprop(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         learning_rate = options.learning_rate_of(learning_rate, kwargs)
-        auto = automatic.asked_for(learning_rate)
+        auto = auto_rate.asked_for(learning_rate)
         if auto is not None:
             learning_rate = auto.factor
         given = options.filled(locals(), auto=auto is not None)
@@ -206,7 +206,7 @@ class RMSprop(keras.optimizers.Optimizer):
         options.warn_without_average(self.use_ema, vars(self))
         self._auto, self._rate_in_force = auto, None
         if is_factor:
-            like = automatic.form_of_factor(learning_rate)
+            like = auto_rate.form_of_factor(learning_rate)
             self._learning_rate: Any = super().add_variable((), **like)
         self.skipped_steps: Any = 0
         self._book, self._offset = Book(), None
@@ -391,8 +391,8 @@ class RMSprop(keras.optimizers.Optimizer):
         return self._search.current_rate(factor)
 
     @property
-    def _search(self) -> automatic.Search | None:
-        return self._steps.on(automatic.Search) if "_steps" in vars(self) else None
+    def _search(self) -> Any:
+        return self._steps.search if "_steps" in vars(self) else None
 
     @property
     def learning_rate(self) -> Any:
@@ -401,8 +401,8 @@ class RMSprop(keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        if (auto := automatic.asked_for(learning_rate)) is not None:
-            automatic.check_same(auto, self._auto)
+        if (auto := auto_rate.asked_for(learning_rate)) is not None:
+            auto_rate.check_same(auto, self._auto)
             learning_rate = auto.factor
         elif self._search is not None:
             old = super().learning_rate

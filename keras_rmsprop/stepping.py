@@ -32,6 +32,11 @@ class Steps:
         feature: Any = self.features.get(kind)
         return feature if feature is not None and feature.is_on() else None
 
+    @property
+    def search(self) -> Search | None:
+        """The search for a learning rate; None: there is none."""
+        return self.on(Search)
+
     def own(self) -> frozenset[str]:
         """Return the hooks that a subclass, or this instance, overrides."""
         return hooks.own(self.optimizer, self._base)
@@ -132,7 +137,7 @@ class Steps:
                 "There must be one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        grads, search = backend.as_gradients(grads, variables), self.on(Search)
+        grads, search = backend.as_gradients(grads, variables), self.search
         if search is not None and self.optimizer.built:
             search.restart_if_changed(self.optimizer._trainable_variables)
         if not self.optimizer.built or backend.has_slices(grads):

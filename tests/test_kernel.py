@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stepping import examples, python
 
-from keras_rmsprop import RMSprop, automatic, rule
+from keras_rmsprop import AutoLearningRate, RMSprop, rule
 from keras_rmsprop.backends import current as backend
 from keras_rmsprop.codecs import Blockwise, Draw
 from keras_rmsprop.estimate import Estimate, Sampled, find
@@ -817,7 +817,7 @@ def test_the_search_with_it_finds_what_it_finds_without(
 ):
     rng = np.random.default_rng(seed)
     weights, sums = dtypes
-    how = automatic.AutoLearningRate(1e-5, sample_every=sample_every)
+    how = AutoLearningRate(1e-5, sample_every=sample_every)
 
     def part_of(shape):
         sample = how.sample(shape)
@@ -907,7 +907,7 @@ def test_a_search_in_the_update_is_one_before_it(options, how, dtype, moved, see
             return calls[-1]
 
         rng = np.random.default_rng(seed)
-        optimizer = RMSprop(automatic.AutoLearningRate(**how), **options)
+        optimizer = RMSprop(AutoLearningRate(**how), **options)
         variables = [keras.Variable(rng.normal(size=s), dtype=dtype) for s in shapes]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel, "searches", spy)
@@ -936,7 +936,7 @@ def test_a_search_in_the_update_is_one_before_it(options, how, dtype, moved, see
 
 @needs_kernel
 def test_the_search_refuses_elements_that_are_not_there():
-    how = automatic.AutoLearningRate(1e-5)
+    how = AutoLearningRate(1e-5)
     sample = how.sample((5000,))
     variables = [tf.Variable(tf.zeros(n)) for n in (5000, *sample.shape, *sample.shape)]
     part = Sampled(variables[0], tf.ones(5000), *variables[1:], sample)
