@@ -127,7 +127,7 @@ def test_what_xla_makes_of_a_step(case, monkeypatch):
 
 
 def test_xla_joins_few_small_variables():
-    # The time to compile grows with the square of the number that is joined.
+    # The more are joined, the longer it compiles for each.
     variables = [keras.Variable(tf.ones(5)) for _ in range(20)]
     optimizer = RMSprop("auto")
     optimizer.build(variables)
