@@ -5,6 +5,7 @@ The tests compare the optimizer with it. It is also the first half of
 optimizer never imports it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,8 +128,8 @@ def automatic_step(
         initial: The first distance.
         coefficient: What the distance is multiplied by.
         growth: The largest factor by which the distance may grow in a step.
-        sample_every: One in so many elements of a large parameter is looked at, along
-            the shorter side, and stands for the others.
+        sample_every: Of a large parameter, one line of memory in so many is looked at,
+            and stands for the others; see `keras_rmsprop.sampling`.
         factor: What multiplies the distance to the learning rate.
         tables: Which of the parameters are tables.
         **hyperparameters: Arguments of `step`.
@@ -144,11 +145,16 @@ def automatic_step(
 
     def seen(x: ArrayLike) -> Array:
         x = np.asarray(x, np.float64)
-        if x.size < 4096:
+        if x.size < 4096 or sample_every == 1:
             return x
-        if x.ndim > 1 and sample_every <= x[..., 0].size <= x.shape[-1]:
-            return x.reshape(-1, x.shape[-1])[::sample_every]
-        return x[..., ::sample_every]
+        axes = []
+        for axis, lines in enumerate(x.shape):
+            around = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+            is_even = lines % sample_every == 0 or 1 in around
+            if lines >= sample_every and is_even:
+                axes = [axis] if around[1] >= 16 or not axes else axes
+        axis = axes[0] if axes else x.ndim - 1
+        return x[(slice(None),) * axis + (slice(None, None, sample_every),)]
 
     xs, gs = list(map(seen, thetas)), list(map(seen, gradients))
     n = [np.size(theta) / max(x.size, 1) for theta, x in zip(thetas, xs, strict=True)]

@@ -8,14 +8,14 @@ import keras
 
 SAMPLED_ELEMENTS = 2**12
 """From this size on, only a sample of a variable's elements is looked at."""
+LINE = 16
+"""So many elements one after the other are a line: in float32 those of 64 bytes."""
 
 
 class Sample:
     """Which elements of a variable are looked at: all of a small one, else one in n.
 
-    Of a matrix the shorter side is thinned, else the last axis. So in a large table
-    each row can be followed on its own, and in a square kernel whole lines of memory
-    are left out.
+    One line of memory in n is: of a matrix, one row in n.
 
     Args:
         shape: The variable's shape.
@@ -34,34 +34,30 @@ class Sample:
         >>> import numpy as np
         >>> sample = Sample((2000, 5), 4)
         >>> sample.of(np.arange(10_000).reshape(2000, 5))[:2]
-        array([[0, 4],
-               [5, 9]])
+        array([[ 0,  1,  2,  3,  4],
+               [20, 21, 22, 23, 24]])
         >>> sample.shape, sample.stands_for
-        ((2000, 2), 2.5)
+        ((500, 5), 4.0)
         >>> sample.runs
-        (2, 5, 4)
+        (5, 20, 1)
     """
 
     def __init__(self, shape: Sequence[int], sample_every: int) -> None:
-        size, last = math.prod(shape), shape[-1] if len(shape) else 1
+        size = math.prod(shape)
         self.is_small = size < SAMPLED_ELEMENTS
-        self._step = step = 1 if self.is_small else sample_every
-        self._lines = len(shape) == 2 and 1 < step <= shape[0] <= last
-        self.row_step = step if self._lines or len(shape) == 1 else 1
+        step = 1 if self.is_small else sample_every
+        axis = self._axis = _axis_of(shape, step) if step > 1 else 0
+        self._step, self.row_step = step, step if axis == 0 else 1
         self.shape = tuple(shape)
-        if self._lines:
-            self.shape = -(-shape[0] // step), last
-        elif self._step > 1:
-            self.shape = *shape[:-1], -(-last // step)
+        self.runs = max(size, 1), max(size, 1), 1
+        if step > 1:
+            lines, line = shape[axis], math.prod(shape[axis + 1 :])
+            kept = -(-lines // step)
+            self.shape = *shape[:axis], kept, *shape[axis + 1 :]
+            self.runs = (kept, lines, step) if line == 1 else (line, step * line, 1)
         self.stands_for = size / max(math.prod(self.shape), 1)
-        self.runs = max(math.prod(self.shape), 1), max(size, 1), 1
-        if self._lines:
-            self.runs = last, step * last, 1
-        elif step > 1:
-            self.runs = self.shape[-1], last, step
-
         self.row_runs = self.runs
-        if self.row_step > 1 or step == 1 or len(shape) < 2:
+        if axis == 0:
             width = max(math.prod(shape[1:]), 1)
             self.row_runs = width, width, 1
 
@@ -70,9 +66,9 @@ class Sample:
 
         If `row_step` is 1, it may also be some rows of such a tensor.
         """
-        if self._lines:
-            return x[:: self._step]
-        return x if self._step == 1 else x[..., :: self._step]
+        if self._step == 1:
+            return x
+        return x[(*[slice(None)] * self._axis, slice(None, None, self._step))]
 
     def layout(self, whole: Any) -> Any:
         """Return how to spread these elements over devices: like the variable's.
@@ -89,3 +85,16 @@ class Sample:
             for axis, n in zip(axes, self.shape, strict=True)
         ]
         return keras.distribution.TensorLayout(axes, mesh)
+
+
+def _axis_of(shape: Sequence[int], step: int) -> int:
+    """Return the axis along which one line in `step` is kept.
+
+    The pieces of memory between two lines should be long, and the axis, too.
+    """
+    axes = range(len(shape))
+    line = [math.prod(shape[axis + 1 :]) for axis in axes]
+    # Else the lines that are kept are not evenly spaced in memory.
+    even = [a for a in axes if shape[a] % step == 0 or 1 in (line[a], math.prod(shape[:a]))]
+    wide = [a for a in even if shape[a] >= step]
+    return max((a for a in wide if line[a] >= LINE), default=min(wide, default=axes[-1]))

@@ -21,7 +21,7 @@ from stepping import LOOP, WAYS, assert_close, python, tensor
 from keras_rmsprop import AutoLearningRate, RMSprop, estimate, reference
 from keras_rmsprop.complaints import complaint
 
-SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2)]
+SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2), (2, 3, 40, 20)]
 PLAIN = {"momentum": 0.0, "use_ema": False}
 """Without what "auto" does besides."""
 FOUND = ("first_weight", "gradient_sum", "learning_rate_estimate")
@@ -892,10 +892,10 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
     ("shape", "axes", "expected"),
     [
         ((64, 128), ("a", "b"), ("a", "b")),  # whole rows: (16, 128)
-        ((128, 64), ("b", "a"), ("b", "a")),  # thinned rows: (128, 16)
-        ((128, 72), (None, "b"), (None, None)),  # 18 do not divide by 4
-        ((72, 128), ("b", None), (None, None)),  # nor do 18 rows
-        ((8, 8, 128), ("a", None, "b"), ("a", None, "b")),  # no matrix: the last axis
+        ((128, 72), ("b", "a"), ("b", "a")),  # (32, 72)
+        ((72, 128), ("b", None), (None, None)),  # 18 rows do not divide by 4
+        ((8, 8, 128), ("a", "b", "b"), ("a", None, "b")),  # (8, 2, 128)
+        ((8, 512, 1), ("a", "b", None), ("a", "b", None)),  # (8, 128, 1)
         ((2**14,), ("b",), ("b",)),
     ],
 )

@@ -33,6 +33,7 @@ needs_kernel = pytest.mark.skipif(not kernel.ops(), reason=kernel.why_not())
 """The tests that do not need it run everywhere."""
 
 SHAPES = [(), (1,), (0,), (7,), (3, 5), (2, 0, 4), (9001,), (130, 70)]
+SEVERAL_AXES = [(9, 60, 10), (3, 3, 40, 16), (5, 7, 130, 1), (3, 3, 3, 333)]
 DTYPES = [(w, t) for t, of_weights in TAKEN.items() for w in of_weights]
 
 
@@ -804,7 +805,7 @@ def test_whoever_averages_in_another_way_does_so_once():
 @given(
     dtypes=st.sampled_from(DTYPES),
     shapes=st.lists(
-        st.sampled_from([*SHAPES, (2000, 5), (5000,), (9, 60, 10)]),
+        st.sampled_from([*SHAPES, (2000, 5), (5000,), *SEVERAL_AXES]),
         min_size=1,
         max_size=4,
     ),

@@ -13,7 +13,7 @@ namespace keras_rmsprop {
 namespace {
 
 constexpr int kSums = 32;  // always of the same elements: the same result everywhere
-constexpr int kShort = 8;  // sums of so few elements are in T
+constexpr int64_t kMost = 8 * kSums;  // sums of so few elements are in T
 
 template <typename T>
 struct Run {
@@ -22,8 +22,9 @@ struct Run {
 };
 
 // Sums of which each is of some elements.
+template <typename T>
 struct Lanes {
-  double gain[kSums] = {}, length[kSums] = {}, ahead[kSums] = {}, both[kSums] = {};
+  T gain[kSums] = {}, length[kSums] = {}, ahead[kSums] = {}, both[kSums] = {};
 };
 
 // Elements one after the other are a loop of their own, as it is vectorised; and so are
@@ -32,50 +33,39 @@ template <bool kOneByOne, bool kMoves, typename T, typename W>
 EACH_PROCESSOR void FollowRun(const Run<T>& run, const T* __restrict gradient,
                               const W* __restrict weights,
                               const T* __restrict first, T* __restrict sums,
-                              const T* __restrict momentum, Lanes* __restrict lanes) {
+                              const T* __restrict momentum, Lanes<T>* __restrict lanes) {
   const int64_t size = run.size, stride = kOneByOne ? 1 : run.stride;
   const T forgetting = run.forgetting, weight = run.weight;
-  int64_t i = 0;
-  // In doubles all the way it took twice as long.
-  for (; i + kSums * kShort <= size; i += kSums * kShort) {
-    T gain[kSums] = {}, length[kSums] = {}, ahead[kSums] = {}, both[kSums] = {};
-    for (int64_t k = i; k < i + kSums * kShort; k += kSums) {
-      for (int j = 0; j < kSums; ++j) {
-        const T g = gradient[(k + j) * stride];
-        const T x = static_cast<T>(weights[(k + j) * stride]);
-        const T s = forgetting * sums[k + j] + weight * g;
-        sums[k + j] = s;
-        gain[j] += g * (first[k + j] - x);
-        length[j] += std::abs(s);
-        if constexpr (kMoves) {
-          const T product = g * momentum[(k + j) * stride];
-          ahead[j] += product;
-          both[j] += std::abs(product);
-        }
-      }
-    }
-    for (int j = 0; j < kSums; ++j) {
-      lanes->gain[j] += gain[j];
-      lanes->length[j] += length[j];
-      if constexpr (kMoves) {
-        lanes->ahead[j] += ahead[j];
-        lanes->both[j] += both[j];
-      }
-    }
-  }
-  for (int j = 0; i < size; ++i, j = (j + 1) % kSums) {
+  const auto add = [&](int64_t i, int j) {
     const T g = gradient[i * stride];
     const T x = static_cast<T>(weights[i * stride]);
     const T s = forgetting * sums[i] + weight * g;
     sums[i] = s;
-    lanes->gain[j] += double(g) * double(first[i] - x);
-    lanes->length[j] += std::abs(double(s));
+    lanes->gain[j] += g * (first[i] - x);
+    lanes->length[j] += std::abs(s);
     if constexpr (kMoves) {
-      const double product = double(g) * double(momentum[i * stride]);
+      const T product = g * momentum[i * stride];
       lanes->ahead[j] += product;
       lanes->both[j] += std::abs(product);
     }
+  };
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums) {
+    for (int j = 0; j < kSums; ++j) add(i + j, j);
   }
+  for (int j = 0; i + j < size; ++j) add(i + j, j);
+}
+
+// In doubles all the way it took twice as long.
+template <typename T>
+EACH_PROCESSOR void Move(Lanes<T>* __restrict lanes, Lanes<double>* __restrict total) {
+  for (int j = 0; j < kSums; ++j) {
+    total->gain[j] += lanes->gain[j];
+    total->length[j] += lanes->length[j];
+    total->ahead[j] += lanes->ahead[j];
+    total->both[j] += lanes->both[j];
+  }
+  *lanes = {};
 }
 
 // Short runs in one loop: to begin a run costs more than its elements.
@@ -160,10 +150,10 @@ EACH_PROCESSOR void AddLogs(const T* __restrict x, int64_t size, Logs* logs) {
 
 template <typename T>
 Logs LogsOf(const T* x, int64_t size) {
-  constexpr int64_t kMost = 64 * kSums;
+  constexpr int64_t kFinite = 64 * kSums;
   Logs logs;
-  for (int64_t i = 0; i < size; i += kMost) {
-    AddLogs(x + i, std::min(kMost, size - i), &logs);
+  for (int64_t i = 0; i < size; i += kFinite) {
+    AddLogs(x + i, std::min(kFinite, size - i), &logs);
   }
   return logs;
 }
@@ -176,7 +166,7 @@ Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgettin
   Sample sample = part.sample;
   // Runs of one element are one run.
   if (sample.run == 1) sample = {start + size, 0, sample.pitch};
-  if (sample.run < 2 * kSums) {
+  if (sample.run < kSums) {
     return FollowShort(part, start, size, forgetting, weight, begins);
   }
   constexpr auto kLoops = std::array{FollowRun<false, false, T, W>,
@@ -184,12 +174,15 @@ Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgettin
                                      FollowRun<true, false, T, W>,
                                      FollowRun<true, true, T, W>};
   const auto follow = kLoops[2 * (sample.stride == 1) + (part.momentum != nullptr)];
-  Lanes lanes;
+  Lanes<T> lanes;
+  Lanes<double> total;
+  int64_t added = 0;
   for (int64_t i = start; i < start + size;) {
     const int64_t place = i % sample.run;
     const int64_t from = i / sample.run * sample.pitch + place * sample.stride;
-    const Run<T> run = {std::min(sample.run - place, start + size - i), sample.stride,
-                        forgetting, weight};
+    const Run<T> run = {
+        std::min({sample.run - place, start + size - i, kMost - added}),
+        sample.stride, forgetting, weight};
     if (begins) {
       for (int64_t j = 0; j < run.size; ++j) {
         part.first_weights[i + j] =
@@ -200,10 +193,15 @@ Sums Follow(const Followed<T, W>& part, int64_t start, int64_t size, T forgettin
            part.gradient_sums + i, part.momentum ? part.momentum + from : nullptr,
            &lanes);
     i += run.size;
+    added += run.size;
+    if (added == kMost || i == start + size) {
+      Move(&lanes, &total);
+      added = 0;
+    }
   }
   Sums sums;
   for (int j = 0; j < kSums; ++j) {
-    sums.Add({lanes.gain[j], lanes.length[j], lanes.ahead[j], lanes.both[j]}, 1);
+    sums.Add({total.gain[j], total.length[j], total.ahead[j], total.both[j]}, 1);
   }
   return sums;
 }
