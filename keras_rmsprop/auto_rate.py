@@ -35,8 +35,9 @@ class AutoLearningRate:
         growth: The factor > 1 by which the rate may grow in a step: 1.02 is a slow
             warm-up. Defaults to infinity.
         sample_every: In each variable with 4096 elements or more, the estimate looks at
-            one element in so many. It needs memory and time for these alone: two
-            numbers each. Defaults to `4`.
+            one row, or line of memory, in so many; if it is not 1 and there are at most
+            65,536 rows, at less than two million elements. It needs memory and time for
+            these alone: two numbers each. Defaults to `4`.
         factor: The rate found is multiplied by it: a number or anything else that may
             be a learning rate, such as a
             `keras.optimizers.schedules.LearningRateSchedule`. It becomes

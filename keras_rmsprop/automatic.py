@@ -1,5 +1,6 @@
 """The search for a learning rate while training: its variables, and its restarts."""
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -206,9 +207,10 @@ class Search:
         """Return the largest distance so far, as a multiple of the one of this step.
 
         A row of a table is in few steps, so its rate must not fade with all of them.
+        The brake is for tables, too.
         """
         known = Estimate.of(self.estimate)
-        return known.longest / known.braked
+        return known.longest / known.distance
 
     def current_rate(self, factor: Any) -> Any:
         """Return the learning rate of the last step; None before the first.
@@ -237,4 +239,6 @@ class Search:
         """Return what a user should know about the estimate; see `complaint`."""
         if not self.is_known():
             return ""
-        return complaint(self.known(), self.options.initial)
+        factor = self._optimizer._get_current_learning_rate()
+        factor = float(factor) if has_value(factor) else math.nan
+        return complaint(self.known(), self.options.initial, factor)

@@ -63,11 +63,17 @@ def follow(
 
 
 def replace(variables: Sequence[Any], averages: Sequence[Any]) -> None:
-    """Give variables the values of their averages, where they have one."""
+    """Give variables the values of their averages, where they have one.
+
+    As in Keras, averages follow weights before their constraint; here it is met.
+    """
     for variable, average in zip(variables, averages, strict=True):
         if average is not None:
+            value = ops.cast(average, variable.dtype)
+            if variable.constraint is not None:
+                value = variable.constraint(value)
             # A copy: on JAX both would share one buffer, and give it away twice.
-            variable.assign(ops.copy(ops.cast(average, variable.dtype)))
+            variable.assign(ops.copy(value))
 
 
 class Averages:

@@ -61,5 +61,8 @@ def fit_that_ends() -> dict[str, Any]:
     frame: Any = sys._getframe(2)
     while frame is not None and frame.f_code.co_name == "finalize_variable_values":
         frame = frame.f_back
-    is_fit = frame is not None and frame.f_code.co_name == "fit"
-    return frame.f_locals if is_fit else {}
+    if frame is None or frame.f_code.co_name != "fit":
+        return {}
+    # A loop of the user's own may have the same name.
+    is_of_keras = frame.f_globals.get("__name__", "").startswith("keras.")
+    return frame.f_locals if is_of_keras else {}

@@ -311,11 +311,11 @@ class RMSprop(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End a training, as `fit` does; see `keras.optimizers.Optimizer`."""
-        if self.built and getattr(self._iterations, "_value", 0) is None:
-            return  # on JAX a step that failed in `fit` has no values left
+        if not self.built or getattr(self._iterations, "_value", 0) is None:
+            return  # no step was taken, or on JAX one failed in `fit`: no value is left
         super().finalize_variable_values(var_list)
         steps = Averages(self).warm_up_again()
-        if self._search is not None and self.built:
+        if self._search is not None:
             self._warn(self._search.end_fit(self._trainable_variables, steps))
 
     def explain(self) -> str:

@@ -118,7 +118,7 @@ def automatic_step(
         k <- k (1 - 0.005 max(0, 4 q - 3) + 0.02 max(0, -q)), in [initial / d, 1]
 
     Steps have the learning rate factor k d, times 1 - momentum. A table steps without
-    momentum, with the largest d so far. Its epsilon is larger by ten times the
+    momentum, with the largest d so far, times k. Its epsilon is larger by ten times the
     geometric mean of g^2, over all g but 0, if there is a 0.
 
     Args:
@@ -147,7 +147,7 @@ def automatic_step(
         x = np.asarray(x, np.float64)
         if x.size < 4096 or sample_every == 1:
             return x
-        axes = []
+        axes: list[int] = []
         for axis, lines in enumerate(x.shape):
             around = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
             is_even = lines % sample_every == 0 or 1 in around
@@ -201,8 +201,7 @@ def automatic_step(
     q = state["q"]
     brake = state["k"] * (1 - 0.005 * max(0.0, 4 * q - 3) + 0.02 * max(0.0, -q))
     state["k"] = min(max(brake, initial / state["d"]), 1.0)
-    found = state["k"] * state["d"]
-    alpha, lead = factor * found, state["most"] / found
+    alpha, lead = factor * state["k"] * state["d"], state["most"] / state["d"]
     rest = 1 - hyperparameters.get("momentum", 0.0)
     dense = hyperparameters | {"alpha": rest * alpha}
 

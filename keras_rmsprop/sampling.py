@@ -8,6 +8,9 @@ import keras
 
 SAMPLED_ELEMENTS = 2**12
 """From this size on, only a sample of a variable's elements is looked at."""
+MOST_ELEMENTS, MOST_ROWS = 2**20, 2**16
+"""Of a variable of at most so many rows, less than twice as many elements suffice. One
+of more rows may be a table, of which few rows have a gradient."""
 LINE = 16
 """So many elements one after the other are a line: in float32 those of 64 bytes."""
 
@@ -15,7 +18,8 @@ LINE = 16
 class Sample:
     """Which elements of a variable are looked at: all of a small one, else one in n.
 
-    One line of memory in n is: of a matrix, one row in n.
+    Lines of memory are thinned: of a matrix, rows. Of a large variable fewer than one
+    in n are looked at.
 
     Args:
         shape: The variable's shape.
@@ -46,6 +50,8 @@ class Sample:
         size = math.prod(shape)
         self.is_small = size < SAMPLED_ELEMENTS
         step = 1 if self.is_small else sample_every
+        while step > 1 and size >= 2 * step * MOST_ELEMENTS and shape[0] <= MOST_ROWS:
+            step *= 2
         axis = self._axis = _axis_of(shape, step) if step > 1 else 0
         self._step, self.row_step = step, step if axis == 0 else 1
         self.shape = tuple(shape)
@@ -92,9 +98,13 @@ def _axis_of(shape: Sequence[int], step: int) -> int:
 
     The pieces of memory between two lines should be long, and the axis, too.
     """
-    axes = range(len(shape))
-    line = [math.prod(shape[axis + 1 :]) for axis in axes]
-    # Else the lines that are kept are not evenly spaced in memory.
-    even = [a for a in axes if shape[a] % step == 0 or 1 in (line[a], math.prod(shape[:a]))]
-    wide = [a for a in even if shape[a] >= step]
-    return max((a for a in wide if line[a] >= LINE), default=min(wide, default=axes[-1]))
+    found = len(shape) - 1
+    for axis in reversed(range(len(shape))):
+        before, line = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        # Else the lines that are kept are not evenly spaced in memory.
+        is_even = shape[axis] % step == 0 or 1 in (before, line)
+        if shape[axis] >= step and is_even:
+            found = axis
+            if line >= LINE:
+                break
+    return found

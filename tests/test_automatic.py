@@ -20,6 +20,7 @@ from stepping import LOOP, WAYS, assert_close, python, tensor
 
 from keras_rmsprop import AutoLearningRate, RMSprop, estimate, reference
 from keras_rmsprop.complaints import complaint
+from keras_rmsprop.sampling import Sample
 
 SHAPES = [(70, 80), (200, 30), (3, 4), (5,), (), (0, 2), (2, 3, 40, 20)]
 PLAIN = {"momentum": 0.0, "use_ema": False}
@@ -292,9 +293,10 @@ def test_saved_and_resumed_it_goes_on_to_the_same_bits(tmp_path, options):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_that_go_back_and_forth_count_as_in_the_reference(way):
-    weights = [np.linspace(-1, 1, n, dtype="float32") for n in (5000, 30)]
+    weights = [np.linspace(-1, 1, n, dtype="float32") for n in (5000, 30, 40)]
     curvatures = [np.linspace(1, 2, w.size) for w in weights]
-    variables = [keras.Variable(w) for w in weights]
+    variables = [keras.Variable(w) for w in weights[:2]]
+    variables.append(keras.Variable(weights[2], name="embeddings"))
     optimizer, state = RMSprop("auto"), {}
     optimizer.build(variables)
     apply, rates, back, brakes = WAYS[way](optimizer), [], [], []
@@ -306,7 +308,7 @@ def test_steps_that_go_back_and_forth_count_as_in_the_reference(way):
         ]
         apply([tensor(g, "float32") for g in given])
         weights = reference.automatic_step(
-            weights, given, state, epsilon=1e-30, **options
+            weights, given, state, tables=[2], epsilon=1e-30, **options
         )
         back.append(state["q"])
         brakes.append(state["k"])
@@ -782,8 +784,8 @@ def test_a_rate_that_is_stuck_is_told_of():
     with pytest.warns(UserWarning, match=r"not agree.*\(initial=0.001\)"):
         assert model.optimizer.current_learning_rate == pytest.approx(1e-6)
     known = estimate.Estimate(0.03, 0.0, 100.0, 3.0, 0.0)
-    assert not complaint(known._replace(longest=1.0), 0.03)  # it has fallen again
-    words = complaint(known, 0.03)
+    assert not complaint(known._replace(longest=1.0), 0.03, 1.0)  # it has fallen again
+    words = complaint(known, 0.03, 1.0)
     assert "too large" in words
     assert "(initial=1e-05)" in words
 
@@ -822,6 +824,13 @@ ABSOLUTE = {
     "assigned": lambda m: setattr(m.optimizer, "learning_rate", 1e-3),
     "in place": lambda m: m.optimizer.learning_rate.assign(1e-3),
     "0.01 in place": lambda m: m.optimizer.learning_rate.assign(0.01),
+    "0.01 assigned": lambda m: setattr(m.optimizer, "learning_rate", 0.01),
+    "so small that the rate grows little": lambda m: m.optimizer.learning_rate.assign(
+        0.02
+    ),
+    "a plateau before the rate has grown": lambda m: keras.callbacks.ReduceLROnPlateau(
+        "loss", 0.01, patience=0, min_delta=1e9
+    ),
 }
 
 
@@ -834,7 +843,7 @@ def test_a_rate_where_a_factor_is_meant_is_told_of(act):
     def trained():
         made = act(model)
         callbacks = [made] if isinstance(made, keras.callbacks.Callback) else []
-        model.fit(x, y, batch_size=2, epochs=2, verbose=0, callbacks=callbacks)
+        model.fit(x, y, batch_size=10, epochs=15, verbose=0, callbacks=callbacks)
 
     with pytest.warns(UserWarning, match=r"`learning_rate` is .*factor.*= 1\.0"):
         trained()
@@ -886,6 +895,39 @@ def test_what_it_keeps_is_a_quarter_of_large_variables():
     optimizer.build([kernel, keras.Variable(np.zeros(512), dtype="float32")])
     kept = {v.path: v for v in optimizer.variables if any(k in v.path for k in FOUND)}
     assert sum(np.prod(v.shape) for v in kept.values()) == 2 * (64 * 512 + 512) + 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "every", "kept"),
+    [
+        ((63, 64), 4, (63, 64)),  # small
+        ((784, 128), 4, (196, 128)),
+        ((5000, 10), 4, (1250, 10)),
+        ((3, 4096), 4, (3, 1024)),
+        ((4096,), 4, (1024,)),
+        ((3, 3, 64, 32), 4, (3, 3, 16, 32)),
+        ((3, 3, 66, 32), 4, (3, 3, 66, 8)),  # 66 do not divide by 4
+        ((3, 3, 512, 1), 4, (3, 3, 128, 1)),
+        ((7, 7, 3, 64), 4, (2, 7, 3, 64)),
+        ((256, 256, 3, 3), 4, (64, 256, 3, 3)),
+        ((3, 3, 3, 333), 4, (3, 3, 3, 84)),
+        ((4096, 4096), 4, (256, 4096)),  # a million suffice
+        ((4096, 4096), 1, (4096, 4096)),
+        ((2**17, 64), 4, (2**15, 64)),  # may be a table
+    ],
+)
+def test_the_elements_that_are_looked_at_are_lines(shape, every, kept):
+    sample, places = Sample(shape, every), np.arange(np.prod(shape)).reshape(shape)
+    assert sample.shape == kept
+    run, pitch, stride = sample.runs
+    i = np.arange(np.prod(kept))
+    expected = i // run * pitch + i % run * stride
+    np.testing.assert_array_equal(np.ravel(sample.of(places)), expected)
+    assert sample.stands_for == places.size / i.size
+    if sample.row_step == 1:
+        np.testing.assert_array_equal(sample.of(places[1:]), sample.of(places)[1:])
+    else:
+        np.testing.assert_array_equal(sample.of(places), places[:: sample.row_step])
 
 
 @pytest.mark.parametrize(

@@ -536,3 +536,59 @@ def test_a_loop_of_short_fits_gets_on():
     start = float(np.mean(y**2))
     assert trained(1) < 0.01 * start
     assert trained(24) < 0.05 * start
+
+
+CONSTRAINTS = {
+    "MaxNorm": (keras.constraints.MaxNorm(1.0), lambda w: np.linalg.norm(w) <= 1.0001),
+    "UnitNorm": (keras.constraints.UnitNorm(), lambda w: abs(np.sum(w**2) - 1) < 1e-4),
+    "NonNeg": (keras.constraints.NonNeg(), lambda w: (w >= 0).all()),
+    "a user's": (
+        lambda w: keras.ops.clip(w, -0.1, 0.1),
+        lambda w: (abs(w) <= 0.1).all(),
+    ),
+}
+
+
+@pytest.mark.parametrize("often", [None, 3], ids=["at the end", "often"])
+@pytest.mark.parametrize(("constraint", "holds"), CONSTRAINTS.values(), ids=CONSTRAINTS)
+def test_a_model_that_gets_its_averages_meets_its_constraints(constraint, holds, often):
+    layer = keras.layers.Dense(1, kernel_constraint=constraint)
+    model = keras.Sequential([keras.Input((10,)), layer])
+    optimizer = RMSprop("auto", ema_overwrite_frequency=often)
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(size=(64, 10)).astype("float32")
+    y = x @ np.linspace(-2, 2, 10)
+    model.fit(x, y, batch_size=16, epochs=20, verbose=0)
+    assert holds(as_array(layer.kernel))
+    average = as_array(optimizer._weight_averages[0])
+    assert not holds(average)  # else nothing was to be done
+
+
+class OwnStep(keras.Model):
+    """Trains with nothing, or with what it likes; not with what `compile` was given."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, x):
+        return self.layer(x)
+
+    def train_step(self, data):
+        return {"loss": keras.ops.mean(self(data[0]))}
+
+
+@pytest.mark.tensorflow("a `train_step` of its own")
+@pytest.mark.parametrize("way", ["own step", "frozen", "resumed at the end", "empty"])
+@pytest.mark.parametrize("options", [{}, {"learning_rate": "auto"}], ids=str)
+def test_fit_ends_without_a_step(way, options):
+    x = np.ones((8, 3), "float32")
+    layer = keras.layers.ReLU() if way == "empty" else keras.layers.Dense(3)
+    layer.trainable = way != "frozen"
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model = OwnStep(model) if way == "own step" else model
+    model.compile(RMSprop(use_ema=True, **options), "mse")
+    epochs = {"initial_epoch": 2} if way.startswith("resumed") else {}
+    model.fit(x, x, epochs=2, verbose=0, **epochs)
+    if way == "own step":
+        assert not model.optimizer.built

@@ -368,3 +368,36 @@ def test_data_that_fails_when_read_again_spoils_nothing(recwarn):
     model, _ = fitted(6 * 20 + 2, callbacks=[noted])
     assert is_told(recwarn, "gone")
     np.testing.assert_array_equal(statistics(model), noted.ends[-1])
+
+
+def fit(model, x, y):
+    """Train in a loop of the user's own, that is named as that of Keras."""
+    for _ in range(120):
+        model.train_on_batch(x, y)
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+
+
+class Trainer:
+    """Has such a method."""
+
+    fit = staticmethod(fit)
+
+
+class OwnLoop(keras.Sequential):
+    """Has it in place of that of Keras."""
+
+    fit = fit
+
+
+@pytest.mark.parametrize("way", ["function", "method", "model"])
+def test_a_loop_named_fit_ends_like_any_other(way):
+    model, x, y = model_and_data(RMSprop("auto"))
+    if way == "model":
+        optimizer, model = model.optimizer, OwnLoop(model.layers)
+        model.compile(optimizer, "mse", jit_compile=JIT)
+        model.fit(x, y)
+    else:
+        (fit if way == "function" else Trainer().fit)(model, x, y)
+    averages = model.optimizer._weight_averages
+    for weight, average in zip(model.trainable_variables, averages, strict=True):
+        np.testing.assert_array_equal(array(weight), array(average))
