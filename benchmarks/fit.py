@@ -279,28 +279,28 @@ def of_table(who: str, task: Task, how: str) -> harness.Ready:
     ids = ids.reshape(len(ids), -1)
     shape = task.rows, task.width
     values = np.random.default_rng(0).standard_normal((ids.shape[1], shape[1]), "f")
-    slices = [
-        tf.IndexedSlices(tf.constant(values), tf.constant(i), tf.constant(shape))
-        for i in ids
-    ]
+    given = [(tf.constant(values), tf.constant(i)) for i in ids]
     memory = harness.Memory()
     table = keras.Variable(keras.ops.zeros(shape))
     optimizer = pkgutil.resolve_name(OPTIMIZERS[who])()
     optimizer.build([table])
     memory.forget_peak()
-    given = itertools.cycle(slices)
 
-    def apply(gradient: Any) -> None:
-        optimizer.apply([gradient])
+    def slices(values: Any, ids: Any) -> Any:
+        return tf.IndexedSlices(values, ids, tf.constant(shape))
 
     if how.endswith(XLA_UPDATE):
         start_tensorflow()
-        apply = tf.function(apply, jit_compile=True, autograph=False)
 
-    def step() -> None:
-        apply(next(given))
+        # Slices as arguments cost as much as a small step; a tape makes them inside.
+        @tf.function(jit_compile=True, autograph=False)
+        def apply(values: Any, ids: Any) -> None:
+            optimizer.apply([slices(values, ids)])
 
-    return warmed_up(step, memory)
+        turns = itertools.cycle(given)
+        return warmed_up(lambda: apply(*next(turns)), memory)
+    gradients = itertools.cycle([slices(*each) for each in given])
+    return warmed_up(lambda: optimizer.apply([next(gradients)]), memory)
 
 
 def with_torch(task: Task, how: str) -> harness.Ready:
