@@ -117,9 +117,10 @@ class Search:
         """
         if not self.is_known():
             return ""
-        message = self.complaint()
+        fit = fit_that_ends()
+        message = self.complaint(stopped=bool(fit and fit["self"].stop_training))
         self.restart_if_changed(variables)  # it may be the first that is seen of `fit`
-        known, fit = self.known(), fit_that_ends()
+        known = self.known()
         if self.options.restarts and known.steps and fit:
             reach = farthest(self._parts(variables))
             known = known._replace(reach=float(reach))
@@ -235,10 +236,11 @@ class Search:
             return Estimate.at_first(0.0)
         return Estimate(*as_array(self.estimate).tolist())
 
-    def complaint(self) -> str:
+    def complaint(self, *, stopped: bool = False) -> str:
         """Return what a user should know about the estimate; see `complaint`."""
         if not self.is_known():
             return ""
         factor = self._optimizer._get_current_learning_rate()
         factor = float(factor) if has_value(factor) else math.nan
-        return complaint(self.known(), self.options.initial, factor)
+        known, initial = self.known(), self.options.initial
+        return complaint(known, initial, factor, stopped=stopped)

@@ -20,13 +20,16 @@ AGREE = -0.9
 """Below this q gradients point the way that the weights should have gone."""
 
 
-def complaint(estimate: Estimate, initial: float, factor: float) -> str:
+def complaint(
+    estimate: Estimate, initial: float, factor: float, *, stopped: bool = False
+) -> str:
     """Return what a user should know about an estimate, with the remedy; or nothing.
 
     Args:
         estimate: The estimate, as numbers.
         initial: The rate of the first step.
         factor: The current factor on the estimate; NaN: unknown.
+        stopped: Whether a callback has just stopped the training.
     """
     distance, _, steps, path, *_ = estimate
     rate = estimate.braked
@@ -44,6 +47,12 @@ def complaint(estimate: Estimate, initial: float, factor: float) -> str:
     small = SMALL_FACTOR if steps >= STUCK_STEPS else TINY_FACTOR
     if steps >= EARLY_STEPS and 0 < mean < small and not factor >= small:
         return _no_factor(mean)
+    if stopped and steps < STUCK_STEPS:
+        return (
+            f"Training was stopped after {steps:.0f} steps, while the learning rate "
+            f"still grew from its initial value of {initial:g}. Let `EarlyStopping` "
+            "wait for a hundred steps, or give a rate, as in `RMSprop(0.001)`"
+        )
     if steps < STUCK_STEPS or longest > initial * (1 + 1e-6):  # float32
         return ""
     other = 100 * initial

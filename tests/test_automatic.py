@@ -880,6 +880,21 @@ def test_a_factor_is_not_told_of(given):
         assert model.optimizer.current_learning_rate > 0 or callbacks == []
 
 
+def test_a_stop_before_the_rate_has_grown_is_told_of():
+    model = dense_model(RMSprop("auto"))
+    x, y = numbers(model, 16)
+
+    def train(**options):
+        stop = keras.callbacks.EarlyStopping("loss", **options)
+        model.fit(x, y, batch_size=8, epochs=80, verbose=0, callbacks=[stop])
+
+    with pytest.warns(UserWarning, match=r"stopped after 8 steps.*a hundred steps"):
+        train(min_delta=1e9, patience=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(baseline=0.0, patience=70)  # by then it has grown
+
+
 def test_a_decay_is_not_the_cause_of_a_rate_that_is_stuck():
     decay = keras.optimizers.schedules.PolynomialDecay(1.0, 120, 1e-6)
     optimizer, weight = RMSprop(AutoLearningRate(factor=decay)), keras.Variable([1.0])
