@@ -9,7 +9,7 @@ import keras
 from keras_rmsprop import codecs, hooks, options
 from keras_rmsprop.automatic import Search
 from keras_rmsprop.backends import current as backend
-from keras_rmsprop.building import codec_of
+from keras_rmsprop.building import codec_of, is_apart
 from keras_rmsprop.stepping import Steps
 from keras_rmsprop.update import Update, Way
 
@@ -41,6 +41,10 @@ def explain(steps: Steps, paths: Sequence[str]) -> str:
     lines += _state(updates, names, optimizer)
     if steps.on(Search):
         lines.append(_auto(optimizer))
+        pairs = zip(names, variables, strict=True)
+        tables = [name for name, v in pairs if is_apart(optimizer, v)]
+        head = "Tables, without momentum, at a rate that does not decay: "
+        lines += _lines(head, tables) if tables else []
     return "\n".join(lines)
 
 
