@@ -293,10 +293,10 @@ def of_table(who: str, task: Task, how: str) -> harness.Ready:
         start_tensorflow()
 
         # Slices as arguments cost as much as a small step; a tape makes them inside.
-        @tf.function(jit_compile=True, autograph=False)
-        def apply(values: Any, ids: Any) -> None:
+        def update(values: Any, ids: Any) -> None:
             optimizer.apply([slices(values, ids)])
 
+        apply = tf.function(update, jit_compile=True, autograph=False)
         turns = itertools.cycle(given)
         return warmed_up(lambda: apply(*next(turns)), memory)
     gradients = itertools.cycle([slices(*each) for each in given])

@@ -254,7 +254,7 @@ def test_slices_tell_what_is_a_table():
         slices = tf.IndexedSlices(tf.ones((1, 2)), [step])
         optimizer.apply([slices, tf.ones(2)], [table, bias])
     assert "by rows" in optimizer.explain()
-    assert optimizer.explain().endswith("does not decay: x (9, 2)")
+    assert optimizer.explain().endswith("does not decay: x#0 (9, 2)")
     moved = (table.numpy() != 1).any(1)
     np.testing.assert_array_equal(moved, np.arange(9) < 3)
     assert not optimizer._momentums[0].numpy().any()
