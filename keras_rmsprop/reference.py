@@ -5,7 +5,6 @@ The tests compare the optimizer with it. It is also the first half of
 optimizer never imports it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,7 +148,7 @@ def automatic_step(
             return x
         axes: list[int] = []
         for axis, lines in enumerate(x.shape):
-            around = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+            around = np.prod(x.shape[:axis]), np.prod(x.shape[axis + 1 :])
             is_even = lines % sample_every == 0 or 1 in around
             if lines >= sample_every and is_even:
                 axes = [axis] if around[1] >= 16 or not axes else axes
