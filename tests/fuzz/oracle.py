@@ -139,8 +139,10 @@ class Oracle:
             self.begin = self.iterations
 
     def overwrite(self):
-        """Replace weights by their averages, but those of frozen layers."""
-        self.w |= {n: x for n, x in self.average.items() if n not in self.frozen}
+        """Replace weights by their averages, constrained; none of frozen layers."""
+        for n in self.average.keys() - self.frozen:
+            x = self.average[n]
+            self.w[n] = np.maximum(x, 0) if n in self.not_negative else x
 
     def clipped(self, grads):
         if self.clipvalue:
