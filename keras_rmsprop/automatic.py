@@ -117,8 +117,9 @@ class Search:
         """
         if not self.is_known():
             return ""
-        fit = fit_that_ends()
-        message = self.complaint(stopped=bool(fit and fit["self"].stop_training))
+        fit, factor = fit_that_ends(), self._optimizer._get_current_learning_rate()
+        stopped = bool(fit and fit["self"].stop_training)
+        message = self.complaint(factor, stopped=stopped)
         self.restart_if_changed(variables)  # it may be the first that is seen of `fit`
         known = self.known()
         if self.options.restarts and known.steps and fit:
@@ -236,11 +237,10 @@ class Search:
             return Estimate.at_first(0.0)
         return Estimate(*as_array(self.estimate).tolist())
 
-    def complaint(self, *, stopped: bool = False) -> str:
+    def complaint(self, factor: Any, *, stopped: bool = False) -> str:
         """Return what a user should know about the estimate; see `complaint`."""
         if not self.is_known():
             return ""
-        factor = self._optimizer._get_current_learning_rate()
         factor = float(factor) if has_value(factor) else math.nan
         known, initial = self.known(), self.options.initial
         return complaint(known, initial, factor, stopped=stopped)

@@ -40,15 +40,11 @@ def explain(steps: Steps, paths: Sequence[str]) -> str:
         lines.append(f"No kernel: {why}.")
     lines += _state(updates, names, optimizer)
     if steps.on(Search):
-        lines.append(_auto(optimizer))
-        pairs = zip(names, variables, strict=True)
-        tables = [name for name, v in pairs if is_apart(optimizer, v)]
-        head = "Tables, without momentum, at a rate that does not decay: "
-        lines += _lines(head, tables) if tables else []
+        lines += _auto(optimizer, names)
     return "\n".join(lines)
 
 
-def _auto(optimizer: Any) -> str:
+def _auto(optimizer: Any, names: Sequence[str]) -> list[str]:
     """Return the learning rate that is estimated, and what else "auto" chooses."""
     rate, momentum = optimizer.current_learning_rate, optimizer.momentum
     parts = ["not known before a step" if rate is None else f"{rate:.3g}"]
@@ -58,7 +54,12 @@ def _auto(optimizer: Any) -> str:
     if optimizer.use_ema:
         warm_up = " with warm-up" if optimizer.ema_warmup else ""
         parts.append(f"EMA of the weights {float(optimizer.ema_momentum):g}{warm_up}")
-    return f"Estimated learning rate: {'; '.join(parts)}."
+    lines = [f"Estimated learning rate: {'; '.join(parts)}."]
+    pairs = zip(names, optimizer._trainable_variables, strict=True)
+    if tables := [name for name, v in pairs if is_apart(optimizer, v)]:
+        head = "Tables, without momentum, at a rate that does not decay: "
+        lines += _lines(head, tables)
+    return lines
 
 
 def _way(update: Update, steps: Steps, *, xla: bool) -> Way:

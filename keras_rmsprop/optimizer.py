@@ -387,7 +387,7 @@ class RMSprop(keras.optimizers.Optimizer):
         factor = self._get_current_learning_rate()
         if self._search is None or self._rate_in_force is not None:
             return float(factor) if options.has_value(factor) else factor
-        self._warn(self._search.complaint())
+        self._warn(self._search.complaint(factor))
         return self._search.current_rate(factor)
 
     @property

@@ -327,7 +327,7 @@ def test_a_rate_that_rounding_eats_is_told_of():
     optimizer = RMSprop("auto")
     for _ in range(110):
         optimizer.apply([keras.ops.cast(weight - 2.0, "bfloat16")], [weight])
-    words = optimizer._search.complaint()
+    words = optimizer._search.complaint(1.0)
     assert "weights round such steps away" in words
     assert "(initial=0.1)" in words
 
